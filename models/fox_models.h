@@ -1,0 +1,96 @@
+/* fox_models.h - layers and models, written only with fox_core.h and fox_ops.h.
+ *
+ * Layers that make parameters are fg_nn_*; they name them "<scope>.<name>.weight" as the official
+ * checkpoints do.  B batch, T positions, h model width, H heads, d = h/H head width, V vocabulary. */
+#ifndef FOX_MODELS_H
+#define FOX_MODELS_H
+#include "fox_ops.h"
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- layers --------------------------------------------------------------------------------- */
+
+/* x [...,N] -> [...,n_out], weight [n_out,N] normal(0, 0.02); affine adds a bias, zero at first. */
+FG_API fg_tensor (fg_nn_linear)(fg_loc at, fg_tensor x, const char *name, int64_t n_out);
+FG_API fg_tensor (fg_nn_affine)(fg_loc at, fg_tensor x, const char *name, int64_t n_out);
+FG_API fg_tensor (fg_nn_embed)(fg_loc at, fg_tensor tokens, const char *name, int64_t vocab, int64_t width);
+/* RMS norm with a new gain of ones: [N] for groups = 1 or shared = false, else [N/groups]. */
+FG_API fg_tensor (fg_nn_norm)(fg_loc at, fg_tensor x, const char *name, double eps);
+FG_API fg_tensor (fg_nn_head_norm)(fg_loc at, fg_tensor x, const char *name, double eps, int64_t heads, bool shared);
+/* SwiGLU: down(act(g) * p), [g | p] = gate_proj x of 2 * hidden rows. */
+FG_API fg_tensor (fg_nn_mlp)(fg_loc at, fg_tensor x, const char *name, int64_t hidden, fg_act act);
+FG_API fg_tensor (fg_nn_heads)(fg_loc at, fg_tensor x, int64_t heads);      /* [B,T,H*d] -> [B,T,H,d] */
+FG_API fg_tensor (fg_nn_merge)(fg_loc at, fg_tensor x);                     /* [B,T,H,d] -> [B,T,H*d] */
+/* Mean of cross_entropy over all positions whose label is not -100. */
+FG_API fg_tensor (fg_nn_loss)(fg_loc at, fg_tensor logits, fg_tensor labels);
+/* hidden width of an MLP: 256 * ceil(trunc(h * ratio * 2 / 3) / 256). */
+FG_API int64_t     fg_nn_mlp_width(int64_t h, double ratio);
+
+#define fg_nn_linear(...)    fg_nn_linear(FG_HERE, __VA_ARGS__)
+#define fg_nn_affine(...)    fg_nn_affine(FG_HERE, __VA_ARGS__)
+#define fg_nn_embed(...)     fg_nn_embed(FG_HERE, __VA_ARGS__)
+#define fg_nn_norm(...)      fg_nn_norm(FG_HERE, __VA_ARGS__)
+#define fg_nn_head_norm(...) fg_nn_head_norm(FG_HERE, __VA_ARGS__)
+#define fg_nn_mlp(...)       fg_nn_mlp(FG_HERE, __VA_ARGS__)
+#define fg_nn_heads(...)     fg_nn_heads(FG_HERE, __VA_ARGS__)
+#define fg_nn_merge(...)     fg_nn_merge(FG_HERE, __VA_ARGS__)
+#define fg_nn_loss(...)      fg_nn_loss(FG_HERE, __VA_ARGS__)
+
+/* ---- FoX and Transformer (Pro): one architecture, three settings (Lin et al. 2025) ----------- */
+
+typedef enum { FG_GATE_FULL, FG_GATE_BIAS_ONLY, FG_GATE_FIXED, FG_GATE_NONE } fg_gate_kind;
+
+/* Fields bear the names of config.json; zero means the official default where that is not zero. */
+typedef struct {
+    int64_t vocab_size, hidden_size, num_hidden_layers, num_heads;
+    int64_t intermediate_size;           /* 0: from hidden_ratio */
+    double  hidden_ratio;                /* 0: 4 */
+    double  norm_eps;                    /* 0: 1e-6 */
+    double  rope_base;                   /* 0: 500000 */
+    double  initializer_range;           /* 0: 0.02 */
+    fg_gate_kind fgate_type;
+    double  decay_time_min, decay_time_max;    /* > 0: initial time constants of a bias_only or fixed gate */
+    bool    use_rope, use_k_shift, use_v_shift, qk_norm, qk_norm_share_param_across_head;
+    bool    use_output_gate, use_output_norm, output_gate_silu, mlp_sigmoid, tie_word_embeddings;
+    bool    recompute;                   /* attention and MLP halves are recomputed in the backward pass */
+} fox_config;
+
+FG_API fox_config fox_llama_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads);
+FG_API fox_config fox_pro_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads);
+FG_API fox_config transformer_pro_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads);
+FG_API fg_tensor (fox_block)(fg_loc at, fg_tensor x, const fox_config *c);           /* in the current scope */
+FG_API fg_tensor (fox_lm)(fg_loc at, fg_tensor tokens, const fox_config *c);         /* i32[B,T] -> [B,T,V] */
+#define fox_block(...) fox_block(FG_HERE, __VA_ARGS__)
+#define fox_lm(...)    fox_lm(FG_HERE, __VA_ARGS__)
+
+/* ---- Transformer (LLaMA), also with a sliding window ----------------------------------------- */
+
+typedef struct {
+    int64_t vocab_size, hidden_size, num_hidden_layers, num_heads;
+    int64_t num_kv_heads;                /* 0: num_heads */
+    int64_t intermediate_size, window_size;    /* 0: from hidden_ratio; 0: all keys */
+    double  hidden_ratio, norm_eps, rope_base, initializer_range;   /* as fox_config */
+    bool    no_rope, mlp_sigmoid, tie_word_embeddings, recompute;
+} transformer_config;
+
+FG_API transformer_config transformer_llama_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads);
+FG_API fg_tensor (transformer_block)(fg_loc at, fg_tensor x, const transformer_config *c);
+FG_API fg_tensor (transformer_lm)(fg_loc at, fg_tensor tokens, const transformer_config *c);
+#define transformer_block(...) transformer_block(FG_HERE, __VA_ARGS__)
+#define transformer_lm(...)    transformer_lm(FG_HERE, __VA_ARGS__)
+
+/* ---- catalog: the paper's models by name ------------------------------------------------------ */
+
+/* "fox-pro-760m", "transformer-llama-125m", ...; lr and tokens are the paper's for the size's first budget. */
+typedef struct { const char *name, *family; double lr; int64_t tokens, context, batch; } fg_preset;
+FG_API int              fg_preset_count(void);
+FG_API const fg_preset *fg_preset_at(int i);
+FG_API const fg_preset *fg_preset_find(const char *name);                /* NULL if none */
+FG_API fg_tensor      (fg_preset_build)(fg_loc at, const char *name, fg_tensor tokens);
+#define fg_preset_build(...) fg_preset_build(FG_HERE, __VA_ARGS__)
+
+#ifdef __cplusplus
+}
+#endif
+#endif
