@@ -30,6 +30,9 @@ typedef struct fg_recipe {
 FG_API fg_recipe fg_recipe_default(void);
 /* key as the field's name.  FG_ERR_USAGE with a message (up to 200 bytes) for an unknown key or bad value. */
 FG_API fg_status fg_recipe_set(fg_recipe *r, const char *key, const char *value, char message[200]);
+/* The i-th key, NULL past the last; a field's value as fg_recipe_set takes it ("" for an unknown key). */
+FG_API const char *fg_recipe_key(int i);
+FG_API void      fg_recipe_get(const fg_recipe *r, const char *key, char *text, size_t size);
 FG_API double    fg_recipe_lr(const fg_recipe *r, int64_t tokens_before, int64_t max_tokens);
 
 /* ---- models as the tools see them -------------------------------------------------------------- */

@@ -89,6 +89,20 @@ FG_API fg_tensor (fg_shift_mix)(fg_loc at, fg_tensor x, fg_tensor a);
 FG_API fg_tensor (fg_forget_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v, fg_tensor log_f,
                                        double scale, int64_t window);
 
+/* ---- the list of all ops --------------------------------------------------------------------- */
+
+/* inputs and outputs are names between blanks ("?" after an optional one), attributes "type name, ...". */
+typedef struct {
+    const char *name, *inputs, *outputs, *attributes, *formula;
+    bool kernel;                         /* computed by a kernel of its own on the CPU */
+    bool definition;                     /* can be written in smaller ops */
+    bool differentiable;
+} fg_op_info;
+FG_API int         fg_op_count(void);
+FG_API bool        fg_op_at(int i, fg_op_info *out);
+/* The k-th small test case of op i, on random parameters of g; {0} past the last. */
+FG_API fg_tensor   fg_op_example(fg_graph *g, int i, int k);
+
 #define fg_neg(...)          fg_neg(FG_HERE, __VA_ARGS__)
 #define fg_exp(...)          fg_exp(FG_HERE, __VA_ARGS__)
 #define fg_log(...)          fg_log(FG_HERE, __VA_ARGS__)
