@@ -11,6 +11,8 @@
     static const fg_attr_field fields_##name[] = { attrs { NULL, NULL, 0, 0 } };
 #include "ops.def"
 #undef FG_OP
+#undef FG_NONE
+#undef FG_ATTR
 
 const fg_op fg_op_table[FG_OP_COUNT] = {
 #define FG_OP(name, ins, outs, attrs, formula) \
