@@ -19,8 +19,8 @@
 extern "C" {
 #endif
 /* What fox-graph compares before it uses a compiled model. */
-__attribute__((weak, visibility("default"), used)) extern const uint32_t fg_model_abi;
-__attribute__((weak, visibility("default"), used)) const uint32_t fg_model_abi = FG_ABI;
+extern const uint32_t fg_model_abi __attribute__((weak, visibility("default")));
+const uint32_t fg_model_abi = FG_ABI;
 #ifdef __cplusplus
 }
 #endif

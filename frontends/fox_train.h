@@ -38,14 +38,15 @@ FG_API double    fg_recipe_lr(const fg_recipe *r, int64_t tokens_before, int64_t
 /* ---- models as the tools see them -------------------------------------------------------------- */
 
 /* Language models give build; other models give loss (their whole training graph's scalar, with inputs of
- * their own) and feed, which fills those inputs for one batch with fg_write. */
-typedef struct fg_model {
+ * their own) and feed, which fills those inputs for one batch with fg_write.
+ * Always written "struct fg_model": the bare name is the function that a model file defines. */
+struct fg_model {
     const char *name;
     fg_tensor (*build)(void *self, fg_tensor tokens);        /* i32[B,T] -> f32[B,T,V] */
     fg_tensor (*loss)(void *self, fg_graph *g, const fg_recipe *r);
     fg_status (*feed)(void *self, fg_plan *p, const fg_graph *g, const fg_recipe *r, int64_t batch, bool eval);
     void      *self;
-} fg_model;
+};
 
 #ifdef __cplusplus
 }
