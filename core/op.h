@@ -36,6 +36,7 @@ typedef struct fg_exec {
     const void     *attr;
     int             n_in, n_out, threads;
     const fg_shape *in_shape, *out_shape;
+    const fg_dtype *in_type, *out_type;
     const void     *in[FG_MAX_IN];
     void           *out[FG_MAX_OUT];
     void           *scratch;             /* 64-byte aligned, as many bytes as the op's scratch() asked */

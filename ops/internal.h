@@ -1,0 +1,33 @@
+/* internal.h - builders of ops that are not public: gradients, masks, selections.  For vjp and
+ * decompose functions; shapes and formulas are in ops.def and on the op's page. */
+#ifndef FG_INTERNAL_H
+#define FG_INTERNAL_H
+#include "ops.h"
+
+/* ---- unary.c -------------------------------------------------------------------------------- */
+
+fg_tensor fg__sigmoid_grad(fg_loc at, fg_tensor gy, fg_tensor y);
+fg_tensor fg__log_sigmoid_grad(fg_loc at, fg_tensor gy, fg_tensor x);
+fg_tensor fg__softplus_grad(fg_loc at, fg_tensor gy, fg_tensor x);
+fg_tensor fg__silu_grad(fg_loc at, fg_tensor gy, fg_tensor x);
+fg_tensor fg__tanh_grad(fg_loc at, fg_tensor gy, fg_tensor y);
+fg_tensor fg__relu_grad(fg_loc at, fg_tensor gy, fg_tensor x);
+
+/* ---- binary.c, reduce.c, view.c ------------------------------------------------------------- */
+
+/* x where a >= b, else 0; the three broadcast. */
+fg_tensor fg__where_ge(fg_loc at, fg_tensor a, fg_tensor b, fg_tensor x);
+fg_tensor fg__row_max_grad(fg_loc at, fg_tensor gy, fg_tensor x);
+/* gy at [start, start + its extent) of an axis of the given extent, else 0. */
+fg_tensor fg__slice_grad(fg_loc at, fg_tensor gy, int axis, int64_t start, int64_t extent);
+
+/* ---- softmax.c ------------------------------------------------------------------------------ */
+
+fg_tensor fg__softmax_grad(fg_loc at, fg_tensor gy, fg_tensor y);
+fg_tensor fg__log_sum_exp_grad(fg_loc at, fg_tensor gy, fg_tensor x, fg_tensor y);
+/* s: [B,H,M,N], scores of M queries and N keys.  Query i stands at absolute position p = past + i
+ * (past: i32[1]; absent: p = i, and M = N is required), key j at j.  y_ij = s_ij where j <= p and
+ * j >= first_(b,i) (first: i32[B,M]; absent: 0) and, if window > 0, p - j < window; else -inf. */
+fg_tensor fg__attention_mask(fg_loc at, fg_tensor s, fg_tensor first, fg_tensor past, int64_t window);
+
+#endif
