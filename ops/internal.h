@@ -28,6 +28,7 @@ fg_tensor fg__log_sum_exp_grad(fg_loc at, fg_tensor gy, fg_tensor x, fg_tensor y
 /* s: [B,H,M,N], scores of M queries and N keys.  Query i stands at absolute position p = past + i
  * (past: i32[1]; absent: p = i, and M = N is required), key j at j.  y_ij = s_ij where j <= p and
  * j >= first_(b,i) (first: i32[B,M]; absent: 0) and, if window > 0, p - j < window; else -inf. */
-fg_tensor fg__attention_mask(fg_loc at, fg_tensor s, fg_tensor first, fg_tensor past, int64_t window);
+fg_tensor fg__attention_mask(fg_loc at, fg_tensor s, fg_tensor first, fg_tensor past,
+                             int64_t window);
 
 #endif

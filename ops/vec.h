@@ -64,10 +64,54 @@ static inline fg_vec fg_vfma(fg_vec a, fg_vec b, fg_vec c)
 /* mask is all ones (-1) or 0 in each lane, as comparisons of vectors give. */
 static inline fg_vec fg_vselect(fg_vint mask, fg_vec a, fg_vec b)
 {
+#if defined(__AVX__) && !defined(__AVX512F__) && defined(FG_DOUBLE)
+    return (fg_vec)_mm256_blendv_pd((__m256d)b, (__m256d)a, (__m256d)mask);
+#elif defined(__AVX__) && !defined(__AVX512F__)
+    return (fg_vec)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)mask);
+#else
     return (fg_vec)(((fg_vint)a & mask) | ((fg_vint)b & ~mask));
+#endif
 }
-static inline fg_vec fg_vmax(fg_vec a, fg_vec b) { return fg_vselect((fg_vint)(a > b), a, b); }
-static inline fg_vec fg_vmin(fg_vec a, fg_vec b) { return fg_vselect((fg_vint)(a < b), a, b); }
+/* a > b ? a : b and a < b ? a : b, so b where either is NaN. */
+static inline fg_vec fg_vmax(fg_vec a, fg_vec b)
+{
+#if defined(__AVX__) && !defined(__AVX512F__) && defined(FG_DOUBLE)
+    return (fg_vec)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__AVX__) && !defined(__AVX512F__)
+    return (fg_vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return fg_vselect((fg_vint)(a > b), a, b);
+#endif
+}
+static inline fg_vec fg_vmin(fg_vec a, fg_vec b)
+{
+#if defined(__AVX__) && !defined(__AVX512F__) && defined(FG_DOUBLE)
+    return (fg_vec)_mm256_min_pd((__m256d)a, (__m256d)b);
+#elif defined(__AVX__) && !defined(__AVX512F__)
+    return (fg_vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return fg_vselect((fg_vint)(a < b), a, b);
+#endif
+}
+static inline fg_vec fg_vabs(fg_vec x) { return fg_vmax(x, -x); }
+static inline fg_vec fg_vsqrt(fg_vec v)
+{
+#if defined(__AVX512F__) && defined(FG_DOUBLE)
+    return (fg_vec)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX512F__)
+    return (fg_vec)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX__) && defined(FG_DOUBLE)
+    return (fg_vec)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__AVX__)
+    return (fg_vec)_mm256_sqrt_ps((__m256)v);
+#else
+    fg_real a[FG_VEC_BYTES / sizeof(fg_real)];
+    memcpy(a, &v, sizeof a);
+    for (int64_t i = 0; i < FG_LANES; i++) a[i] = (fg_real)sqrt(a[i]);
+    memcpy(&v, a, sizeof a);
+    return v;
+#endif
+}
 
 /* Sum and greatest of the lanes, always in the same tree order. */
 static inline fg_real fg_vsum(fg_vec v)
@@ -99,11 +143,11 @@ static inline fg_real fg_vgreatest(fg_vec v)
 FG_VEC_LANEWISE(fg_vexp, exp(x))
 FG_VEC_LANEWISE(fg_vlog, log(x))
 FG_VEC_LANEWISE(fg_vlog1p, log1p(x))
-FG_VEC_LANEWISE(fg_vsqrt, sqrt(x))
+FG_VEC_LANEWISE(fg_vtanh, tanh(x))
 #else
 static inline fg_vec fg_vexp(fg_vec x)
 {
-    const fg_vint nan = (fg_vint)(x != x), under = (fg_vint)(x < fg_vset(-103.97f));
+    const fg_vint nan = (fg_vint)(x != x), under = (fg_vint)(x < fg_vset(-103.97208f));
     const fg_vint over = (fg_vint)(x > fg_vset(88.72283f));
     const fg_vec in = x;
     x = fg_vmin(fg_vmax(x, fg_vset(-104)), fg_vset(89));
@@ -125,18 +169,9 @@ static inline fg_vec fg_vexp(fg_vec x)
     return fg_vselect(nan, in, p);
 }
 
-/* x > 0, finite; 0 gives -inf, below 0 NaN. */
-static inline fg_vec fg_vlog(fg_vec x)
+/* ln(1 + m) + e ln 2 for 1 + m in [sqrt(1/2), sqrt(2)]. */
+static inline fg_vec fg__vlog_sum(fg_vec m, fg_vec e)
 {
-    const fg_vint zero = (fg_vint)(x == fg_vset(0)), bad = (fg_vint)(x < fg_vset(0)) | (fg_vint)(x != x);
-    const fg_vint inf = (fg_vint)(x == fg_vset(INFINITY)), tiny = (fg_vint)(x < fg_vset(1.17549435e-38f));
-    const fg_vec scaled = fg_vselect(tiny, x * 8388608.0f, x);
-    const fg_vint bits = (fg_vint)scaled;
-    fg_vec e = __builtin_convertvector(((bits >> 23) & 255) - 126, fg_vec) - fg_vselect(tiny, fg_vset(23), fg_vset(0));
-    fg_vec m = (fg_vec)((bits & 0x007fffff) | 0x3f000000);           /* in [1/2, 1) */
-    const fg_vint low = (fg_vint)(m < fg_vset(0.707106781186547524f));
-    e = e - fg_vselect(low, fg_vset(1), fg_vset(0));
-    m = m + fg_vselect(low, m, fg_vset(0)) - 1;
     const fg_vec z = m * m;
     fg_vec p = fg_vset(7.0376836292e-2f);
     p = fg_vfma(p, m, fg_vset(-1.1514610310e-1f));
@@ -150,30 +185,52 @@ static inline fg_vec fg_vlog(fg_vec x)
     fg_vec y = p * m * z;
     y = fg_vfma(e, fg_vset(-2.12194440e-4f), y);
     y = fg_vfma(z, fg_vset(-0.5f), y);
-    y = fg_vfma(e, fg_vset(0.693359375f), m + y);
-    y = fg_vselect(inf, fg_vset(INFINITY), y);
+    return fg_vfma(e, fg_vset(0.693359375f), m + y);
+}
+
+/* 0 gives -inf, below 0 NaN. */
+static inline fg_vec fg_vlog(fg_vec x)
+{
+    const fg_vint zero = (fg_vint)(x == fg_vset(0)), same = (fg_vint)(x == fg_vset(INFINITY));
+    const fg_vint bad = (fg_vint)(x < fg_vset(0)) | (fg_vint)(x != x);
+    const fg_vint tiny = (fg_vint)(x < fg_vset(1.17549435e-38f));
+    const fg_vint bits = (fg_vint)fg_vselect(tiny, x * 8388608.0f, x);
+    fg_vec e = __builtin_convertvector(((bits >> 23) & 255) - 126, fg_vec);
+    e = e - fg_vselect(tiny, fg_vset(23), fg_vset(0));
+    fg_vec m = (fg_vec)((bits & 0x007fffff) | 0x3f000000);           /* in [1/2, 1) */
+    const fg_vint low = (fg_vint)(m < fg_vset(0.707106781186547524f));
+    e = e - fg_vselect(low, fg_vset(1), fg_vset(0));
+    m = m + fg_vselect(low, m, fg_vset(0)) - 1;
+    fg_vec y = fg__vlog_sum(m, e);
+    y = fg_vselect(same, x, y);
     y = fg_vselect(zero, fg_vset(-INFINITY), y);
     return fg_vselect(bad, fg_vset(NAN), y);
 }
 
-/* ln(1 + x) for 0 <= x <= 1; log(1 + x) corrected for the rounding of 1 + x. */
+/* ln(1 + x) for 0 <= x <= 1.  1 + x is never rounded: above sqrt(2) - 1, ln 2 + ln(1 + (x - 1)/2). */
 static inline fg_vec fg_vlog1p(fg_vec x)
 {
-    const fg_vec u = x + 1, d = u - 1;
-    return fg_vselect((fg_vint)(d == fg_vset(0)), x, fg_vlog(u) * (x / fg_vselect((fg_vint)(d == fg_vset(0)), fg_vset(1), d)));
+    const fg_vint high = (fg_vint)(x > fg_vset(0.414213562373095049f));
+    const fg_vec m = fg_vselect(high, (x - 1) * 0.5f, x);
+    return fg__vlog_sum(m, fg_vselect(high, fg_vset(1), fg_vset(0)));
 }
 
-static inline fg_vec fg_vsqrt(fg_vec v)
+/* Below 5/8 an odd polynomial (Cephes), above 1 - 2 / (e^(2|x|) + 1). */
+static inline fg_vec fg_vtanh(fg_vec x)
 {
-    fg_real a[FG_VEC_BYTES / sizeof(fg_real)];
-    memcpy(a, &v, sizeof a);
-    for (int64_t i = 0; i < FG_LANES; i++) a[i] = sqrtf(a[i]);
-    memcpy(&v, a, sizeof a);
-    return v;
+    const fg_vec u = fg_vabs(x), z = x * x;
+    const fg_vec far = 1 - 2 / (fg_vexp(u + u) + 1);
+    fg_vec p = fg_vset(-5.70498872745e-3f);
+    p = fg_vfma(p, z, fg_vset(2.06390887954e-2f));
+    p = fg_vfma(p, z, fg_vset(-5.37397155531e-2f));
+    p = fg_vfma(p, z, fg_vset(1.33314422036e-1f));
+    p = fg_vfma(p, z, fg_vset(-3.33332819422e-1f));
+    const fg_vec near = fg_vfma(p * z, x, x);
+    const fg_vec y = fg_vselect((fg_vint)(x < fg_vset(0)), -far, far);
+    return fg_vselect((fg_vint)(u < fg_vset(0.625f)), near, y);
 }
 #endif
 
-static inline fg_vec fg_vabs(fg_vec x) { return fg_vmax(x, -x); }
 /* Stable on both sides: e = exp(-|x|) never overflows. */
 static inline fg_vec fg_vsigmoid(fg_vec x)
 {
