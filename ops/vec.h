@@ -34,7 +34,7 @@ typedef int32_t fg_vint __attribute__((vector_size(FG_VEC_BYTES)));
 
 static inline fg_vec fg_vload(const fg_real *p) { return *(const fg_vec_any *)p; }
 static inline void fg_vstore(fg_real *p, fg_vec v) { *(fg_vec_any *)p = v; }
-static inline fg_vec fg_vset(fg_real x) { return (fg_vec){ 0 } + x; }
+static inline fg_vec fg_vset(fg_real x) { return x - (fg_vec){ 0 }; }    /* x - 0 is x: no instruction */
 
 /* n < FG_LANES elements; the other lanes are 0. */
 static inline fg_vec fg_vload_n(const fg_real *p, int64_t n)
