@@ -31,4 +31,9 @@ fg_tensor fg__log_sum_exp_grad(fg_loc at, fg_tensor gy, fg_tensor x, fg_tensor y
 fg_tensor fg__attention_mask(fg_loc at, fg_tensor s, fg_tensor first, fg_tensor past,
                              int64_t window);
 
+/* ---- rms_norm.c ----------------------------------------------------------------------------- */
+
+/* fg_rms_norm(a + b, w, eps, 1) with fg_result(y, 1) = a + b. */
+fg_tensor fg__add_rms_norm(fg_loc at, fg_tensor a, fg_tensor b, fg_tensor w, double eps);
+
 #endif

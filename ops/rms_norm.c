@@ -9,6 +9,7 @@
  * reads gy and x once and writes gx once, which is the least possible.
  * Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4; groups as in the
  * per-head norms of Lin et al. 2025, "Forgetting Transformer". */
+#include "internal.h"
 #include "norm.h"
 
 fg_tensor (fg_rms_norm)(fg_loc at, fg_tensor x, fg_tensor w, double eps, int64_t groups)
@@ -210,6 +211,11 @@ const fg_op_code fg_code_rms_norm_grad = {
 
 /* ---- add_rms_norm --------------------------------------------------------------------------- */
 
+fg_tensor fg__add_rms_norm(fg_loc at, fg_tensor a, fg_tensor b, fg_tensor w, double eps)
+{
+    return FG_APPLY(add_rms_norm, at, ((const fg_tensor[]){ a, b, w }), (float)eps);
+}
+
 static fg_status add_infer(fg_infer *c)
 {
     const struct fg_attr_add_rms_norm *at = c->attr;
@@ -303,8 +309,7 @@ static fg_tensor add_example(fg_graph *g, int i)
     const fg_tensor a = fg_random(g, rows[i], extent[i]);
     const fg_tensor b = fg_random(g, rows[i], extent[i]);
     const fg_tensor w = fg_random(g, extent[i]);
-    const fg_tensor in[] = { a, b, w };
-    return FG_APPLY(add_rms_norm, FG_HERE, in, i == 1 ? 1e-2f : 1e-5f);
+    return fg__add_rms_norm(FG_HERE, a, b, w, i == 1 ? 1e-2 : 1e-5);
 }
 
 const fg_op_code fg_code_add_rms_norm = {
