@@ -5,8 +5,8 @@
  *            "__metadata__": {text: text} }               offsets count from the end of the JSON
  *
  * Format: Hugging Face, safetensors, README, "Format" (2022-2024).  Stricter than it on purpose:
- * keys may not repeat, an entry has no other keys, names are short and printable, and counts are limited
- * before anything is allocated, because a checkpoint may come from anywhere. */
+ * keys may not repeat, an entry has no other keys, names are short and printable, and counts are
+ * limited before anything is allocated, because a checkpoint may come from anywhere. */
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>

@@ -258,7 +258,7 @@ FG_API fg_status fg_checkpoint_load(const char *path, fg_store *s, fg_train_stat
 FG_API void      fg_train_state_free(fg_train_state *t);
 /* The folder of the highest step that has DONE; "" if there is none. */
 FG_API fg_status fg_checkpoint_find_newest(const char *dir, char path[1024], char message[400]);
-/* Deletes all but the newest `keep` checkpoints (at least one) and what killed runs left behind. */
+/* Keeps the newest `keep` checkpoints (0: all), deletes the others and what killed runs left. */
 FG_API fg_status fg_checkpoint_prune(const char *dir, int keep, char message[400]);
 
 #ifdef __cplusplus
