@@ -11,30 +11,59 @@ extern "C" {
 
 /* ---- layers --------------------------------------------------------------------------------- */
 
-/* x [...,N] -> [...,n_out], weight [n_out,N] normal(0, 0.02); affine adds a bias, zero at first. */
+/* The parameter "<name>.weight": normal with mean 0 and the standard deviation of the graph's fact
+ * initializer_range, 0.02 without one. */
+FG_API fg_tensor (fg_nn_weight)(fg_loc at, fg_graph *g, const char *name, fg_shape s);
+/* x [...,N] -> [...,n_out] through a weight [n_out,N]; affine adds a bias, zero at first. */
 FG_API fg_tensor (fg_nn_linear)(fg_loc at, fg_tensor x, const char *name, int64_t n_out);
 FG_API fg_tensor (fg_nn_affine)(fg_loc at, fg_tensor x, const char *name, int64_t n_out);
 FG_API fg_tensor (fg_nn_embed)(fg_loc at, fg_tensor tokens, const char *name, int64_t vocab, int64_t width);
-/* RMS norm with a new gain of ones: [N] for groups = 1 or shared = false, else [N/groups]. */
+/* A log forget gate [B,T,H] that is the same at all positions: log sigmoid(b), parameter "<name>" [H].
+ * Head n starts with the time constant tau_n, log-spaced over [tau_min, tau_max], or b = 0 if tau_min is
+ * 0; frozen: it keeps them. */
+FG_API fg_tensor (fg_nn_decay)(fg_loc at, fg_tensor x, const char *name, int64_t heads, double tau_min,
+                               double tau_max, bool frozen);
+/* RMS norm with a new gain of ones: of the last axis, or of each head of [B,T,H,d]; the gain is [H*d],
+ * or [d] if the heads share it.  eps 0: 1e-6. */
 FG_API fg_tensor (fg_nn_norm)(fg_loc at, fg_tensor x, const char *name, double eps);
-FG_API fg_tensor (fg_nn_head_norm)(fg_loc at, fg_tensor x, const char *name, double eps, int64_t heads, bool shared);
+FG_API fg_tensor (fg_nn_head_norm)(fg_loc at, fg_tensor x, const char *name, double eps, bool shared);
+/* Each head's norm, then a gate if there is one: merge(norm(x)) * sigmoid(gate).  x [B,T,H,d],
+ * gate [B,T,H*d] -> [B,T,H*d]. */
+FG_API fg_tensor (fg_nn_gated_norm)(fg_loc at, fg_tensor x, const char *name, fg_tensor gate, double eps);
 /* SwiGLU: down(act(g) * p), [g | p] = gate_proj x of 2 * hidden rows. */
 FG_API fg_tensor (fg_nn_mlp)(fg_loc at, fg_tensor x, const char *name, int64_t hidden, fg_act act);
 FG_API fg_tensor (fg_nn_heads)(fg_loc at, fg_tensor x, int64_t heads);      /* [B,T,H*d] -> [B,T,H,d] */
 FG_API fg_tensor (fg_nn_merge)(fg_loc at, fg_tensor x);                     /* [B,T,H,d] -> [B,T,H*d] */
-/* Mean of cross_entropy over all positions whose label is not -100. */
+/* What the families share: x = embeddings; layers of r = x + mixer(norm(x)), x = r + mlp(norm(r));
+ * logits = head(norm(x)).  mixer gets norm(x) [B,T,h] and config, in the scope "attn". */
+typedef struct {
+    fg_tensor (*mixer)(fg_tensor x, const void *config);
+    const void *config;
+    int64_t vocab, width, layers, hidden;      /* hidden: of the MLP; 0: from ratio */
+    double  ratio, eps;                        /* 0: 4 and 1e-6 */
+    fg_act  act;
+    bool    tied, recompute;                   /* one table for embedding and head; as in fox_config */
+} fg_nn_skeleton;
+FG_API fg_tensor (fg_nn_block)(fg_loc at, fg_tensor x, fg_nn_skeleton s);       /* in the current scope */
+FG_API fg_tensor (fg_nn_lm)(fg_loc at, fg_tensor tokens, fg_nn_skeleton s);     /* i32[B,T] -> [B,T,V] */
+/* Mean of cross_entropy over all positions.  A label of -100 adds nothing and is counted. */
 FG_API fg_tensor (fg_nn_loss)(fg_loc at, fg_tensor logits, fg_tensor labels);
 /* hidden width of an MLP: 256 * ceil(trunc(h * ratio * 2 / 3) / 256). */
 FG_API int64_t     fg_nn_mlp_width(int64_t h, double ratio);
 
+#define fg_nn_weight(...)    fg_nn_weight(FG_HERE, __VA_ARGS__)
 #define fg_nn_linear(...)    fg_nn_linear(FG_HERE, __VA_ARGS__)
 #define fg_nn_affine(...)    fg_nn_affine(FG_HERE, __VA_ARGS__)
 #define fg_nn_embed(...)     fg_nn_embed(FG_HERE, __VA_ARGS__)
+#define fg_nn_decay(...)     fg_nn_decay(FG_HERE, __VA_ARGS__)
 #define fg_nn_norm(...)      fg_nn_norm(FG_HERE, __VA_ARGS__)
 #define fg_nn_head_norm(...) fg_nn_head_norm(FG_HERE, __VA_ARGS__)
+#define fg_nn_gated_norm(...) fg_nn_gated_norm(FG_HERE, __VA_ARGS__)
 #define fg_nn_mlp(...)       fg_nn_mlp(FG_HERE, __VA_ARGS__)
 #define fg_nn_heads(...)     fg_nn_heads(FG_HERE, __VA_ARGS__)
 #define fg_nn_merge(...)     fg_nn_merge(FG_HERE, __VA_ARGS__)
+#define fg_nn_block(...)     fg_nn_block(FG_HERE, __VA_ARGS__)
+#define fg_nn_lm(...)        fg_nn_lm(FG_HERE, __VA_ARGS__)
 #define fg_nn_loss(...)      fg_nn_loss(FG_HERE, __VA_ARGS__)
 
 /* ---- FoX and Transformer (Pro): one architecture, three settings (Lin et al. 2025) ----------- */
@@ -79,6 +108,12 @@ FG_API fg_tensor (transformer_block)(fg_loc at, fg_tensor x, const transformer_c
 FG_API fg_tensor (transformer_lm)(fg_loc at, fg_tensor tokens, const transformer_config *c);
 #define transformer_block(...) transformer_block(FG_HERE, __VA_ARGS__)
 #define transformer_lm(...)    transformer_lm(FG_HERE, __VA_ARGS__)
+
+/* ---- config.json ------------------------------------------------------------------------------ */
+
+/* Sets every field of the model's config.json as a fact of g; the *_lm builders begin with it. */
+FG_API void fox_config_record(fg_graph *g, const fox_config *c);
+FG_API void transformer_config_record(fg_graph *g, const transformer_config *c);
 
 /* ---- catalog: the paper's models by name ------------------------------------------------------ */
 

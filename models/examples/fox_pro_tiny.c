@@ -1,0 +1,30 @@
+/* fox_pro_tiny.c - FoX (Pro) on bytes, small enough for a laptop.
+ *
+ *     fox-graph run fox_pro_tiny.c --data text.txt
+ *     fox-graph run fox_pro_tiny.c --data text.txt --set width=192 --set layers=6 --set lr=0.002
+ *
+ * Source: Lin, Nikishin, He, Courville 2025, "Forgetting Transformer: Softmax Attention with a
+ *         Forget Gate" (arXiv 2503.02130). */
+#include <fox_graph.h>
+
+/* Bytes are tokens; the last tenth of the text is held out. */
+void fg_configure(fg_recipe *r)
+{
+    r->batch = 16;
+    r->context = 256;
+    r->tokens = 3000000;
+    r->lr = 4e-3;
+    r->warmup_tokens = 200000;
+    r->eval_every = 100;
+    r->eval_batches = 16;
+    r->log_every = 10;
+}
+
+fg_tensor fg_model(fg_tensor tokens)                     /* [B,T] -> logits [B,T,256] */
+{
+    fg_graph *g = tokens.graph;
+    const int64_t width = fg_setting_int(g, "width", 128), layers = fg_setting_int(g, "layers", 4);
+    const int64_t heads = fg_setting_int(g, "heads", width / 32);
+    const fox_config c = fox_pro_config(256, width, layers, heads);
+    return fox_lm(tokens, &c);
+}

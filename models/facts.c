@@ -1,0 +1,151 @@
+/* facts.c - the models' configurations: their defaults, and the facts that become a config.json.
+ *
+ * A table ties each key to a field of the struct.  Keys, value types and defaults are those of the
+ * config.json files of the FoX release. */
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "fox_models.h"
+
+fox_config fox_llama_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads)
+{
+    return (fox_config){ .vocab_size = vocab, .hidden_size = width, .num_hidden_layers = layers,
+        .num_heads = heads, .hidden_ratio = 4, .norm_eps = 1e-6, .rope_base = 500000,
+        .initializer_range = 0.02, .fgate_type = FG_GATE_FULL };
+}
+
+fox_config fox_pro_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads)
+{
+    fox_config c = fox_llama_config(vocab, width, layers, heads);
+    c.hidden_ratio = 3.5;
+    c.use_k_shift = c.use_v_shift = c.qk_norm = c.use_output_gate = c.use_output_norm = true;
+    return c;
+}
+
+fox_config transformer_pro_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads)
+{
+    fox_config c = fox_pro_config(vocab, width, layers, heads);
+    c.fgate_type = FG_GATE_NONE;
+    c.use_rope = true;
+    return c;
+}
+
+transformer_config transformer_llama_config(int64_t vocab, int64_t width, int64_t layers,
+                                            int64_t heads)
+{
+    return (transformer_config){ .vocab_size = vocab, .hidden_size = width,
+        .num_hidden_layers = layers, .num_heads = heads, .hidden_ratio = 4, .norm_eps = 1e-6,
+        .rope_base = 500000, .initializer_range = 0.02 };
+}
+
+/* COUNT: int64_t, unset at 0.  REAL: double, unset at 0.  FLAG: bool, GATE: fg_gate_kind: written
+ * as words[value].  FIXED: always `unset`; the model has no such thing.  unset: JSON text of
+ * a field that is 0, the default of the official class. */
+typedef enum { COUNT, REAL, FLAG, GATE, FIXED } kind;
+typedef struct {
+    const char *key, *unset;
+    kind kind;
+    size_t at;
+    const char *const *words;
+} field;
+
+static const char *const yes[] = { "false", "true" }, *const no[] = { "true", "false" };
+static const char *const acts[] = { "\"swish\"", "\"sigmoid\"" };
+static const char *const gate_acts[] = { "\"sigmoid\"", "\"silu\"" };
+static const char *const gates[] = { "\"full\"", "\"bias_only\"", "\"fixed\"", "\"none\"" };
+
+#define SAME_FIELDS(C)                                                                      \
+    { "vocab_size",           "32000",    COUNT, offsetof(C, vocab_size),        NULL },    \
+    { "hidden_size",          "2048",     COUNT, offsetof(C, hidden_size),       NULL },    \
+    { "num_hidden_layers",    "24",       COUNT, offsetof(C, num_hidden_layers), NULL },    \
+    { "num_heads",            "32",       COUNT, offsetof(C, num_heads),         NULL },    \
+    { "hidden_ratio",         "4",        REAL,  offsetof(C, hidden_ratio),      NULL },    \
+    { "intermediate_size",    "null",     COUNT, offsetof(C, intermediate_size), NULL },    \
+    { "norm_eps",             "1e-06",    REAL,  offsetof(C, norm_eps),          NULL },    \
+    { "rope_base",            "500000.0", REAL,  offsetof(C, rope_base),         NULL },    \
+    { "initializer_range",    "0.02",     REAL,  offsetof(C, initializer_range), NULL },    \
+    { "hidden_act",           "\"swish\"", FLAG, offsetof(C, mlp_sigmoid),       acts },    \
+    { "tie_word_embeddings",  "false",    FLAG,  offsetof(C, tie_word_embeddings), yes },   \
+    { "max_position_embeddings", "null",  FIXED, 0, NULL },                                 \
+    { "elementwise_affine",   "true",     FIXED, 0, NULL },                                 \
+    { "attention_bias",       "false",    FIXED, 0, NULL },                                 \
+    { "fuse_norm",            "true",     FIXED, 0, NULL },                                 \
+    { "fuse_cross_entropy",   "true",     FIXED, 0, NULL },                                 \
+    { "use_cache",            "true",     FIXED, 0, NULL },                                 \
+    { "bos_token_id",         "null",     FIXED, 0, NULL },                                 \
+    { "eos_token_id",         "null",     FIXED, 0, NULL },                                 \
+    { "pad_token_id",         "null",     FIXED, 0, NULL },                                 \
+    { "torch_dtype",          "\"float32\"", FIXED, 0, NULL }
+
+static const field fox_fields[] = {
+    { "model_type", "\"forgetting_transformer-project_fox\"", FIXED, 0, NULL },
+    { "architectures", "[\"ForgettingTransformerForCausalLM\"]", FIXED, 0, NULL },
+    SAME_FIELDS(fox_config),
+    { "num_kv_heads", "null", FIXED, 0, NULL },
+    { "window_size", "null", FIXED, 0, NULL },
+    { "log_pruning_tolerance", "null", FIXED, 0, NULL },
+    { "fgate_type", "\"full\"", GATE, offsetof(fox_config, fgate_type), gates },
+    { "decay_time_min", "null", REAL, offsetof(fox_config, decay_time_min), NULL },
+    { "decay_time_max", "null", REAL, offsetof(fox_config, decay_time_max), NULL },
+    { "use_rope", "false", FLAG, offsetof(fox_config, use_rope), yes },
+    { "use_k_shift", "false", FLAG, offsetof(fox_config, use_k_shift), yes },
+    { "use_v_shift", "false", FLAG, offsetof(fox_config, use_v_shift), yes },
+    { "qk_norm", "false", FLAG, offsetof(fox_config, qk_norm), yes },
+    { "qk_norm_share_param_across_head", "false", FLAG,
+      offsetof(fox_config, qk_norm_share_param_across_head), yes },
+    { "use_output_gate", "false", FLAG, offsetof(fox_config, use_output_gate), yes },
+    { "use_output_norm", "false", FLAG, offsetof(fox_config, use_output_norm), yes },
+    { "ogate_act", "\"sigmoid\"", FLAG, offsetof(fox_config, output_gate_silu), gate_acts },
+    { NULL, NULL, FIXED, 0, NULL }
+};
+
+static const field transformer_fields[] = {
+    { "model_type", "\"transformer-project_fox\"", FIXED, 0, NULL },
+    { "architectures", "[\"TransformerForCausalLM\"]", FIXED, 0, NULL },
+    SAME_FIELDS(transformer_config),
+    { "num_kv_heads", "null", COUNT, offsetof(transformer_config, num_kv_heads), NULL },
+    { "window_size", "null", COUNT, offsetof(transformer_config, window_size), NULL },
+    { "use_rope", "true", FLAG, offsetof(transformer_config, no_rope), no },
+    { NULL, NULL, FIXED, 0, NULL }
+};
+
+/* A short text that reads back as v. */
+static void real_text(char text[32], double v)
+{
+    int digits = 6;
+    do snprintf(text, 32, "%.*g", digits, v);
+    while (strtod(text, NULL) != v && digits++ < 17);
+    if (!strpbrk(text, ".e") && v >= 10) strcat(text, ".0");
+}
+
+static void record(fg_graph *g, const field *f, const void *config)
+{
+    for (; f->key; f++) {
+        const char *at = (const char *)config + f->at, *json = f->unset;
+        char text[32];
+        if (f->kind == COUNT && *(const int64_t *)at > 0) {
+            snprintf(text, sizeof text, "%lld", (long long)*(const int64_t *)at);
+            json = text;
+        } else if (f->kind == REAL && *(const double *)at > 0) {
+            real_text(text, *(const double *)at);
+            json = text;
+        } else if (f->kind == FLAG) {
+            json = f->words[*(const bool *)at];
+        } else if (f->kind == GATE) {
+            json = f->words[*(const fg_gate_kind *)at];
+        }
+        (void)fg_graph_set_fact(g, f->key, json);
+    }
+}
+
+void fox_config_record(fg_graph *g, const fox_config *c)
+{
+    record(g, fox_fields, c);
+    (void)fg_graph_set_fact(g, "fgate_bias_init", yes[c->decay_time_min > 0]);
+}
+
+void transformer_config_record(fg_graph *g, const transformer_config *c)
+{
+    record(g, transformer_fields, c);
+}

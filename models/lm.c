@@ -1,0 +1,77 @@
+/* lm.c - what the families share around their mixers: SwiGLU, pre-norm block, language model.
+ *
+ *     x = E[tokens];  each layer: r = x + mixer(norm(x)), x = r + mlp(norm(r));  logits = W norm(x)
+ *
+ * Shapes: B batch, T positions, h model width, I MLP width, V vocabulary.
+ * Source: Touvron et al. 2023, "LLaMA" (arXiv 2302.13971), section 2.2. */
+#include "fox_models.h"
+
+/* y = W_down (act(g) * p),   [g | p] = W_gate x */
+fg_tensor (fg_nn_mlp)(fg_loc at, fg_tensor x, const char *name, int64_t hidden, fg_act act)
+{
+    (fg_scope_push)(at, x.graph, name);
+    fg_tensor gp = fg_nn_linear(x, "gate_proj", 2 * hidden);                        /* [B,T,2I]  */
+    fg_tensor y = fg_nn_linear(fg_swiglu(gp, act), "down_proj", fg_dim(x, -1));     /* [B,T,h]   */
+    fg_scope_pop(x.graph);
+    return y;
+}
+
+/* The halves of a block; each has a scope, to be recomputed in the backward pass if asked. */
+static fg_tensor time_half(fg_tensor x, fg_nn_skeleton s)
+{
+    if (s.recompute) fg_scope_recompute(x.graph);
+    fg_tensor u = fg_nn_norm(x, "attn_norm", s.eps);                               /* [B,T,h]   */
+    fg_scope_push(x.graph, "attn");
+    fg_tensor y = s.mixer(u, s.config);                                           /* [B,T,h]   */
+    fg_scope_pop(x.graph);
+    return y;
+}
+
+static fg_tensor mlp_half(fg_tensor x, fg_nn_skeleton s)
+{
+    if (s.recompute) fg_scope_recompute(x.graph);
+    fg_tensor u = fg_nn_norm(x, "mlp_norm", s.eps);                                /* [B,T,h]   */
+    const int64_t wide = fg_nn_mlp_width(fg_dim(x, -1), s.ratio > 0 ? s.ratio : 4);
+    return fg_nn_mlp(u, "mlp", s.hidden > 0 ? s.hidden : wide, s.act);
+}
+
+fg_tensor (fg_nn_block)(fg_loc at, fg_tensor x, fg_nn_skeleton s)
+{
+    (fg_scope_push)(at, x.graph, "");
+    fg_tensor a = time_half(x, s);                                                  /* [B,T,h]   */
+    fg_scope_pop(x.graph);
+    x = (fg_add)(at, x, a);
+    (fg_scope_push)(at, x.graph, "");
+    fg_tensor m = mlp_half(x, s);                                                   /* [B,T,h]   */
+    fg_scope_pop(x.graph);
+    return (fg_add)(at, x, m);
+}
+
+fg_tensor (fg_nn_lm)(fg_loc at, fg_tensor tokens, fg_nn_skeleton s)
+{
+    fg_graph *g = tokens.graph;
+    (fg_scope_push)(at, g, "model");
+    fg_tensor E = fg_nn_weight(g, "embeddings", FG_DIMS(s.vocab, s.width));       /* [V,h]     */
+    fg_tensor x = fg_embedding(tokens, E);                                          /* [B,T,h]   */
+    fg_scope_push(g, "layers");
+    for (int64_t i = 0; i < s.layers; i++) {
+        fg_scope_push(g, fg_name(g, "%lld", (long long)i));
+        x = fg_nn_block(x, s);
+        fg_scope_pop(g);
+    }
+    fg_scope_pop(g);
+    x = fg_nn_norm(x, "norm", s.eps);
+    fg_scope_pop(g);
+    if (s.tied) return (fg_linear)(at, x, E, (fg_tensor){ 0 });                    /* [B,T,V]   */
+    return (fg_nn_linear)(at, x, "lm_head", s.vocab);
+}
+
+fg_tensor (fg_nn_loss)(fg_loc at, fg_tensor logits, fg_tensor labels)
+{
+    return (fg_mean)(at, (fg_cross_entropy)(at, logits, labels));
+}
+
+int64_t fg_nn_mlp_width(int64_t h, double ratio)
+{
+    return ((int64_t)((double)h * ratio * 2 / 3) + 255) / 256 * 256;
+}
