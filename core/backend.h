@@ -1,0 +1,31 @@
+/* backend.h - what a device offers: nine functions, each with one line of contract. */
+#ifndef FG_BACKEND_H
+#define FG_BACKEND_H
+#include "op.h"
+
+typedef struct fg_backend_ops {
+    void        *(*alloc)(fg_backend *b, size_t bytes);          /* 64-byte aligned; NULL: out of memory */
+    void         (*free)(fg_backend *b, void *p);
+    /* Host data are f32 or i32 by the tensor's dtype; the device keeps them as its backend likes. */
+    fg_status    (*upload)(fg_backend *b, void *to, const void *from, int64_t count, fg_dtype t);
+    fg_status    (*download)(fg_backend *b, void *to, const void *from, int64_t count, fg_dtype t);
+    fg_status    (*clear)(fg_backend *b, void *to, size_t bytes);
+    const char  *(*unfit)(fg_backend *b, const fg_op *op, const fg_infer *c);   /* NULL, or why not */
+    size_t       (*scratch)(fg_backend *b, const fg_op *op, const fg_infer *c); /* bytes a launch needs */
+    fg_status    (*launch)(fg_backend *b, const fg_op *op, const fg_exec *e);
+    fg_status    (*sync)(fg_backend *b);
+    void         (*close)(fg_backend *b);
+} fg_backend_ops;
+
+struct fg_backend {
+    const fg_backend_ops *ops;           /* NULL if it could not be opened */
+    char      name[32], message[400];
+    fg_status status;
+    int       threads;
+    size_t    size_of[FG_DTYPE_COUNT];   /* bytes of an element on the device */
+    void     *impl;
+};
+
+fg_status fg__backend_fail(fg_backend *b, fg_status s, const char *fmt, ...) FG_PRINTF(3, 4);
+void      fg__cpu_open(fg_backend *b);
+#endif

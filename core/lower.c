@@ -1,0 +1,195 @@
+/* lower.c - a graph for a backend: kernel or definition for every node, dead nodes dropped, equal
+ * nodes merged, in the order in which they will run. */
+#include <stdlib.h>
+#include <string.h>
+#include "plan.h"
+
+void fg__infer_of(const fg_graph *g, const fg_node *n, fg_infer *c)
+{
+    *c = (fg_infer){ .graph = (fg_graph *)(uintptr_t)g, .attr = n->attr, .n_in = n->n_in, .n_out = n->n_out };
+    for (int i = 0; i < n->n_in; i++) {
+        c->given[i] = n->in[i] != 0;
+        c->in[i] = g->values[n->in[i]].shape;
+        c->in_type[i] = g->values[n->in[i]].type;
+    }
+    for (int o = 0; o < n->n_out; o++) {
+        c->out[o] = g->values[n->out[o]].shape;
+        c->out_type[o] = g->values[n->out[o]].type;
+    }
+}
+
+typedef struct {
+    const fg_graph *from;
+    fg_graph *to;
+    uint32_t *value, *node;              /* from -> to */
+    uint32_t *table, cap;                /* equal nodes: hash -> node of `to` + 1 */
+    bool again;                          /* a definition was put in: its nodes must be lowered too */
+} lowering;
+
+static uint64_t mix(uint64_t h, uint64_t x)
+{
+    h ^= x + 0x9e3779b97f4a7c15ULL + (h << 6) + (h >> 2);
+    return h * 0xff51afd7ed558ccdULL;
+}
+
+static uint64_t node_hash(const fg_node *n)
+{
+    uint64_t h = mix((uint64_t)(uintptr_t)n->op, (uint64_t)n->pass);
+    for (int i = 0; i < n->n_in; i++) h = mix(h, n->in[i]);
+    for (size_t i = 0; i < n->op->attr_size; i++) h = mix(h, ((const unsigned char *)n->attr)[i]);
+    return h ^ (h >> 31);
+}
+
+static bool node_equal(const fg_node *a, const fg_node *b)
+{
+    return a->op == b->op && a->pass == b->pass && a->n_in == b->n_in && a->recomputed == b->recomputed &&
+           !memcmp(a->in, b->in, sizeof *a->in * (size_t)a->n_in) && !memcmp(a->attr, b->attr, a->op->attr_size);
+}
+
+static int by_name(const void *a, const void *b)
+{
+    return strcmp(((const fg_mark *)a)->name, ((const fg_mark *)b)->name);
+}
+
+static bool copy_names(lowering *w)
+{
+    const fg_graph *g = w->from;
+    fg_graph *h = w->to;
+    for (uint32_t s = 1; s < g->n_scopes; s++) {
+        if (!fg__grow((void **)&h->scopes, &h->cap_scopes, h->n_scopes, sizeof *h->scopes)) return false;
+        h->scopes[h->n_scopes] = g->scopes[s];
+        h->scopes[h->n_scopes++].name = fg__strdup(h, g->scopes[s].name);
+    }
+    fg_mark *marks = malloc(g->n_values * sizeof *marks);
+    uint32_t n = 0;
+    for (uint32_t v = 1; marks && v < g->n_values; v++)
+        if (g->values[v].kind != FG_OF_NODE && g->values[v].name) marks[n++] = (fg_mark){ g->values[v].name, v };
+    if (n) qsort(marks, n, sizeof *marks, by_name);        /* the order of creation is the compiler's */
+    for (uint32_t i = 0; i < n; i++) {
+        fg_value copy = g->values[marks[i].id];
+        copy.name = fg__strdup(h, copy.name);
+        w->value[marks[i].id] = copy.name ? fg__new_value(h, copy) : 0;
+    }
+    const bool ok = marks && !h->status;
+    free(marks);
+    return ok;
+}
+
+static bool keep_node(lowering *w, uint32_t k)
+{
+    fg_graph *h = w->to;
+    fg_node n = w->from->nodes[k];
+    const bool fresh = n.op->code->memory != FG_MUTATE && !n.recomputed;
+    for (int i = 0; i < n.n_in; i++) n.in[i] = n.in[i] ? w->value[n.in[i]] : 0;
+    n.attr = fg__copy_attr(h, n.op, n.attr);
+    if (!n.attr) return false;
+    n.pair = n.pair == FG_NO_NODE ? FG_NO_NODE : w->node[n.pair];
+    uint32_t at = (uint32_t)node_hash(&n) & (w->cap - 1);
+    for (; fresh && w->table[at]; at = (at + 1) & (w->cap - 1)) {
+        const uint32_t twin = w->table[at] - 1;
+        if (!node_equal(&h->nodes[twin], &n)) continue;
+        for (int o = 0; o < n.n_out; o++) w->value[n.out[o]] = h->nodes[twin].out[o];
+        w->node[k] = twin;
+        return true;
+    }
+    for (int o = 0; o < n.n_out; o++) {
+        fg_value v = w->from->values[n.out[o]];
+        v.node = h->n_nodes;
+        const uint32_t id = fg__new_value(h, v);
+        if (!id) return false;
+        w->value[n.out[o]] = id;
+        n.out[o] = id;
+    }
+    w->node[k] = fg__new_node(h, n);
+    if (fresh && w->node[k] != FG_NO_NODE) w->table[at] = w->node[k] + 1;
+    return w->node[k] != FG_NO_NODE;
+}
+
+static bool define_node(lowering *w, uint32_t k)
+{
+    fg_graph *h = w->to;
+    const fg_node *n = &w->from->nodes[k];
+    fg_tensor in[FG_MAX_IN] = { { 0 } }, out[FG_MAX_OUT] = { { 0 } };
+    for (int i = 0; i < n->n_in; i++)
+        if (n->in[i]) in[i] = (fg_tensor){ h, w->value[n->in[i]] };
+    h->scope = n->scope;
+    h->pass = n->pass;
+    h->forward_at = n->at;
+    h->pair = n->pair == FG_NO_NODE ? FG_NO_NODE : w->node[n->pair];
+    const uint32_t first = h->n_nodes;
+    n->op->code->decompose(in, n->attr, out);
+    for (uint32_t i = first; i < h->n_nodes; i++) h->nodes[i].at = n->at;
+    h->scope = 0;
+    h->pass = FG_PASS_FORWARD;
+    h->pair = FG_NO_NODE;
+    for (int o = 0; o < n->n_out; o++) w->value[n->out[o]] = fg_ok(out[o]) ? out[o].id : 0;
+    w->node[k] = h->n_nodes > first ? h->n_nodes - 1 : FG_NO_NODE;
+    w->again = true;
+    return !h->status;
+}
+
+static bool lower_nodes(lowering *w, fg_backend *b)
+{
+    const fg_graph *g = w->from;
+    uint32_t *roots = malloc(((size_t)g->n_outputs + g->n_nodes + 1) * sizeof *roots);
+    uint32_t *order = malloc(((size_t)g->n_nodes + 1) * sizeof *order);
+    int n_roots = 0;
+    for (uint32_t i = 0; roots && i < g->n_outputs; i++)
+        if (g->values[g->outputs[i].id].node != FG_NO_NODE) roots[n_roots++] = g->values[g->outputs[i].id].node;
+    for (uint32_t k = 0; roots && k < g->n_nodes; k++)
+        if (g->nodes[k].op->code->memory == FG_MUTATE) roots[n_roots++] = k;
+    const int64_t n = roots && order ? fg__order(g, n_roots, roots, order) : -1;
+    bool ok = n >= 0;
+    for (int64_t i = 0; ok && i < n; i++) {
+        fg_infer c;
+        const fg_node *node = &g->nodes[order[i]];
+        fg__infer_of(g, node, &c);
+        const char *why = b->ops->unfit(b, node->op, &c);
+        ok = why && node->op->code->decompose ? define_node(w, order[i]) : keep_node(w, order[i]);
+    }
+    free(roots);
+    free(order);
+    return ok;
+}
+
+static fg_graph *lower_once(const fg_graph *g, fg_backend *b, uint32_t *value, bool *again)
+{
+    lowering w = { .from = g, .to = fg_graph_new(), .value = value, .cap = 64 };
+    while (w.cap < 2 * g->n_nodes + 2) w.cap *= 2;
+    w.table = calloc(w.cap, sizeof *w.table);
+    w.node = malloc(((size_t)g->n_nodes + 1) * sizeof *w.node);
+    memset(value, 0, g->n_values * sizeof *value);
+    for (uint32_t k = 0; w.node && k < g->n_nodes; k++) w.node[k] = FG_NO_NODE;
+    bool ok = w.to && w.table && w.node && copy_names(&w) && lower_nodes(&w, b);
+    for (uint32_t i = 0; ok && i < g->n_outputs; i++) {
+        const uint32_t id = value[g->outputs[i].id];
+        if (id) (fg_output)(FG_HERE, (fg_tensor){ w.to, id }, g->outputs[i].name);
+        ok = !w.to->status;
+    }
+    free(w.table);
+    free(w.node);
+    *again = w.again;
+    if (!ok && w.to && w.to->status != FG_OK && w.to->status != FG_ERR_MEMORY) return w.to;
+    if (!ok) { fg_graph_free(w.to); return NULL; }
+    return w.to;
+}
+
+fg_graph *fg__lower(const fg_graph *g, fg_backend *b, uint32_t **map)
+{
+    *map = malloc(g->n_values * sizeof **map);
+    if (!*map) return NULL;
+    for (uint32_t v = 0; v < g->n_values; v++) (*map)[v] = v;
+    const fg_graph *from = g;
+    fg_graph *to = NULL;
+    bool again = true;
+    for (int depth = 0; again && depth < 8; depth++) {
+        uint32_t *value = malloc(from->n_values * sizeof *value);
+        to = value ? lower_once(from, b, value, &again) : NULL;
+        for (uint32_t v = 0; to && v < g->n_values; v++) (*map)[v] = value[(*map)[v]];
+        free(value);
+        if (from != g) fg_graph_free((fg_graph *)(uintptr_t)from);
+        if (!to || to->status) return to;
+        from = to;
+    }
+    return to;
+}

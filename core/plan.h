@@ -1,0 +1,56 @@
+/* plan.h - the inside of a plan; core/ and autodiff's gradient check only. */
+#ifndef FG_PLAN_H
+#define FG_PLAN_H
+#include "backend.h"
+#include "graph.h"
+#include "store.h"
+
+typedef enum { FG_IN_ARENA, FG_IN_IO, FG_IN_STORE, FG_UNUSED } fg_place;
+
+typedef struct {
+    fg_place place;
+    uint32_t root;                       /* the value whose memory this one uses; itself if its own */
+    int64_t  from, to;                   /* steps between which the memory holds something (roots) */
+    size_t   bytes, offset;              /* in the arena or the io area (roots) */
+    fg_entry *entry;                     /* in the store (roots) */
+    const char *reused;                  /* why it shares its root: "view", "in place", "overwrites" */
+} fg_slot;
+
+typedef struct {
+    const char *op;
+    double seconds, flops, bytes;
+    int64_t calls;
+} fg_timing;
+
+struct fg_plan {
+    const fg_graph *graph;               /* as given */
+    fg_graph  *low;                      /* lowered, its nodes in running order */
+    uint32_t  *map;                      /* value of graph -> value of low, 0 if dropped */
+    fg_store  *store;
+    fg_slot   *slots;                    /* per value of low */
+    fg_exec   *execs;                    /* per node of low, pointers filled when memory is there */
+    fg_shape  *shapes;
+    fg_dtype  *types;
+    char      *arena, *io, *scratch;
+    size_t     arena_bytes, io_bytes, scratch_bytes;
+    fg_timing *timings;                  /* one for each op that occurs */
+    uint32_t   n_timings;
+    bool       profile, check, ready;
+    fg_plan_info info;
+    char       peak_node[200];
+    fg_status  status;
+    char       message[1200];
+};
+
+/* A graph of the same values in running order: every node has a kernel on b or is replaced by its
+ * definition; nodes that nothing needs are gone, equal ones are one.  NULL if out of memory. */
+fg_graph *fg__lower(const fg_graph *g, fg_backend *b, uint32_t **map);
+void      fg__infer_of(const fg_graph *g, const fg_node *n, fg_infer *c);    /* shapes in and out */
+fg_status fg__lay_out(fg_plan *p);                                           /* slots, sizes, peak */
+fg_status fg__prepare(fg_plan *p);                                           /* memory and pointers */
+/* Where t's value lies on the CPU; NULL if the plan does not keep it. */
+void     *fg__plan_data(fg_plan *p, fg_tensor t);
+bool      fg__plan_keeps(const fg_plan *p, uint32_t low_id);                 /* readable after a run */
+fg_cost   fg__cost_of(const fg_graph *g, const fg_node *n);
+fg_status fg__plan_fail(fg_plan *p, fg_status s, const char *fmt, ...) FG_PRINTF(3, 4);
+#endif

@@ -1,0 +1,195 @@
+/* run.c - plans from outside: making, writing inputs, running, reading outputs, timing. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include "plan.h"
+
+static bool asked(const char *variable)
+{
+    const char *s = getenv(variable);
+    return s && s[0] && strcmp(s, "0");
+}
+
+fg_plan *fg_plan_new(const fg_graph *g, fg_store *s)
+{
+    fg_plan *p = calloc(1, sizeof *p);
+    if (!p) return NULL;
+    p->graph = g;
+    p->store = s;
+    p->check = asked("FG_CHECK");
+    p->profile = asked("FG_PROFILE");
+    if (!g || fg_graph_status(g)) {
+        fg__plan_fail(p, fg_graph_status(g), "%s", fg_graph_message(g));
+        return p;
+    }
+    if (!s || !s->backend || !s->backend->ops) {
+        fg__plan_fail(p, FG_ERR_USAGE, "a plan needs a store with an open device");
+        return p;
+    }
+    p->low = fg__lower(g, s->backend, &p->map);
+    if (!p->low) fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while lowering the graph");
+    else if (p->low->status) fg__plan_fail(p, p->low->status, "%s", fg_graph_message(p->low));
+    for (uint32_t k = 0; p->low && !p->status && k < p->low->n_nodes; k++) {
+        fg_infer c;
+        const fg_node *n = &p->low->nodes[k];
+        fg__infer_of(p->low, n, &c);
+        const char *why = s->backend->ops->unfit(s->backend, n->op, &c);
+        if (why)
+            fg__plan_fail(p, FG_ERR_NO_KERNEL, "%s:%d: %s: %s", fg__base(n->at.file), n->at.line, n->op->name, why);
+    }
+    if (!p->status) fg__lay_out(p);
+    return p;
+}
+
+void fg_plan_free(fg_plan *p)
+{
+    if (!p) return;
+    if (p->store && p->store->backend && p->store->backend->ops) {
+        fg_backend *b = p->store->backend;
+        b->ops->free(b, p->arena);
+        b->ops->free(b, p->io);
+        b->ops->free(b, p->scratch);
+    }
+    fg_graph_free(p->low);
+    free(p->map); free(p->slots); free(p->execs); free(p->shapes); free(p->types); free(p->timings);
+    free(p);
+}
+
+fg_status   fg_plan_status(const fg_plan *p) { return p ? p->status : FG_ERR_MEMORY; }
+const char *fg_plan_message(const fg_plan *p)
+{
+    return !p ? fg_status_text(FG_ERR_MEMORY) : p->status ? p->message : fg_status_text(FG_OK);
+}
+fg_plan_info fg_plan_describe(const fg_plan *p) { return p ? p->info : (fg_plan_info){ 0 }; }
+
+/* The lowered value of t, or 0 with an error. */
+static uint32_t find(fg_plan *p, fg_tensor t, size_t bytes, const char *act)
+{
+    if (t.graph != p->graph || !t.id || t.id >= p->graph->n_values) {
+        fg__plan_fail(p, FG_ERR_USAGE, "%s: the tensor does not belong to this plan's graph", act);
+        return 0;
+    }
+    const fg_value *v = &p->graph->values[t.id];
+    const int64_t want = fg_shape_count(v->shape) * 4;
+    if (bytes == (size_t)want) return t.id;
+    fg__plan_fail(p, FG_ERR_USAGE, "%s: %s takes %lld bytes, not %zu", act, v->name ? v->name : "the tensor",
+                  (long long)want, bytes);
+    return 0;
+}
+
+fg_status fg_write(fg_plan *p, fg_tensor t, const void *data, size_t bytes)
+{
+    if (!p) return FG_ERR_MEMORY;
+    if (p->status || fg__prepare(p)) return p->status;
+    const uint32_t id = find(p, t, bytes, "write");
+    if (!id) return p->status;
+    const fg_value *v = &p->graph->values[id];
+    if (v->kind != FG_OF_INPUT) return fg__plan_fail(p, FG_ERR_USAGE, "write: only inputs can be written");
+    if (!p->map[id]) return FG_OK;
+    fg_backend *b = p->store->backend;
+    const fg_status s = b->ops->upload(b, fg__plan_data(p, t), data, fg_shape_count(v->shape), v->type);
+    return s ? fg__plan_fail(p, s, "write: %s: %s", v->name, fg_backend_message(b)) : FG_OK;
+}
+
+fg_status fg_read(fg_plan *p, fg_tensor t, void *data, size_t bytes)
+{
+    if (!p) return FG_ERR_MEMORY;
+    if (p->status || fg__prepare(p)) return p->status;
+    const uint32_t id = find(p, t, bytes, "read");
+    if (!id) return p->status;
+    if (!fg__plan_keeps(p, p->map[id]))
+        return fg__plan_fail(p, FG_ERR_USAGE, "read: the tensor is not an output (fg_output keeps it)");
+    const fg_value *v = &p->graph->values[id];
+    fg_backend *b = p->store->backend;
+    const fg_status s = b->ops->download(b, data, fg__plan_data(p, t), fg_shape_count(v->shape), v->type);
+    return s ? fg__plan_fail(p, s, "read: %s", fg_backend_message(b)) : FG_OK;
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void add_timing(fg_plan *p, const fg_node *n, double seconds)
+{
+    uint32_t i = 0;
+    while (i < p->n_timings && strcmp(p->timings[i].op, n->op->name)) i++;
+    if (i == p->n_timings) {
+        fg_timing *more = realloc(p->timings, (i + 1) * sizeof *more);
+        if (!more) return;
+        p->timings = more;
+        p->timings[p->n_timings++] = (fg_timing){ .op = n->op->name };
+    }
+    const fg_cost c = fg__cost_of(p->low, n);
+    fg_timing *t = &p->timings[i];
+    t->seconds += seconds;
+    t->calls++;
+    t->flops += c.flops;
+    t->bytes += c.bytes;
+}
+
+/* The first value that is not finite stops the run and names its node. */
+static fg_status check_values(fg_plan *p, const fg_node *n, const fg_exec *e)
+{
+    fg_backend *b = p->store->backend;
+    for (int o = 0; o < n->n_out; o++) {
+        const fg_value *v = &p->low->values[n->out[o]];
+        const int64_t count = fg_shape_count(v->shape);
+        if (v->type == FG_I32 || !count) continue;
+        float *x = malloc((size_t)count * sizeof *x);
+        if (!x) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while checking values");
+        fg_status s = b->ops->download(b, x, e->out[o], count, v->type);
+        int64_t bad = 0;
+        while (!s && bad < count && isfinite(x[bad])) bad++;
+        const float value = bad < count ? x[bad] : 0;
+        free(x);
+        if (s || bad == count) continue;
+        char path[200], shape[160];
+        fg__scope_path(p->low, n->scope, path, sizeof path);
+        fg__value_text(v, shape, sizeof shape);
+        return fg__plan_fail(p, FG_ERR_NUMERIC, "%s:%d: %s%s: element %lld of output %d, %s, is %g%s%s",
+                             fg__base(n->at.file), n->at.line, n->op->name,
+                             n->pass == FG_PASS_BACKWARD ? " (backward)" : "", (long long)bad, o, shape,
+                             (double)value, path[0] ? "\n    in " : "", path);
+    }
+    return FG_OK;
+}
+
+fg_status fg_run(fg_plan *p)
+{
+    if (!p) return FG_ERR_MEMORY;
+    if (p->status || fg__prepare(p)) return p->status;
+    fg_backend *b = p->store->backend;
+    for (uint32_t k = 0; k < p->low->n_nodes; k++) {
+        const fg_node *n = &p->low->nodes[k];
+        if (n->op->code->memory == FG_VIEW) continue;
+        const double start = p->profile ? now() : 0;
+        const fg_status s = b->ops->launch(b, n->op, &p->execs[k]);
+        if (s)
+            return fg__plan_fail(p, s, "%s:%d: %s: %s", fg__base(n->at.file), n->at.line, n->op->name,
+                                 fg_backend_message(b));
+        if (p->profile && !b->ops->sync(b)) add_timing(p, n, now() - start);
+        if (p->check && check_values(p, n, &p->execs[k])) return p->status;
+    }
+    const fg_status s = b->ops->sync(b);
+    return s ? fg__plan_fail(p, s, "%s", fg_backend_message(b)) : FG_OK;
+}
+
+void fg_plan_profile(fg_plan *p, bool on) { if (p) p->profile = on; }
+
+bool fg_plan_profile_at(const fg_plan *p, int i, const char **op, double *seconds, int64_t *calls,
+                        double *flops, double *bytes)
+{
+    if (!p || i < 0 || (uint32_t)i >= p->n_timings) return false;
+    const fg_timing *t = &p->timings[i];
+    *op = t->op;
+    *seconds = t->seconds;
+    *calls = t->calls;
+    *flops = t->flops;
+    *bytes = t->bytes;
+    return true;
+}

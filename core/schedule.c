@@ -1,0 +1,97 @@
+/* schedule.c - the order in which nodes run.
+ *
+ * C leaves the order of f(make(), make()) open, so gcc and clang may build one model in two orders.
+ * Forward nodes are therefore ordered by the graph alone: depth first from the roots, inputs in order.
+ * The backward and update nodes are made by the library, in one order, and keep it. */
+#include <stdlib.h>
+#include "graph.h"
+
+typedef struct {
+    const fg_graph *g;
+    uint8_t *mark;                       /* per node: 0 unseen, 1 open, 2 placed */
+    uint32_t *stack, *order;
+    uint32_t *reader_at, *readers;       /* readers of value v: readers[reader_at[v] .. reader_at[v+1]) */
+    int64_t n;
+} walk;
+
+/* Every node that must run before node k, one at a time; FG_NO_NODE past the last. */
+static uint32_t before(const walk *w, uint32_t k, uint32_t *cursor)
+{
+    const fg_node *n = &w->g->nodes[k];
+    while (*cursor < (uint32_t)n->n_in) {
+        const uint32_t v = n->in[(*cursor)++];
+        if (v && w->g->values[v].node != FG_NO_NODE) return w->g->values[v].node;
+    }
+    if (n->op->code->memory != FG_MUTATE) return FG_NO_NODE;
+    uint32_t skip = *cursor - (uint32_t)n->n_in;         /* then the other readers of what it overwrites */
+    for (int o = 0; o < n->n_out; o++)
+        for (uint32_t r = w->reader_at[n->in[o]]; r < w->reader_at[n->in[o] + 1]; r++)
+            if (w->readers[r] != k && skip-- == 0) { ++*cursor; return w->readers[r]; }
+    return FG_NO_NODE;
+}
+
+static bool place(walk *w, uint32_t root, uint32_t *cursor, const uint8_t *wanted)
+{
+    uint32_t top = 0;
+    if (w->mark[root]) return true;
+    w->stack[top++] = root;
+    w->mark[root] = 1;
+    cursor[root] = 0;
+    while (top) {
+        const uint32_t k = w->stack[top - 1], next = before(w, k, &cursor[k]);
+        if (next == FG_NO_NODE) { w->mark[k] = 2; w->order[w->n++] = k; top--; continue; }
+        if (!wanted[next] || w->mark[next] == 2) continue;
+        if (w->mark[next] == 1) continue;                /* a reader that itself needs the new value */
+        w->mark[next] = 1;
+        cursor[next] = 0;
+        w->stack[top++] = next;
+    }
+    return true;
+}
+
+static bool list_readers(walk *w)
+{
+    const fg_graph *g = w->g;
+    w->reader_at = calloc((size_t)g->n_values + 2, sizeof *w->reader_at);
+    uint64_t total = 0;
+    for (uint32_t k = 0; k < g->n_nodes; k++) total += (uint64_t)g->nodes[k].n_in;
+    w->readers = malloc((size_t)(total + 1) * sizeof *w->readers);
+    if (!w->reader_at || !w->readers) return false;
+    for (uint32_t k = 0; k < g->n_nodes; k++)
+        for (int i = 0; i < g->nodes[k].n_in; i++) w->reader_at[g->nodes[k].in[i] + 2]++;
+    for (uint32_t v = 1; v < g->n_values + 2; v++) w->reader_at[v] += w->reader_at[v - 1];
+    for (uint32_t k = 0; k < g->n_nodes; k++)
+        for (int i = 0; i < g->nodes[k].n_in; i++) w->readers[w->reader_at[g->nodes[k].in[i] + 1]++] = k;
+    return true;
+}
+
+static void want(const fg_graph *g, uint32_t root, uint8_t *wanted, uint32_t *stack)
+{
+    uint32_t top = 0;
+    if (wanted[root]) return;
+    wanted[root] = 1;
+    stack[top++] = root;
+    while (top) {
+        const fg_node *n = &g->nodes[stack[--top]];
+        for (int i = 0; i < n->n_in; i++) {
+            const uint32_t k = n->in[i] ? g->values[n->in[i]].node : FG_NO_NODE;
+            if (k != FG_NO_NODE && !wanted[k]) { wanted[k] = 1; stack[top++] = k; }
+        }
+    }
+}
+
+int64_t fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, uint32_t *order)
+{
+    const size_t n = g->n_nodes ? g->n_nodes : 1;
+    walk w = { .g = g, .order = order, .mark = calloc(n, 1), .stack = malloc(n * sizeof(uint32_t)) };
+    uint8_t *wanted = calloc(n, 1);
+    uint32_t *cursor = calloc(n, sizeof *cursor);
+    const bool ok = w.mark && w.stack && wanted && cursor && list_readers(&w);
+    for (int i = 0; ok && i < n_roots; i++) want(g, roots[i], wanted, w.stack);
+    for (int i = 0; ok && i < n_roots; i++)
+        if (g->nodes[roots[i]].pass == FG_PASS_FORWARD) place(&w, roots[i], cursor, wanted);
+    for (uint32_t k = 0; ok && k < g->n_nodes; k++)
+        if (wanted[k]) place(&w, k, cursor, wanted);
+    free(w.mark); free(w.stack); free(wanted); free(cursor); free(w.reader_at); free(w.readers);
+    return ok ? w.n : -1;
+}
