@@ -133,7 +133,7 @@ FG_API fg_tensor (fg_param)(fg_loc at, fg_graph *g, const char *name, fg_shape s
 FG_API fg_tensor (fg_state)(fg_loc at, fg_graph *g, const char *name, fg_dtype t, fg_shape s);
 /* Keeps t's value after a run so that fg_read can fetch it by tensor or by name. */
 FG_API fg_tensor (fg_output)(fg_loc at, fg_tensor t, const char *name);
-/* Scopes name what is made inside them: "model.layers.0" + "." + "weight". */
+/* Scopes name what is made inside them: "model.layers.0" + "." + "weight".  "" adds nothing. */
 FG_API void      (fg_scope_push)(fg_loc at, fg_graph *g, const char *name);
 FG_API void        fg_scope_pop(fg_graph *g);
 /* What the current scope computes is computed again in the backward pass instead of kept. */

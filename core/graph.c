@@ -77,7 +77,8 @@ void fg__scope_path(const fg_graph *g, uint32_t s, char *buf, size_t size)
     if (!s) { if (size) buf[0] = 0; return; }
     fg__scope_path(g, g->scopes[s].parent, buf, size);
     const size_t n = strlen(buf);
-    snprintf(buf + n, size - n, n ? ".%s" : "%s", g->scopes[s].name);
+    const char *dot = n && g->scopes[s].name[0] ? "." : "";
+    snprintf(buf + n, size - n, "%s%s", dot, g->scopes[s].name);
 }
 
 const char *fg__full_name(fg_graph *g, const char *name)

@@ -77,6 +77,7 @@ void fg__error(fg_graph *g, fg_status s, const char *op, const char *names, fg_l
         say(&p, "\n    by %s:%d in %s", fg__base(at.file), at.line, at.func);
     for (uint32_t sc = g->scope; sc; sc = g->scopes[sc].parent) {
         char path[300];
+        if (!g->scopes[sc].name[0]) continue;
         fg__scope_path(g, sc, path, sizeof path);
         say(&p, "\n    in %s, opened at %s:%d", path, fg__base(g->scopes[sc].at.file), g->scopes[sc].at.line);
     }
