@@ -4,6 +4,21 @@
 #define FG_INTERNAL_H
 #include "ops.h"
 
+/* Threads for a kernel that handles so many elements: below 32768, starting them costs more than
+ * they save. */
+static inline int fg__threads(const fg_exec *e, int64_t elements)
+{
+    return elements < 32768 ? 1 : e->threads;
+}
+static inline bool fg__is_real(fg_dtype t) { return t == FG_F32 || t == FG_BF16; }
+/* Bytes of an element as the CPU backend stores it. */
+static inline size_t fg__cpu_size(fg_dtype t)
+{
+    return t == FG_I32 ? sizeof(int32_t) : sizeof(fg_real);
+}
+/* Refuses an attribute that is not a shape: rank in [0, 6], extents of at least 1. */
+fg_status fg__check_shape(fg_infer *c, const fg_shape *s);
+
 /* ---- unary.c -------------------------------------------------------------------------------- */
 
 fg_tensor fg__sigmoid_grad(fg_loc at, fg_tensor gy, fg_tensor y);

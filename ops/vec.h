@@ -36,7 +36,54 @@ static inline fg_vec fg_vload(const fg_real *p) { return *(const fg_vec_any *)p;
 static inline void fg_vstore(fg_real *p, fg_vec v) { *(fg_vec_any *)p = v; }
 static inline fg_vec fg_vset(fg_real x) { return x - (fg_vec){ 0 }; }    /* x - 0 is x: no instruction */
 
-/* n < FG_LANES elements; the other lanes are 0. */
+/* The first n lanes, 0 <= n < FG_LANES; a load leaves 0 in the others, nothing past n is touched. */
+#if defined(__AVX512F__) && defined(FG_DOUBLE)
+#define FG_MASK(n) ((__mmask8)((1u << (n)) - 1))
+static inline fg_vec fg_vload_n(const fg_real *p, int64_t n)
+{
+    return (fg_vec)_mm512_maskz_loadu_pd(FG_MASK(n), p);
+}
+static inline void fg_vstore_n(fg_real *p, fg_vec v, int64_t n)
+{
+    _mm512_mask_storeu_pd(p, FG_MASK(n), (__m512d)v);
+}
+#elif defined(__AVX512F__)
+#define FG_MASK(n) ((__mmask16)((1u << (n)) - 1))
+static inline fg_vec fg_vload_n(const fg_real *p, int64_t n)
+{
+    return (fg_vec)_mm512_maskz_loadu_ps(FG_MASK(n), p);
+}
+static inline void fg_vstore_n(fg_real *p, fg_vec v, int64_t n)
+{
+    _mm512_mask_storeu_ps(p, FG_MASK(n), (__m512)v);
+}
+#elif defined(__AVX__) && defined(FG_DOUBLE)
+static inline __m256i fg__mask(int64_t n)
+{
+    return (__m256i)((fg_vint){ 0, 1, 2, 3 } < (fg_vint){ 0 } + n);
+}
+static inline fg_vec fg_vload_n(const fg_real *p, int64_t n)
+{
+    return (fg_vec)_mm256_maskload_pd(p, fg__mask(n));
+}
+static inline void fg_vstore_n(fg_real *p, fg_vec v, int64_t n)
+{
+    _mm256_maskstore_pd(p, fg__mask(n), (__m256d)v);
+}
+#elif defined(__AVX__)
+static inline __m256i fg__mask(int64_t n)
+{
+    return (__m256i)((fg_vint){ 0, 1, 2, 3, 4, 5, 6, 7 } < (fg_vint){ 0 } + (int32_t)n);
+}
+static inline fg_vec fg_vload_n(const fg_real *p, int64_t n)
+{
+    return (fg_vec)_mm256_maskload_ps(p, fg__mask(n));
+}
+static inline void fg_vstore_n(fg_real *p, fg_vec v, int64_t n)
+{
+    _mm256_maskstore_ps(p, fg__mask(n), (__m256)v);
+}
+#else
 static inline fg_vec fg_vload_n(const fg_real *p, int64_t n)
 {
     fg_vec v = { 0 };
@@ -44,6 +91,7 @@ static inline fg_vec fg_vload_n(const fg_real *p, int64_t n)
     return v;
 }
 static inline void fg_vstore_n(fg_real *p, fg_vec v, int64_t n) { memcpy(p, &v, (size_t)n * sizeof *p); }
+#endif
 
 /* a * b + c, rounded once where the machine can. */
 static inline fg_vec fg_vfma(fg_vec a, fg_vec b, fg_vec c)
