@@ -41,7 +41,8 @@ static void cpu(const fg_exec *e)
     const norm_size s = norm_size_of(&e->in_shape[0], &e->in_shape[1], a->groups);
     const fg_real *x = e->in[0], *w = e->in[1], *gate = e->in[2];
     fg_real *y = e->out[0], *rstd = e->out[1];
-#pragma omp parallel for schedule(static) num_threads(e->threads) if (norm_is_large(s))
+    const int threads = fg__threads(e, 4 * norm_elements(s));   /* an exp is worth several sums */
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < s.rows; r++)
         for (int64_t g = 0; g < s.groups; g++) {
             const int64_t k = r * s.groups + g, at = k * s.n;
@@ -170,7 +171,8 @@ static void grad_cpu(const fg_exec *e)
     const int64_t blocks = norm_blocks(s.rows);
     const fg_real *gy = e->in[0], *x = e->in[1], *w = e->in[2], *g = e->in[3], *rstd = e->in[4];
     fg_real *gx = e->out[0], *gg = e->out[2], *part = e->scratch;
-#pragma omp parallel for schedule(static) num_threads(e->threads) if (norm_is_large(s))
+    const int threads = fg__threads(e, 4 * norm_elements(s));
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < blocks; b++) {
         fg_real *gw = part + b * s.n_w;
         memset(gw, 0, (size_t)s.n_w * sizeof *gw);
@@ -181,7 +183,7 @@ static void grad_cpu(const fg_exec *e)
                        gx + at, gw + at_w, gg + at, s.n);
         }
     }
-    norm_add_blocks(part, blocks, e->out[1], s.n_w, e->threads);
+    norm_add_blocks(part, blocks, e->out[1], s.n_w, fg__threads(e, blocks * s.n_w));
 }
 
 static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)

@@ -6,7 +6,7 @@
 #ifndef FG_NORM_H
 #define FG_NORM_H
 #include <math.h>
-#include "ops.h"
+#include "internal.h"
 #include "vec.h"
 
 typedef struct {
@@ -20,8 +20,7 @@ static inline norm_size norm_size_of(const fg_shape *x, const fg_shape *w, int64
     return (norm_size){ fg__rows(x), groups, n, n_w, n_w == n ? 0 : n };
 }
 
-/* Below this a kernel is over before a second thread has started. */
-static inline bool norm_is_large(norm_size s) { return s.rows * s.groups * s.n > 8192; }
+static inline int64_t norm_elements(norm_size s) { return s.rows * s.groups * s.n; }
 
 /* ---- kernels -------------------------------------------------------------------------------- */
 
@@ -71,7 +70,7 @@ static inline void norm_add_blocks(const fg_real *from, int64_t blocks, fg_real 
                                    int threads)
 {
     const int64_t width = 8 * FG_LANES, parts = (n + width - 1) / width;
-#pragma omp parallel for schedule(static) num_threads(threads) if (blocks * n > 65536)
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t part = 0; part < parts; part++) {
         const int64_t start = part * width, end = start + width < n ? start + width : n;
         memset(to + start, 0, (size_t)(end - start) * sizeof *to);
@@ -86,8 +85,8 @@ static inline void norm_add_blocks(const fg_real *from, int64_t blocks, fg_real 
 static inline fg_status norm_infer(fg_infer *c, float eps, int64_t groups)
 {
     const fg_shape *x = &c->in[0], *w = &c->in[1];
-    FG_REQUIRE(c, c->in_type[0] != FG_I32 && c->in_type[1] != FG_I32, DTYPE,
-               "x and w must be real numbers");
+    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && fg__is_real(c->in_type[1]), DTYPE,
+               "x and w must be f32 or bf16");
     FG_REQUIRE(c, x->rank >= 1, SHAPE, "x needs at least one axis to normalize over");
     const int64_t D = fg__last(x);
     FG_REQUIRE(c, groups >= 1 && D > 0 && D % groups == 0, SHAPE,
@@ -137,19 +136,19 @@ static inline double norm_bytes(const fg_infer *c)
 static inline fg_tensor norm_split(fg_tensor x, int64_t groups)
 {
     const int64_t D = fg_dim(x, -1);
-    x = fg_dtype_of(x) == FG_F32 ? x : fg_cast(x, FG_F32);
+    x = fg_cast(x, FG_F32);
     return fg_reshape(x, FG_DIMS(D ? fg_count(x) / D : 0, groups, D / groups));
 }
 static inline fg_tensor norm_join(fg_tensor x, fg_tensor like)
 {
     x = fg_reshape(x, fg_shape_of(like));
-    return fg_dtype_of(like) == fg_dtype_of(x) ? x : fg_cast(x, fg_dtype_of(like));
+    return fg_cast(x, fg_dtype_of(like));
 }
 /* The gain as f32[1, groups, n], or [1, 1, n] where it is shared. */
 static inline fg_tensor norm_gain(fg_tensor w, fg_tensor x, int64_t groups)
 {
     const int64_t n = fg_dim(x, -1) / groups, n_w = fg_dim(w, 0);
-    w = fg_dtype_of(w) == FG_F32 ? w : fg_cast(w, FG_F32);
+    w = fg_cast(w, FG_F32);
     return fg_reshape(w, FG_DIMS(1, n_w / n, n));
 }
 

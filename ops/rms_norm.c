@@ -9,7 +9,6 @@
  * reads gy and x once and writes gx once, which is the least possible.
  * Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4; groups as in the
  * per-head norms of Lin et al. 2025, "Forgetting Transformer". */
-#include "internal.h"
 #include "norm.h"
 
 fg_tensor (fg_rms_norm)(fg_loc at, fg_tensor x, fg_tensor w, double eps, int64_t groups)
@@ -42,7 +41,8 @@ static void cpu(const fg_exec *e)
     const norm_size s = norm_size_of(&e->in_shape[0], &e->in_shape[1], a->groups);
     const fg_real *x = e->in[0], *w = e->in[1];
     fg_real *y = e->out[0], *rstd = e->out[1];
-#pragma omp parallel for schedule(static) num_threads(e->threads) if (norm_is_large(s))
+    const int threads = fg__threads(e, norm_elements(s));
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < s.rows; r++)
         for (int64_t g = 0; g < s.groups; g++) {
             const int64_t k = r * s.groups + g;
@@ -157,7 +157,8 @@ static void grad_cpu(const fg_exec *e)
     const int64_t blocks = norm_blocks(s.rows);
     const fg_real *gy = e->in[0], *x = e->in[1], *w = e->in[2], *rstd = e->in[3];
     fg_real *gx = e->out[0], *part = e->scratch;
-#pragma omp parallel for schedule(static) num_threads(e->threads) if (norm_is_large(s))
+    const int threads = fg__threads(e, norm_elements(s));
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t b = 0; b < blocks; b++) {
         fg_real *gw = part + b * s.n_w;
         memset(gw, 0, (size_t)s.n_w * sizeof *gw);
@@ -167,7 +168,7 @@ static void grad_cpu(const fg_exec *e)
             grad_group(gy + at, x + at, w + at_w, rstd[k], gx + at, gw + at_w, s.n);
         }
     }
-    norm_add_blocks(part, blocks, e->out[1], s.n_w, e->threads);
+    norm_add_blocks(part, blocks, e->out[1], s.n_w, fg__threads(e, blocks * s.n_w));
 }
 
 static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
@@ -222,8 +223,8 @@ static fg_status add_infer(fg_infer *c)
     const fg_shape *a = &c->in[0], *w = &c->in[2];
     FG_REQUIRE(c, fg_shape_equal(*a, c->in[1]), SHAPE, "a and b must have one shape");
     FG_REQUIRE(c, c->in_type[0] == c->in_type[1], DTYPE, "a and b must have one dtype");
-    FG_REQUIRE(c, c->in_type[0] != FG_I32 && c->in_type[2] != FG_I32, DTYPE,
-               "a, b and w must be real numbers");
+    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && fg__is_real(c->in_type[2]), DTYPE,
+               "a, b and w must be f32 or bf16");
     FG_REQUIRE(c, a->rank >= 1 && fg__last(a) > 0, SHAPE,
                "a needs at least one axis to normalize over");
     FG_REQUIRE(c, w->rank == 1 && w->dim[0] == fg__last(a), SHAPE,
@@ -264,7 +265,8 @@ static void add_cpu(const fg_exec *e)
     const int64_t rows = fg__rows(&e->in_shape[0]), D = fg__last(&e->in_shape[0]);
     const fg_real *a = e->in[0], *b = e->in[1], *w = e->in[2];
     fg_real *y = e->out[0], *sum = e->out[1], *rstd = e->out[2];
-#pragma omp parallel for schedule(static) num_threads(e->threads) if (rows * D > 8192)
+    const int threads = fg__threads(e, rows * D);
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; r++) {
         rstd[r] = norm_rstd(add_row(a + r * D, b + r * D, sum + r * D, D), D, at->eps);
         scale_group(sum + r * D, w, rstd[r], y + r * D, D);

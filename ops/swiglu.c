@@ -7,7 +7,7 @@
  * Forward moves 3 I elements a row, the gradient 5 I: the least possible.
  * Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 5-6; one fused projection with the
  * gate first, as in the official FoX code. */
-#include "ops.h"
+#include "internal.h"
 #include "vec.h"
 
 fg_tensor (fg_swiglu)(fg_loc at, fg_tensor x, fg_act act)
@@ -19,7 +19,7 @@ static fg_status infer(fg_infer *c)
 {
     const struct fg_attr_swiglu *a = c->attr;
     const fg_shape *x = &c->in[0];
-    FG_REQUIRE(c, c->in_type[0] != FG_I32, DTYPE, "x must be real numbers");
+    FG_REQUIRE(c, fg__is_real(c->in_type[0]), DTYPE, "x must be f32 or bf16");
     FG_REQUIRE(c, x->rank >= 1 && fg__last(x) % 2 == 0, SHAPE,
                "x's last axis is %lld and must fall in two halves", (long long)fg__last(x));
     FG_REQUIRE(c, a->act == FG_ACT_SILU || a->act == FG_ACT_SIGMOID, USAGE,
@@ -52,7 +52,8 @@ static void cpu(const fg_exec *e)
     const int64_t rows = fg__rows(&e->in_shape[0]), n = fg__last(&e->in_shape[0]) / 2;
     const fg_real *x = e->in[0];
     fg_real *y = e->out[0];
-#pragma omp parallel for schedule(static) num_threads(e->threads) if (rows * n > 4096)
+    const int threads = fg__threads(e, 4 * rows * n);           /* an exp is worth several sums */
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; r++) {
         const fg_real *g = x + 2 * r * n;
         if (a->act == FG_ACT_SILU) row(g, g + n, y + r * n, n, true);
@@ -151,7 +152,8 @@ static void grad_cpu(const fg_exec *e)
     const int64_t rows = fg__rows(&e->in_shape[0]), n = fg__last(&e->in_shape[0]);
     const fg_real *gy = e->in[0], *x = e->in[1];
     fg_real *gx = e->out[0];
-#pragma omp parallel for schedule(static) num_threads(e->threads) if (rows * n > 4096)
+    const int threads = fg__threads(e, 4 * rows * n);
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < rows; r++) {
         if (a->act == FG_ACT_SILU) grad_row(gy + r * n, x + 2 * r * n, gx + 2 * r * n, n, true);
         else grad_row(gy + r * n, x + 2 * r * n, gx + 2 * r * n, n, false);
