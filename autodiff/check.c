@@ -50,6 +50,12 @@ static void tell(fg_put report, void *to, const fg_param_info *p, int64_t checke
 fg_status fg_gradcheck(fg_tensor loss, fg_store *s, int64_t samples, fg_put report, void *to,
                        fg_gradcheck_result *out)
 {
+    return fg_gradcheck_filled(loss, s, samples, NULL, NULL, report, to, out);
+}
+
+fg_status fg_gradcheck_filled(fg_tensor loss, fg_store *s, int64_t samples, fg_write_inputs fill, void *of,
+                              fg_put report, void *to, fg_gradcheck_result *out)
+{
     *out = (fg_gradcheck_result){ 0 };
     fg_graph *g = loss.graph;
     if (!g) return FG_ERR_USAGE;
@@ -66,6 +72,8 @@ fg_status fg_gradcheck(fg_tensor loss, fg_store *s, int64_t samples, fg_put repo
     for (int i = 0; !st && i < n; i++)
         if (fg_ok(d[i])) fg_output(d[i], fg_name(g, "gradcheck.grad%d", i));
     fg_plan *both = st ? NULL : fg_plan_new(g, s);
+    if (!st && fill) st = fill(of, forward);
+    if (!st && fill) st = fill(of, both);
     if (!st) st = fg_run(both);
     const bool wide = sizeof(fg_real) == 8;
     const double eps = wide ? 2.2e-16 : 1.2e-7;

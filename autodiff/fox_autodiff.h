@@ -32,6 +32,10 @@ FG_API fg_status fg_train_graph(fg_tensor loss, const fg_optimizer *o, fg_graph 
 typedef struct { double worst; const char *where; int64_t checked; } fg_gradcheck_result;
 FG_API fg_status fg_gradcheck(fg_tensor loss, fg_store *s, int64_t samples, fg_put report, void *to,
                               fg_gradcheck_result *out);
+/* The same for a graph with inputs: fill writes them with fg_write, to each of the two plans once. */
+typedef fg_status (*fg_write_inputs)(void *of, fg_plan *p);
+FG_API fg_status fg_gradcheck_filled(fg_tensor loss, fg_store *s, int64_t samples, fg_write_inputs fill, void *of,
+                                     fg_put report, void *to, fg_gradcheck_result *out);
 
 #ifdef __cplusplus
 }

@@ -176,6 +176,8 @@ FG_API int64_t     fg_setting_int(fg_graph *g, const char *key, int64_t otherwis
 FG_API double      fg_setting_real(fg_graph *g, const char *key, double otherwise);
 FG_API const char *fg_setting_text(fg_graph *g, const char *key, const char *otherwise);
 FG_API const char *fg_graph_unused_setting(const fg_graph *g, int i);   /* i-th key nobody read, or NULL */
+FG_API const char *fg_graph_asked_setting(const fg_graph *g, int i);    /* i-th key the model asked for, given
+                                                                           or not, or NULL */
 
 /* Facts about the model that travel with it (the fields of config.json); value is JSON text. */
 FG_API fg_status   fg_graph_set_fact(fg_graph *g, const char *key, const char *json);

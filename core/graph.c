@@ -30,7 +30,7 @@ void fg_graph_free(fg_graph *g)
     if (!g) return;
     for (fg_block *b = g->arena, *next; b; b = next) { next = b->next; free(b); }
     free(g->values); free(g->nodes); free(g->scopes); free(g->outputs);
-    free(g->settings); free(g->facts); free(g->errors); free(g->slots); free(g->params);
+    free(g->settings); free(g->asked); free(g->facts); free(g->errors); free(g->slots); free(g->params);
     free(g);
 }
 
@@ -312,6 +312,7 @@ fg_status fg_graph_set(fg_graph *g, const char *key, const char *value)
 static const char *setting(fg_graph *g, const char *key)
 {
     fg_pair *p = g ? find_pair(g->settings, g->n_settings, key) : NULL;
+    if (g) put_pair(g, &g->asked, &g->n_asked, &g->cap_asked, key, "");
     if (p) p->used = true;
     return p ? p->value : NULL;
 }
@@ -355,6 +356,11 @@ const char *fg_graph_unused_setting(const fg_graph *g, int i)
     for (uint32_t k = 0; g && k < g->n_settings; k++)
         if (!g->settings[k].used && i-- == 0) return g->settings[k].key;
     return NULL;
+}
+
+const char *fg_graph_asked_setting(const fg_graph *g, int i)
+{
+    return g && i >= 0 && (uint32_t)i < g->n_asked ? g->asked[i].key : NULL;
 }
 
 fg_status fg_graph_set_fact(fg_graph *g, const char *key, const char *json)

@@ -53,6 +53,7 @@ struct fg_graph {
     fg_scope *scopes;  uint32_t n_scopes,  cap_scopes, scope;
     fg_mark  *outputs; uint32_t n_outputs, cap_outputs;
     fg_pair  *settings; uint32_t n_settings, cap_settings;
+    fg_pair  *asked;    uint32_t n_asked, cap_asked;     /* keys that somebody looked up */
     fg_pair  *facts;   uint32_t n_facts,   cap_facts;
     fg_error *errors;  uint32_t n_errors,  cap_errors;
     uint32_t *slots;   uint32_t cap_slots, n_named;         /* hash table: full name -> value */
