@@ -211,6 +211,8 @@ FG_API fg_status   fg_store_init(fg_store *s, const fg_graph *g, uint64_t seed);
 FG_API fg_status   fg_store_put(fg_store *s, const char *name, fg_dtype t, fg_shape shape, const void *data);
 FG_API fg_status   fg_store_get(fg_store *s, const char *name, void *data, size_t bytes);
 FG_API fg_status   fg_store_zero(fg_store *s, const char *prefix);  /* zeroes every entry so named */
+/* Forgets and frees every entry so named; no plan that uses one of them may run again. */
+FG_API void        fg_store_remove(fg_store *s, const char *prefix);
 FG_API int         fg_store_count(const fg_store *s);
 typedef struct { const char *name; fg_dtype type; fg_shape shape; bool state; } fg_store_entry;
 FG_API bool        fg_store_at(const fg_store *s, int i, fg_store_entry *out);      /* sorted by name */

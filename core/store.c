@@ -27,14 +27,17 @@ fg_store *fg_store_new(fg_backend *b)
     return s;
 }
 
+static void free_entry(fg_store *s, fg_entry *e)
+{
+    s->backend->ops->free(s->backend, e->data);
+    free(e->name);
+    free(e);
+}
+
 void fg_store_free(fg_store *s)
 {
     if (!s) return;
-    for (uint32_t i = 0; i < s->n; i++) {
-        s->backend->ops->free(s->backend, s->entries[i]->data);
-        free(s->entries[i]->name);
-        free(s->entries[i]);
-    }
+    for (uint32_t i = 0; i < s->n; i++) free_entry(s, s->entries[i]);
     free(s->entries);
     free(s);
 }
@@ -198,6 +201,17 @@ fg_status fg_store_zero(fg_store *s, const char *prefix)
         if (st) return fg__store_fail(s, st, "%s: %s", e->name, fg_backend_message(s->backend));
     }
     return FG_OK;
+}
+
+void fg_store_remove(fg_store *s, const char *prefix)
+{
+    if (!s) return;
+    const uint32_t first = lower_bound(s, prefix);
+    uint32_t end = first;
+    while (end < s->n && !strncmp(s->entries[end]->name, prefix, strlen(prefix))) free_entry(s, s->entries[end++]);
+    if (end == first) return;
+    memmove(s->entries + first, s->entries + end, (s->n - end) * sizeof *s->entries);
+    s->n -= end - first;
 }
 
 static void describe(const fg_entry *e, fg_store_entry *out)

@@ -1,0 +1,339 @@
+/* generate.c - continuing prompts: one graph for all prompts at once, one for a token after
+ * another, both on the same caches; and the choice of a token from logits.
+ *
+ * Prompts of different lengths are padded on the left, and fg_sequence.first keeps the padding out
+ * of sight, so that every sequence ends in the same column.  Random numbers are a function of
+ * (seed, sequence, index of the new token): neither the other sequences nor an earlier choice moves
+ * them. */
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include "training.h"
+
+typedef struct {
+    fg_graph *graph;
+    fg_plan *plan;
+    fg_tensor tokens, past, first, logits;
+} stage;
+
+typedef struct {
+    const struct fg_model *model;
+    fg_store *store;
+    const fg_generate_options *options;
+    const fg_prompt *prompts;
+    char *message;
+    int64_t n, longest, capacity,
+        vocab; /* sequences; tokens of the padded prompt, of a cache; ids */
+    stage prompt, next;
+    int32_t *tokens, *first; /* [n, longest] */
+    float *logits;           /* [n, width of the model's logits] */
+    bool *ended;
+} generation;
+
+fg_generate_options fg_generate_default(void)
+{
+    fg_generate_options o = {
+        .max_tokens = 256, .temperature = 0.8, .top_p = 0.95, .end_token = -1
+    };
+    return o;
+}
+
+/* ---- choosing -------------------------------------------------------------------------------- */
+
+static int32_t likeliest(const float *x, int64_t n)
+{
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++)
+        if (x[i] > x[best])
+            best = i;
+    return (int32_t)best;
+}
+
+static uint32_t bits_of(float x)
+{
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+/* What the probabilities from `least` up come to: how many they are, or their sum. */
+static double weight_from(const float *p, int64_t n, uint32_t least, bool counted)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (bits_of(p[i]) >= least)
+            sum += counted ? 1 : (double)p[i];
+    return sum;
+}
+
+/* Zeroes all but the fewest likeliest whose weight reaches `want`; ties go to the lower id.  The
+ * bound is found by halving: bits of floats that are not negative are in the order of the floats.
+ */
+static void keep_likeliest(float *p, int64_t n, double want, bool counted)
+{
+    uint32_t least = 0, above = bits_of(INFINITY);
+    while (above - least > 1) {
+        const uint32_t middle = least + (above - least) / 2;
+        if (weight_from(p, n, middle, counted) >= want)
+            least = middle;
+        else
+            above = middle;
+    }
+    double sum = weight_from(p, n, least + 1, counted);
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t u = bits_of(p[i]);
+        const bool tie = u == least && sum < want;
+        if (tie)
+            sum += counted ? 1 : (double)p[i];
+        if (u <= least && !tie)
+            p[i] = 0;
+    }
+}
+
+int32_t fg_sample(float *logits, int64_t vocab, const fg_generate_options *o, int64_t sequence,
+                  int64_t index)
+{
+    if (!(o->temperature > 0))
+        return likeliest(logits, vocab);
+    const double most = logits[likeliest(logits, vocab)];
+    double sum = 0;
+    for (int64_t i = 0; i < vocab; i++) {
+        logits[i] = (float)exp((logits[i] - most) / o->temperature);
+        sum += logits[i];
+    }
+    if (o->top_k > 0 && o->top_k < vocab)
+        keep_likeliest(logits, vocab, (double)o->top_k, true);
+    if (o->top_p > 0 && o->top_p < 1) {
+        sum = weight_from(logits, vocab, 0, false);
+        keep_likeliest(logits, vocab, o->top_p * sum, false);
+    }
+    sum = weight_from(logits, vocab, 0, false);
+
+    const uint64_t random = fg__draw((uint64_t)o->seed, (uint64_t)sequence, (uint64_t)index);
+    const double aim = (double)(random >> 11) * 0x1p-53 * sum;
+    int64_t chosen = 0;
+    double passed = 0;
+    for (int64_t i = 0; i < vocab && passed <= aim; i++)
+        if (logits[i] > 0) {
+            passed += logits[i];
+            chosen = i;
+        }
+    return (int32_t)chosen;
+}
+
+/* ---- graphs ---------------------------------------------------------------------------------- */
+
+static fg_status refuse(generation *g, fg_status s, const char *text)
+{
+    return fg__say(g->message, s, "%s", text && text[0] ? text : fg_status_text(s));
+}
+
+/* A graph of the model on `length` columns, whose last column's logits are read. */
+static fg_status make_stage(generation *g, int64_t length, bool padded, stage *s)
+{
+    s->graph = fg_graph_new();
+    if (!s->graph)
+        return refuse(g, FG_ERR_MEMORY, NULL);
+    for (int i = 0; i < g->model->n_settings; i++)
+        fg_graph_set(s->graph, g->model->settings[i].key, g->model->settings[i].value);
+    s->tokens = fg_input(s->graph, "tokens", FG_I32, FG_DIMS(g->n, length));
+    s->past = fg_input(s->graph, "past", FG_I32, FG_DIMS(1));
+    if (padded)
+        s->first = fg_input(s->graph, "first", FG_I32, FG_DIMS(g->n, length));
+    fg_graph_sequence(s->graph, (fg_sequence){ s->first, s->past, g->capacity });
+    const fg_tensor all = g->model->build(g->model->self, s->tokens);
+    const fg_tensor last = length > 1 ? fg_slice(all, 1, length - 1, length) : all;
+    s->logits = fg_output(last, "logits");
+    if (fg_graph_status(s->graph) != FG_OK)
+        return refuse(g, fg_graph_status(s->graph), fg_graph_message(s->graph));
+    if (fg_shape_of(last).rank != 3)
+        return refuse(g, FG_ERR_SHAPE, "the model must return logits [B,T,V]");
+    s->plan = fg_plan_new(s->graph, g->store);
+    if (!s->plan)
+        return refuse(g, FG_ERR_MEMORY, NULL);
+    return fg_plan_status(s->plan) == FG_OK
+               ? FG_OK
+               : refuse(g, fg_plan_status(s->plan), fg_plan_message(s->plan));
+}
+
+static void free_stage(stage *s)
+{
+    fg_plan_free(s->plan);
+    fg_graph_free(s->graph);
+}
+
+/* Checks the prompts and lays them out, padded on the left.  Whether any needs padding. */
+static fg_status lay_out(generation *g, bool *padded)
+{
+    const int64_t bos = g->options->bos, extra = bos >= 0;
+
+    *padded = false;
+    for (int64_t i = 0; i < g->n; i++) {
+        const int64_t length = g->prompts[i].count + extra;
+        if (length < 1)
+            return fg__say(g->message, FG_ERR_USAGE, "prompt %" PRId64 " is empty", i);
+        if (i && length != g->longest)
+            *padded = true;
+        if (length > g->longest)
+            g->longest = length;
+    }
+    g->capacity = g->longest + g->options->max_tokens;
+    g->tokens = calloc((size_t)(g->n * g->longest), sizeof *g->tokens);
+    g->first = calloc((size_t)(g->n * g->longest), sizeof *g->first);
+    g->ended = calloc((size_t)g->n, sizeof *g->ended);
+    if (!g->tokens || !g->first || !g->ended)
+        return refuse(g, FG_ERR_MEMORY, NULL);
+    for (int64_t i = 0; i < g->n; i++) {
+        const fg_prompt *p = &g->prompts[i];
+        const int64_t pad = g->longest - p->count - extra;
+        int32_t *row = g->tokens + i * g->longest;
+        if (extra)
+            row[pad] = (int32_t)bos;
+        for (int64_t t = 0; t < p->count; t++)
+            row[pad + extra + t] = p->tokens[t];
+        for (int64_t t = 0; t < g->longest; t++)
+            g->first[i * g->longest + t] = (int32_t)pad;
+    }
+    return FG_OK;
+}
+
+static fg_status check_vocab(generation *g)
+{
+    const int64_t width = fg_dim(g->prompt.logits, 2), limit = g->options->vocab;
+    g->vocab = limit > 0 && limit < width ? limit : width;
+    for (int64_t i = 0; i < g->n * g->longest; i++)
+        if (g->tokens[i] < 0 || g->tokens[i] >= width)
+            return fg__say(g->message, FG_ERR_USAGE,
+                           "prompt %" PRId64 " holds the token %" PRId32
+                           ", the model knows 0 to %" PRId64,
+                           i / g->longest, g->tokens[i], width - 1);
+    g->logits = malloc((size_t)(g->n * width) * sizeof *g->logits);
+    return g->logits ? FG_OK : refuse(g, FG_ERR_MEMORY, NULL);
+}
+
+/* ---- running --------------------------------------------------------------------------------- */
+
+static fg_status run(generation *g, stage *s, int64_t length, int32_t past)
+{
+    const size_t bytes = (size_t)(g->n * length) * sizeof(int32_t);
+    fg_status status = fg_write(s->plan, s->tokens, g->tokens, bytes);
+    if (status == FG_OK)
+        status = fg_write(s->plan, s->past, &past, sizeof past);
+    if (status == FG_OK && !fg_absent(s->first))
+        status = fg_write(s->plan, s->first, g->first, bytes);
+    if (status == FG_OK)
+        status = fg_run(s->plan);
+    if (status == FG_OK)
+        status = fg_read(s->plan, s->logits, g->logits,
+                         (size_t)(g->n * fg_dim(s->logits, 2)) * sizeof *g->logits);
+    return status == FG_OK ? status : refuse(g, status, fg_plan_message(s->plan));
+}
+
+static fg_status check_finite(generation *g, int64_t sequence, const float *x)
+{
+    for (int64_t i = 0; i < g->vocab; i++)
+        if (!isfinite(x[i]))
+            return fg__say(g->message, FG_ERR_NUMERIC,
+                           "the logit of token %" PRId64 " in sequence %" PRId64 " is %g", i,
+                           sequence, (double)x[i]);
+    return FG_OK;
+}
+
+/* One new token for every sequence that goes on; left: how many still do. */
+static fg_status choose(generation *g, int64_t index, int32_t *out, int64_t *counts, int64_t *left)
+{
+    const fg_generate_options *o = g->options;
+    const int64_t width = fg_dim(g->next.logits, 2);
+
+    for (int64_t i = 0; i < g->n; i++) {
+        if (g->ended[i])
+            continue;
+        float *x = g->logits + i * width;
+        fg_status s = check_finite(g, i, x);
+        if (s != FG_OK)
+            return s;
+        const int32_t token = fg_sample(x, g->vocab, o, i, index);
+        out[i * o->max_tokens + index] = token;
+        counts[i] = index + 1;
+        g->ended[i] = (o->token && !o->token(o->to, (int)i, token)) || token == o->end_token;
+        *left -= g->ended[i];
+    }
+    return FG_OK;
+}
+
+static fg_status go_on(generation *g, int32_t *out, int64_t *counts)
+{
+    const fg_generate_options *o = g->options;
+    int64_t left = g->n;
+    fg_status s;
+
+    fg_store_zero(g->store, "@cache.");
+    s = run(g, &g->prompt, g->longest, 0);
+    for (int64_t i = 0; i < g->n; i++)
+        g->first[i] = g->first[i * g->longest];
+    for (int64_t k = 0; s == FG_OK; k++) {
+        s = choose(g, k, out, counts, &left);
+        if (s != FG_OK || !left || k + 1 == o->max_tokens)
+            break;
+        if (o->stop && *o->stop)
+            return fg__say(g->message, FG_ERR_STOPPED, "stopped on request");
+        for (int64_t i = 0; i < g->n; i++)
+            g->tokens[i] = out[i * o->max_tokens + counts[i] - 1];
+        s = run(g, &g->next, 1, (int32_t)(g->longest + k));
+    }
+    return s;
+}
+
+static fg_status check_options(const struct fg_model *m, const fg_generate_options *o, int n,
+                               char message[FG_MESSAGE])
+{
+    if (!m->build)
+        return fg__say(message, FG_ERR_USAGE, "only a language model can generate");
+    if (n < 1)
+        return fg__say(message, FG_ERR_USAGE, "there is no prompt to continue");
+    if (o->max_tokens < 0 || o->max_tokens > INT32_MAX / 2)
+        return fg__say(message, FG_ERR_USAGE, "max_tokens must not be negative, it is %" PRId64,
+                       o->max_tokens);
+    if (!(o->temperature >= 0) || !isfinite(o->temperature))
+        return fg__say(message, FG_ERR_USAGE, "temperature must not be negative, it is %g",
+                       o->temperature);
+    if (o->top_k < 0)
+        return fg__say(message, FG_ERR_USAGE, "top_k must not be negative, it is %" PRId64,
+                       o->top_k);
+    if (!(o->top_p >= 0 && o->top_p <= 1))
+        return fg__say(message, FG_ERR_USAGE, "top_p must lie between 0 and 1, it is %g", o->top_p);
+    return FG_OK;
+}
+
+fg_status fg_generate(const struct fg_model *m, fg_store *s, int n, const fg_prompt *prompts,
+                      const fg_generate_options *o, int32_t *out, int64_t *counts,
+                      char message[FG_MESSAGE])
+{
+    generation g = { .model = m, .store = s, .options = o, .prompts = prompts,
+                     .message = message, .n = n > 0 ? n : 0 };
+    bool padded = false;
+    fg_status status = check_options(m, o, n, message);
+
+    for (int i = 0; i < n && status == FG_OK; i++)
+        counts[i] = 0;
+    if (status != FG_OK || o->max_tokens == 0)
+        return status == FG_OK ? fg__say(message, FG_OK, "%s", "") : status;
+    fg_store_remove(s, "@cache.");
+    status = lay_out(&g, &padded);
+    if (status == FG_OK)
+        status = make_stage(&g, g.longest, padded, &g.prompt);
+    if (status == FG_OK)
+        status = check_vocab(&g);
+    if (status == FG_OK)
+        status = make_stage(&g, 1, padded, &g.next);
+    if (status == FG_OK)
+        status = go_on(&g, out, counts);
+    free_stage(&g.prompt);
+    free_stage(&g.next);
+    fg_store_remove(s, "@cache.");
+    free(g.tokens);
+    free(g.first);
+    free(g.ended);
+    free(g.logits);
+    return status == FG_OK ? fg__say(message, FG_OK, "%s", "") : status;
+}
