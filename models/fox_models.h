@@ -1,7 +1,8 @@
 /* fox_models.h - layers and models, written only with fox_core.h and fox_ops.h.
  *
  * Layers that make parameters are fg_nn_*; they name them "<scope>.<name>.weight" as the official
- * checkpoints do.  B batch, T positions, h model width, H heads, d = h/H head width, V vocabulary. */
+ * checkpoints do.  B batch, T positions, h model width, H heads, d = h/H head width, V vocabulary,
+ * "..." any leading axes. */
 #ifndef FOX_MODELS_H
 #define FOX_MODELS_H
 #include "fox_ops.h"
@@ -17,35 +18,38 @@ FG_API fg_tensor (fg_nn_weight)(fg_loc at, fg_graph *g, const char *name, fg_sha
 /* x [...,N] -> [...,n_out] through a weight [n_out,N]; affine adds a bias, zero at first. */
 FG_API fg_tensor (fg_nn_linear)(fg_loc at, fg_tensor x, const char *name, int64_t n_out);
 FG_API fg_tensor (fg_nn_affine)(fg_loc at, fg_tensor x, const char *name, int64_t n_out);
-FG_API fg_tensor (fg_nn_embed)(fg_loc at, fg_tensor tokens, const char *name, int64_t vocab, int64_t width);
-/* A log forget gate [B,T,H] that is the same at all positions: log sigmoid(b), parameter "<name>" [H].
- * Head n starts with the time constant tau_n, log-spaced over [tau_min, tau_max], or b = 0 if tau_min is
- * 0; frozen: it keeps them. */
-FG_API fg_tensor (fg_nn_decay)(fg_loc at, fg_tensor x, const char *name, int64_t heads, double tau_min,
-                               double tau_max, bool frozen);
-/* RMS norm with a new gain of ones: of the last axis, or of each head of [B,T,H,d]; the gain is [H*d],
- * or [d] if the heads share it.  eps 0: 1e-6. */
+FG_API fg_tensor (fg_nn_embed)(fg_loc at, fg_tensor tokens, const char *name, int64_t vocab,
+                               int64_t width);
+/* A log forget gate [B,T,H] that is the same at all positions: log sigmoid(b), parameter "<name>"
+ * [H].  It starts at -1 / tau, tau log-spaced over [tau_min, tau_max] from the first head to the
+ * last; tau_min 0: b starts at 0.  frozen: b is not trained. */
+FG_API fg_tensor (fg_nn_decay)(fg_loc at, fg_tensor x, const char *name, int64_t heads,
+                               double tau_min, double tau_max, bool frozen);
+/* RMS norm with a new gain of ones: of the last axis, or of each head of [B,T,H,d]; the gain is
+ * [H*d], or [d] if the heads share it.  eps 0: 1e-6. */
 FG_API fg_tensor (fg_nn_norm)(fg_loc at, fg_tensor x, const char *name, double eps);
-FG_API fg_tensor (fg_nn_head_norm)(fg_loc at, fg_tensor x, const char *name, double eps, bool shared);
+FG_API fg_tensor (fg_nn_head_norm)(fg_loc at, fg_tensor x, const char *name, double eps,
+                                   bool shared);
 /* Each head's norm, then a gate if there is one: merge(norm(x)) * sigmoid(gate).  x [B,T,H,d],
  * gate [B,T,H*d] -> [B,T,H*d]. */
-FG_API fg_tensor (fg_nn_gated_norm)(fg_loc at, fg_tensor x, const char *name, fg_tensor gate, double eps);
+FG_API fg_tensor (fg_nn_gated_norm)(fg_loc at, fg_tensor x, const char *name, fg_tensor gate,
+                                    double eps);
 /* SwiGLU: down(act(g) * p), [g | p] = gate_proj x of 2 * hidden rows. */
 FG_API fg_tensor (fg_nn_mlp)(fg_loc at, fg_tensor x, const char *name, int64_t hidden, fg_act act);
-FG_API fg_tensor (fg_nn_heads)(fg_loc at, fg_tensor x, int64_t heads);      /* [B,T,H*d] -> [B,T,H,d] */
-FG_API fg_tensor (fg_nn_merge)(fg_loc at, fg_tensor x);                     /* [B,T,H,d] -> [B,T,H*d] */
+FG_API fg_tensor (fg_nn_heads)(fg_loc at, fg_tensor x, int64_t heads);  /* [B,T,H*d] -> [B,T,H,d] */
+FG_API fg_tensor (fg_nn_merge)(fg_loc at, fg_tensor x);                 /* [B,T,H,d] -> [B,T,H*d] */
 /* What the families share: x = embeddings; layers of r = x + mixer(norm(x)), x = r + mlp(norm(r));
  * logits = head(norm(x)).  mixer gets norm(x) [B,T,h] and config, in the scope "attn". */
 typedef struct {
     fg_tensor (*mixer)(fg_tensor x, const void *config);
     const void *config;
-    int64_t vocab, width, layers, hidden;      /* hidden: of the MLP; 0: from ratio */
-    double  ratio, eps;                        /* 0: 4 and 1e-6 */
+    int64_t vocab, width, layers, hidden;    /* hidden: of the MLP; 0: from ratio */
+    double  ratio, eps;                      /* 0: 4 and 1e-6 */
     fg_act  act;
-    bool    tied, recompute;                   /* one table for embedding and head; as in fox_config */
+    bool    tied, recompute;                 /* one table for embedding and head; see fox_config */
 } fg_nn_skeleton;
-FG_API fg_tensor (fg_nn_block)(fg_loc at, fg_tensor x, fg_nn_skeleton s);       /* in the current scope */
-FG_API fg_tensor (fg_nn_lm)(fg_loc at, fg_tensor tokens, fg_nn_skeleton s);     /* i32[B,T] -> [B,T,V] */
+FG_API fg_tensor (fg_nn_block)(fg_loc at, fg_tensor x, fg_nn_skeleton s);    /* in this scope */
+FG_API fg_tensor (fg_nn_lm)(fg_loc at, fg_tensor tokens, fg_nn_skeleton s); /* i32[B,T] -> [B,T,V] */
 /* Mean of cross_entropy over all positions.  A label of -100 adds nothing and is counted. */
 FG_API fg_tensor (fg_nn_loss)(fg_loc at, fg_tensor logits, fg_tensor labels);
 /* hidden width of an MLP: 256 * ceil(trunc(h * ratio * 2 / 3) / 256). */
@@ -79,17 +83,18 @@ typedef struct {
     double  rope_base;                   /* 0: 500000 */
     double  initializer_range;           /* 0: 0.02 */
     fg_gate_kind fgate_type;
-    double  decay_time_min, decay_time_max;    /* > 0: initial time constants of a bias_only or fixed gate */
+    double  decay_time_min, decay_time_max;    /* > 0: where bias_only and fixed gates start */
     bool    use_rope, use_k_shift, use_v_shift, qk_norm, qk_norm_share_param_across_head;
     bool    use_output_gate, use_output_norm, output_gate_silu, mlp_sigmoid, tie_word_embeddings;
-    bool    recompute;                   /* attention and MLP halves are recomputed in the backward pass */
+    bool    recompute;                   /* halves of a block run again in the backward pass */
 } fox_config;
 
 FG_API fox_config fox_llama_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads);
 FG_API fox_config fox_pro_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads);
-FG_API fox_config transformer_pro_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads);
-FG_API fg_tensor (fox_block)(fg_loc at, fg_tensor x, const fox_config *c);           /* in the current scope */
-FG_API fg_tensor (fox_lm)(fg_loc at, fg_tensor tokens, const fox_config *c);         /* i32[B,T] -> [B,T,V] */
+FG_API fox_config transformer_pro_config(int64_t vocab, int64_t width, int64_t layers,
+                                         int64_t heads);
+FG_API fg_tensor (fox_block)(fg_loc at, fg_tensor x, const fox_config *c);    /* in this scope */
+FG_API fg_tensor (fox_lm)(fg_loc at, fg_tensor tokens, const fox_config *c); /* i32[B,T] -> [B,T,V] */
 #define fox_block(...) fox_block(FG_HERE, __VA_ARGS__)
 #define fox_lm(...)    fox_lm(FG_HERE, __VA_ARGS__)
 
@@ -103,21 +108,23 @@ typedef struct {
     bool    no_rope, mlp_sigmoid, tie_word_embeddings, recompute;
 } transformer_config;
 
-FG_API transformer_config transformer_llama_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads);
+FG_API transformer_config transformer_llama_config(int64_t vocab, int64_t width, int64_t layers,
+                                                   int64_t heads);
 FG_API fg_tensor (transformer_block)(fg_loc at, fg_tensor x, const transformer_config *c);
 FG_API fg_tensor (transformer_lm)(fg_loc at, fg_tensor tokens, const transformer_config *c);
 #define transformer_block(...) transformer_block(FG_HERE, __VA_ARGS__)
 #define transformer_lm(...)    transformer_lm(FG_HERE, __VA_ARGS__)
 
-/* ---- config.json ------------------------------------------------------------------------------ */
+/* ---- config.json ----------------------------------------------------------------------------- */
 
 /* Sets every field of the model's config.json as a fact of g; the *_lm builders begin with it. */
 FG_API void fox_config_record(fg_graph *g, const fox_config *c);
 FG_API void transformer_config_record(fg_graph *g, const transformer_config *c);
 
-/* ---- catalog: the paper's models by name ------------------------------------------------------ */
+/* ---- catalog: the paper's models by name ----------------------------------------------------- */
 
-/* "fox-pro-760m", "transformer-llama-125m", ...; lr and tokens are the paper's for the size's first budget. */
+/* "fox-pro-760m", "transformer-llama-125m", ...; lr and tokens are the paper's for the first budget
+ * of the size. */
 typedef struct { const char *name, *family; double lr; int64_t tokens, context, batch; } fg_preset;
 FG_API int              fg_preset_count(void);
 FG_API const fg_preset *fg_preset_at(int i);
