@@ -177,8 +177,8 @@ static void add_rows(fg_real *y, const fg_real *x, int64_t pitch, int64_t rows, 
 }
 
 /* x's axes, neighbours of a kind merged, in the order kept, summed, kept, ...; the first kept one
- * has extent 1 if x begins with a summed one.  A task is one index of axis 0, one block of axis 1 and,
- * where axis 2 is the last one, a piece of it. */
+ * has extent 1 if x begins with a summed one.  A task is one index of axis 0, one block of axis 1
+ * and, where axis 2 is the last one, a piece of it. */
 typedef struct {
     int rank;
     int64_t dim[FG_MAX_RANK + 1], in_move[FG_MAX_RANK + 1], out_move[FG_MAX_RANK + 1];

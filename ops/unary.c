@@ -423,7 +423,8 @@ static fg_tensor cast_example(fg_graph *g, int i)
 {
     if (i > 1) return (fg_tensor){ 0 };
     const fg_tensor k = fg_random_int(g, -300, 300, 3, 5);
-    return fg_cast(k, i ? FG_BF16 : FG_F32);
+    const fg_tensor y = fg_cast(k, i ? FG_BF16 : FG_F32);
+    return fg_cast(y, FG_F32);
 }
 
 static fg_tensor fill_example(fg_graph *g, int i)
