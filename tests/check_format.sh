@@ -3,8 +3,8 @@
 #
 # usage: check_format.sh [SOURCE_DIR]
 # All text: no blanks at the end of a line, no carriage returns, a newline at the end of the file.
-# Code: at most 100 columns.  C and CUDA: no tabs, ASCII alone, a first line "/* name.c - what it is",
-# no marks of unfinished work.  Prints each offence as FILE:LINE: RULE and fails if there is one.
+# Code: at most 100 columns.  C and CUDA: no tabs, ASCII alone, a first line "/* name.c - what it
+# is", no marks of unfinished work.  Prints offences as FILE:LINE: RULE and fails if there is one.
 cd "${1:-$(dirname "$0")/..}" || exit 2
 
 list() {
