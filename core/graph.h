@@ -72,7 +72,6 @@ void       *fg__alloc(fg_graph *g, size_t size);            /* zeroed, 64-byte a
 char       *fg__strdup(fg_graph *g, const char *s);
 bool        fg__grow(void **array, uint32_t *cap, uint32_t n, size_t size);   /* room for one more */
 void        fg__out_of_memory(fg_graph *g);
-const char *fg__full_name(fg_graph *g, const char *name);
 void        fg__scope_path(const fg_graph *g, uint32_t scope, char *buf, size_t size);
 void        fg__value_text(const fg_value *v, char *buf, size_t size);        /* "f32[2,8,768]" */
 const char *fg__base(const char *path);

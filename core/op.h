@@ -85,6 +85,8 @@ FG_API fg_tensor fg__apply(const fg_op *op, fg_loc at, fg_graph *g, int n_in, co
                            const void *attr);
 /* The op that made t and its inputs; NULL for inputs, parameters, states and failed tensors. */
 FG_API const fg_op *fg__producer(fg_tensor t, fg_tensor in[FG_MAX_IN], int *n_in, const void **attr);
+/* name with the current scope's path in front, as parameters and states get it */
+FG_API const char *fg__full_name(fg_graph *g, const char *name);
 FG_API fg_status fg__fail(fg_infer *c, fg_status s, const char *fmt, ...) FG_PRINTF(3, 4);
 FG_API bool      fg__is_suffix(const fg_shape *tail, const fg_shape *of);
 FG_API int64_t   fg__last(const fg_shape *s);                      /* extent of the last axis; 1 for rank 0 */

@@ -51,4 +51,12 @@ fg_tensor fg__attention_mask(fg_loc at, fg_tensor s, fg_tensor first, fg_tensor 
 /* fg_rms_norm(a + b, w, eps, 1) with fg_result(y, 1) = a + b. */
 fg_tensor fg__add_rms_norm(fg_loc at, fg_tensor a, fg_tensor b, fg_tensor w, double eps);
 
+/* ---- cache.c: states of the current scope, "@cache.WHAT", or "@cache.WHAT.1", ... if taken ------ */
+
+/* x [B,T,...] written at s.past of a state [B,s.capacity,...]: the whole cache. */
+fg_tensor fg__cache(fg_loc at, fg_tensor x, const char *what, fg_sequence s);
+/* A state [B,...] for one row of x [B,T,...]; fg__cache_last then makes it x's last row. */
+fg_tensor fg__cache_row(fg_loc at, fg_tensor x, const char *what);
+fg_tensor fg__cache_last(fg_loc at, fg_tensor last, fg_tensor x);
+
 #endif
