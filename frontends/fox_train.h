@@ -202,6 +202,7 @@ typedef struct {
     int64_t bos;                         /* put in front of every prompt; -1: nothing */
     int64_t end_token;                   /* a sequence ends behind it; -1: none */
     int64_t vocab;                       /* only ids below; 0: all of the model's */
+    int64_t piece;                       /* prompt tokens per run, for memory; 0: 512 */
     /* Gets every new token; false ends that sequence.  May be NULL. */
     bool  (*token)(void *to, int sequence, int32_t token);
     void   *to;

@@ -1,5 +1,5 @@
-/* generate.c - continuing prompts: one graph for all prompts at once, one for a token after
- * another, both on the same caches; and the choice of a token from logits.
+/* generate.c - continuing prompts: a graph for pieces of the prompts and one for a token after
+ * another, all prompts side by side, on the same caches; and the choice of a token from logits.
  *
  * Prompts of different lengths are padded on the left, and fg_sequence.first keeps the padding out
  * of sight, so that every sequence ends in the same column.  Random numbers are a function of
@@ -10,9 +10,12 @@
 #include <string.h>
 #include "training.h"
 
+enum { PIECE = 512 };
+
 typedef struct {
+    int64_t   length;                    /* columns */
     fg_graph *graph;
-    fg_plan *plan;
+    fg_plan  *plan;
     fg_tensor tokens, past, first, logits;
 } stage;
 
@@ -21,20 +24,21 @@ typedef struct {
     fg_store *store;
     const fg_generate_options *options;
     const fg_prompt *prompts;
-    char *message;
-    int64_t n, longest, capacity,
-        vocab; /* sequences; tokens of the padded prompt, of a cache; ids */
-    stage prompt, next;
-    int32_t *tokens, *first; /* [n, longest] */
-    float *logits;           /* [n, width of the model's logits] */
-    bool *ended;
+    char     *message;
+    int64_t   n, vocab;                  /* sequences; ids that may be chosen */
+    int64_t   longest, capacity;         /* tokens of the longest prompt, of a cache */
+    stage     piece, rest, next;         /* of the prompts; the last, shorter one; one token */
+    int32_t  *prompt;                    /* [n, longest], padded on the left */
+    int32_t  *pad;                       /* [n]: columns of padding */
+    int32_t  *tokens, *first;            /* of one run */
+    float    *logits;                    /* [n, width of the model's logits] */
+    bool     *ended;                     /* [n] */
 } generation;
 
 fg_generate_options fg_generate_default(void)
 {
-    fg_generate_options o = {
-        .max_tokens = 256, .temperature = 0.8, .top_p = 0.95, .end_token = -1
-    };
+    fg_generate_options o = { .max_tokens = 256, .temperature = 0.8, .top_p = 0.95,
+                              .end_token = -1 };
     return o;
 }
 
@@ -128,9 +132,12 @@ static fg_status refuse(generation *g, fg_status s, const char *text)
     return fg__say(g->message, s, "%s", text && text[0] ? text : fg_status_text(s));
 }
 
-/* A graph of the model on `length` columns, whose last column's logits are read. */
+/* A graph of the model on `length` columns, whose last column's logits are read; none for 0. */
 static fg_status make_stage(generation *g, int64_t length, bool padded, stage *s)
 {
+    s->length = length;
+    if (!length)
+        return FG_OK;
     s->graph = fg_graph_new();
     if (!s->graph)
         return refuse(g, FG_ERR_MEMORY, NULL);
@@ -156,69 +163,76 @@ static fg_status make_stage(generation *g, int64_t length, bool padded, stage *s
                : refuse(g, fg_plan_status(s->plan), fg_plan_message(s->plan));
 }
 
-static void free_stage(stage *s)
+/* The lengths of the prompts, and whether they differ. */
+static fg_status measure(generation *g, bool *padded)
 {
-    fg_plan_free(s->plan);
-    fg_graph_free(s->graph);
-}
-
-/* Checks the prompts and lays them out, padded on the left.  Whether any needs padding. */
-static fg_status lay_out(generation *g, bool *padded)
-{
-    const int64_t bos = g->options->bos, extra = bos >= 0;
-
-    *padded = false;
+    const int64_t extra = g->options->bos >= 0;
     for (int64_t i = 0; i < g->n; i++) {
         const int64_t length = g->prompts[i].count + extra;
         if (length < 1)
             return fg__say(g->message, FG_ERR_USAGE, "prompt %" PRId64 " is empty", i);
-        if (i && length != g->longest)
-            *padded = true;
+        *padded |= i && length != g->longest;
         if (length > g->longest)
             g->longest = length;
     }
     g->capacity = g->longest + g->options->max_tokens;
-    g->tokens = calloc((size_t)(g->n * g->longest), sizeof *g->tokens);
-    g->first = calloc((size_t)(g->n * g->longest), sizeof *g->first);
-    g->ended = calloc((size_t)g->n, sizeof *g->ended);
-    if (!g->tokens || !g->first || !g->ended)
+    if (g->capacity > INT32_MAX / g->n)
+        return fg__say(g->message, FG_ERR_USAGE, "%" PRId64 " sequences of %" PRId64
+                       " tokens are too many", g->n, g->capacity);
+    return FG_OK;
+}
+
+static fg_status lay_out(generation *g)
+{
+    const size_t n = (size_t)g->n, all = n * (size_t)g->longest;
+    const int64_t bos = g->options->bos, extra = bos >= 0;
+
+    g->prompt = calloc(all, sizeof *g->prompt);
+    g->tokens = calloc(all, sizeof *g->tokens);
+    g->first = calloc(all, sizeof *g->first);
+    g->pad = calloc(n, sizeof *g->pad);
+    g->ended = calloc(n, sizeof *g->ended);
+    if (!g->prompt || !g->tokens || !g->first || !g->pad || !g->ended)
         return refuse(g, FG_ERR_MEMORY, NULL);
     for (int64_t i = 0; i < g->n; i++) {
         const fg_prompt *p = &g->prompts[i];
-        const int64_t pad = g->longest - p->count - extra;
-        int32_t *row = g->tokens + i * g->longest;
+        int32_t *row = g->prompt + (i + 1) * g->longest - p->count;
+        if (p->count)
+            memcpy(row, p->tokens, (size_t)p->count * sizeof *row);
         if (extra)
-            row[pad] = (int32_t)bos;
-        for (int64_t t = 0; t < p->count; t++)
-            row[pad + extra + t] = p->tokens[t];
-        for (int64_t t = 0; t < g->longest; t++)
-            g->first[i * g->longest + t] = (int32_t)pad;
+            row[-1] = (int32_t)bos;
+        g->pad[i] = (int32_t)(g->longest - p->count - extra);
     }
     return FG_OK;
 }
 
 static fg_status check_vocab(generation *g)
 {
-    const int64_t width = fg_dim(g->prompt.logits, 2), limit = g->options->vocab;
+    const int64_t width = fg_dim(g->next.logits, 2), limit = g->options->vocab;
     g->vocab = limit > 0 && limit < width ? limit : width;
     for (int64_t i = 0; i < g->n * g->longest; i++)
-        if (g->tokens[i] < 0 || g->tokens[i] >= width)
-            return fg__say(g->message, FG_ERR_USAGE,
-                           "prompt %" PRId64 " holds the token %" PRId32
-                           ", the model knows 0 to %" PRId64,
-                           i / g->longest, g->tokens[i], width - 1);
+        if (g->prompt[i] < 0 || g->prompt[i] >= width)
+            return fg__say(g->message, FG_ERR_USAGE, "prompt %" PRId64 " holds the token %" PRId32
+                           ", the model knows 0 to %" PRId64, i / g->longest, g->prompt[i],
+                           width - 1);
     g->logits = malloc((size_t)(g->n * width) * sizeof *g->logits);
     return g->logits ? FG_OK : refuse(g, FG_ERR_MEMORY, NULL);
 }
 
 /* ---- running --------------------------------------------------------------------------------- */
 
-static fg_status run(generation *g, stage *s, int64_t length, int32_t past)
+/* Runs a stage on g->tokens, `past` columns into the sequences; the last column's logits. */
+static fg_status run(generation *g, stage *s, int64_t past)
 {
-    const size_t bytes = (size_t)(g->n * length) * sizeof(int32_t);
+    const size_t bytes = (size_t)(g->n * s->length) * sizeof(int32_t);
+    const int32_t before = (int32_t)past;
     fg_status status = fg_write(s->plan, s->tokens, g->tokens, bytes);
+
+    for (int64_t i = 0; i < g->n; i++)
+        for (int64_t t = 0; t < s->length; t++)
+            g->first[i * s->length + t] = g->pad[i];
     if (status == FG_OK)
-        status = fg_write(s->plan, s->past, &past, sizeof past);
+        status = fg_write(s->plan, s->past, &before, sizeof before);
     if (status == FG_OK && !fg_absent(s->first))
         status = fg_write(s->plan, s->first, g->first, bytes);
     if (status == FG_OK)
@@ -227,6 +241,21 @@ static fg_status run(generation *g, stage *s, int64_t length, int32_t past)
         status = fg_read(s->plan, s->logits, g->logits,
                          (size_t)(g->n * fg_dim(s->logits, 2)) * sizeof *g->logits);
     return status == FG_OK ? status : refuse(g, status, fg_plan_message(s->plan));
+}
+
+static fg_status read_prompts(generation *g)
+{
+    fg_status s = FG_OK;
+    fg_store_zero(g->store, "@cache.");
+    for (int64_t past = 0; past < g->longest && s == FG_OK;) {
+        stage *now = g->longest - past >= g->piece.length && g->piece.length ? &g->piece : &g->rest;
+        for (int64_t i = 0; i < g->n; i++)
+            memcpy(g->tokens + i * now->length, g->prompt + i * g->longest + past,
+                   (size_t)now->length * sizeof *g->tokens);
+        s = run(g, now, past);
+        past += now->length;
+    }
+    return s;
 }
 
 static fg_status check_finite(generation *g, int64_t sequence, const float *x)
@@ -265,12 +294,8 @@ static fg_status go_on(generation *g, int32_t *out, int64_t *counts)
 {
     const fg_generate_options *o = g->options;
     int64_t left = g->n;
-    fg_status s;
+    fg_status s = read_prompts(g);
 
-    fg_store_zero(g->store, "@cache.");
-    s = run(g, &g->prompt, g->longest, 0);
-    for (int64_t i = 0; i < g->n; i++)
-        g->first[i] = g->first[i * g->longest];
     for (int64_t k = 0; s == FG_OK; k++) {
         s = choose(g, k, out, counts, &left);
         if (s != FG_OK || !left || k + 1 == o->max_tokens)
@@ -279,9 +304,25 @@ static fg_status go_on(generation *g, int32_t *out, int64_t *counts)
             return fg__say(g->message, FG_ERR_STOPPED, "stopped on request");
         for (int64_t i = 0; i < g->n; i++)
             g->tokens[i] = out[i * o->max_tokens + counts[i] - 1];
-        s = run(g, &g->next, 1, (int32_t)(g->longest + k));
+        s = run(g, &g->next, g->longest + k);
     }
     return s;
+}
+
+static void free_generation(generation *g)
+{
+    stage *stages[3] = { &g->piece, &g->rest, &g->next };
+    for (int i = 0; i < 3; i++) {
+        fg_plan_free(stages[i]->plan);
+        fg_graph_free(stages[i]->graph);
+    }
+    fg_store_remove(g->store, "@cache.");
+    free(g->prompt);
+    free(g->pad);
+    free(g->tokens);
+    free(g->first);
+    free(g->logits);
+    free(g->ended);
 }
 
 static fg_status check_options(const struct fg_model *m, const fg_generate_options *o, int n,
@@ -310,7 +351,7 @@ fg_status fg_generate(const struct fg_model *m, fg_store *s, int n, const fg_pro
                       char message[FG_MESSAGE])
 {
     generation g = { .model = m, .store = s, .options = o, .prompts = prompts,
-                     .message = message, .n = n > 0 ? n : 0 };
+                     .message = message, .n = n > 0 ? n : 1 };
     bool padded = false;
     fg_status status = check_options(m, o, n, message);
 
@@ -318,22 +359,21 @@ fg_status fg_generate(const struct fg_model *m, fg_store *s, int n, const fg_pro
         counts[i] = 0;
     if (status != FG_OK || o->max_tokens == 0)
         return status == FG_OK ? fg__say(message, FG_OK, "%s", "") : status;
+    const int64_t piece = o->piece > 0 ? o->piece : PIECE;
     fg_store_remove(s, "@cache.");
-    status = lay_out(&g, &padded);
+    status = measure(&g, &padded);
     if (status == FG_OK)
-        status = make_stage(&g, g.longest, padded, &g.prompt);
-    if (status == FG_OK)
-        status = check_vocab(&g);
+        status = lay_out(&g);
     if (status == FG_OK)
         status = make_stage(&g, 1, padded, &g.next);
     if (status == FG_OK)
+        status = check_vocab(&g);
+    if (status == FG_OK)
+        status = make_stage(&g, g.longest >= piece ? piece : 0, padded, &g.piece);
+    if (status == FG_OK)
+        status = make_stage(&g, g.longest % piece, padded, &g.rest);
+    if (status == FG_OK)
         status = go_on(&g, out, counts);
-    free_stage(&g.prompt);
-    free_stage(&g.next);
-    fg_store_remove(s, "@cache.");
-    free(g.tokens);
-    free(g.first);
-    free(g.ended);
-    free(g.logits);
+    free_generation(&g);
     return status == FG_OK ? fg__say(message, FG_OK, "%s", "") : status;
 }

@@ -30,7 +30,7 @@ typedef struct {
     int64_t saved, evaluated;            /* step of the newest checkpoint, of the last evaluation */
     double  smooth;                      /* moving average of the loss */
     double  before, started;             /* seconds of earlier parts; clock at the start */
-    double  pace_clock, idle;            /* since the last log: clock, seconds not spent on updates */
+    double  pace_clock, idle;            /* since the last log: clock, seconds not training */
     int64_t pace_tokens;
     fg_event last;                       /* the newest TRAIN event */
     fg_train_result *out;
