@@ -10,7 +10,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <jansson.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,6 +17,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "fox_json.h"
 #include "safetensors.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -25,8 +25,8 @@
 #endif
 
 enum {
-    MAX_MARKS = 4000000,                 /* commas and brackets; bounds what the parser allocates */
-    PIECE     = 1 << 14                  /* bytes converted at a time */
+    MAX_VALUES = 2000000,                /* in a header; bounds what the parser allocates */
+    PIECE      = 1 << 14                 /* bytes converted at a time */
 };
 static const int64_t max_number = (int64_t)1 << 53;    /* what every JSON reader can hold exactly */
 
@@ -48,7 +48,7 @@ typedef struct { const char *name; int dtype; fg_shape shape; int64_t begin, end
 struct fg_file {
     int       fd, n;
     int64_t   values_at;                 /* where offset 0 lies in the file */
-    json_t   *header;                    /* owns the names */
+    fg_json  *header;                    /* owns the names */
     entry    *entries;                   /* sorted by name once open */
     fg_status status;
     char      path[FG__FILE_MAX_PATH + 1], message[1000];
@@ -80,34 +80,6 @@ static FG_PRINTF(3, 4) fg_status refuse(fg_file *f, fg_status s, const char *fmt
 
 /* ---- the header ---------------------------------------------------------------------------- */
 
-/* Limits depth and size of JSON text before a parser allocates for it. */
-static fg_status measure(fg_file *f, const char *text, size_t n)
-{
-    int depth = 0;
-    int64_t marks = 0;
-    bool quoted = false;
-    for (size_t i = 0; i < n; i++) {
-        char c = text[i];
-        if (quoted) {
-            if (c == '\\')
-                i++;
-            else if (c == '"')
-                quoted = false;
-            continue;
-        }
-        quoted = c == '"';
-        depth += (c == '{' || c == '[') - (c == '}' || c == ']');
-        marks += c == '{' || c == '[' || c == ',';
-        if (depth > 3)
-            return refuse(f, FG_ERR_FORMAT, "header nests deeper than 3 levels at byte %zu", i);
-    }
-    if (marks > MAX_MARKS)
-        return refuse(f, FG_ERR_FORMAT, "header has %" PRId64 " commas and brackets, more than %d",
-                      marks,
-                      MAX_MARKS);
-    return FG_OK;
-}
-
 const char *fg__file_name_fault(const char *name)
 {
     if (strlen(name) > FG__FILE_MAX_NAME)
@@ -118,28 +90,24 @@ const char *fg__file_name_fault(const char *name)
     return NULL;
 }
 
-static bool number(const json_t *j, int64_t *out)
+static bool is_count(const fg_json_value *v)
 {
-    if (!json_is_integer(j))
-        return false;
-    *out = json_integer_value(j);
-    return *out >= 0 && *out <= max_number;
+    return v && v->kind == FG_JSON_WHOLE && v->u.whole >= 0 && v->u.whole <= max_number;
 }
 
-static fg_status read_shape(fg_file *f, const json_t *j, entry *e)
+static fg_status read_shape(fg_file *f, const fg_json_value *list, entry *e)
 {
-    size_t rank = json_array_size(j);
-    if (!json_is_array(j))
+    if (list->kind != FG_JSON_LIST)
         return refuse(f, FG_ERR_FORMAT, "tensor %s: shape is not a list", e->name);
-    if (rank > FG_MAX_RANK)
-        return refuse(f, FG_ERR_FORMAT, "tensor %s: rank is %zu, more than %d", e->name, rank,
-                      FG_MAX_RANK);
-    e->shape.rank = (int)rank;
-    for (size_t i = 0; i < rank; i++)
-        if (!number(json_array_get(j, i), &e->shape.dim[i]))
-            return refuse(f, FG_ERR_FORMAT,
-                          "tensor %s: axis %zu of shape is not an integer from 0 to 2^53",
-                          e->name, i);
+    if (list->n > FG_MAX_RANK)
+        return refuse(f, FG_ERR_FORMAT, "tensor %s: rank is %" PRId64 ", more than %d", e->name,
+                      list->n, FG_MAX_RANK);
+    for (const fg_json_value *v = list->first; v; v = v->next) {
+        if (!is_count(v))
+            return refuse(f, FG_ERR_FORMAT, "tensor %s: axis %d of shape is not an integer from 0 "
+                          "to 2^53", e->name, e->shape.rank);
+        e->shape.dim[e->shape.rank++] = v->u.whole;
+    }
     return FG_OK;
 }
 
@@ -169,56 +137,57 @@ static fg_status check_extent(fg_file *f, const entry *e)
     return FG_OK;
 }
 
-static fg_status read_dtype(fg_file *f, const json_t *j, entry *e)
+static fg_status read_dtype(fg_file *f, const fg_json_value *v, entry *e)
 {
-    const char *text = json_string_value(j);
-    if (!text)
+    if (v->kind != FG_JSON_TEXT)
         return refuse(f, FG_ERR_FORMAT, "tensor %s: dtype is not a text", e->name);
     for (e->dtype = 0; e->dtype < DTYPES; e->dtype++)
-        if (strcmp(dtypes[e->dtype].name, text) == 0)
+        if (strcmp(dtypes[e->dtype].name, v->u.text) == 0)
             return FG_OK;
-    return refuse(f, FG_ERR_FORMAT, "tensor %s: dtype %.40s is unknown", e->name, text);
+    return refuse(f, FG_ERR_FORMAT, "tensor %s: dtype %.40s is unknown", e->name, v->u.text);
 }
 
-static fg_status read_entry(fg_file *f, const char *name, json_t *j, entry *e)
+static fg_status read_offsets(fg_file *f, const fg_json_value *list, entry *e)
 {
-    const char *key, *fault = fg__file_name_fault(name);
-    json_t *value, *offsets = json_object_get(j, "data_offsets");
+    if (list->kind != FG_JSON_LIST || list->n != 2 || !is_count(list->first) ||
+        !is_count(list->first->next))
+        return refuse(f, FG_ERR_FORMAT,
+                      "tensor %s: data_offsets are not two integers from 0 to 2^53", e->name);
+    e->begin = list->first->u.whole;
+    e->end = list->first->next->u.whole;
+    return FG_OK;
+}
+
+static fg_status read_entry(fg_file *f, const fg_json_value *tensor, entry *e)
+{
+    const char *fault = fg__file_name_fault(tensor->key);
     fg_status s;
-    e->name = name;
+    e->name = tensor->key;
     if (fault)
-        return refuse(f, FG_ERR_FORMAT, "tensor %.60s: %s", name, fault);
-    if (!json_is_object(j))
-        return refuse(f, FG_ERR_FORMAT, "tensor %s: entry is not an object", name);
-    json_object_foreach(j, key, value)
-        if (strcmp(key, "dtype") && strcmp(key, "shape") && strcmp(key, "data_offsets"))
-            return refuse(f, FG_ERR_FORMAT, "tensor %s: unknown key %.60s", name, key);
-    if (json_object_size(j) != 3)
-        return refuse(f, FG_ERR_FORMAT,
-                      "tensor %s: has %zu of the 3 keys dtype, shape, data_offsets", name,
-                      json_object_size(j));
-    s = read_dtype(f, json_object_get(j, "dtype"), e);
-    if (s)
-        return s;
-    s = read_shape(f, json_object_get(j, "shape"), e);
-    if (s)
-        return s;
-    if (json_array_size(offsets) != 2 || !number(json_array_get(offsets, 0), &e->begin) ||
-        !number(json_array_get(offsets, 1), &e->end))
-        return refuse(f, FG_ERR_FORMAT,
-                      "tensor %s: data_offsets are not two integers from 0 to 2^53", name);
-    return check_extent(f, e);
+        return refuse(f, FG_ERR_FORMAT, "tensor %.60s: %s", e->name, fault);
+    if (tensor->kind != FG_JSON_OBJECT)
+        return refuse(f, FG_ERR_FORMAT, "tensor %s: entry is not an object", e->name);
+    for (const fg_json_value *v = tensor->first; v; v = v->next)
+        if (strcmp(v->key, "dtype") && strcmp(v->key, "shape") && strcmp(v->key, "data_offsets"))
+            return refuse(f, FG_ERR_FORMAT, "tensor %s: unknown key %.60s", e->name, v->key);
+    if (tensor->n != 3)
+        return refuse(f, FG_ERR_FORMAT, "tensor %s: has %" PRId64
+                      " of the 3 keys dtype, shape, data_offsets", e->name, tensor->n);
+    s = read_dtype(f, fg_json_get(tensor, "dtype"), e);
+    if (!s)
+        s = read_shape(f, fg_json_get(tensor, "shape"), e);
+    if (!s)
+        s = read_offsets(f, fg_json_get(tensor, "data_offsets"), e);
+    return s ? s : check_extent(f, e);
 }
 
-static fg_status check_metadata(fg_file *f, json_t *j)
+static fg_status check_metadata(fg_file *f, const fg_json_value *metadata)
 {
-    const char *key;
-    json_t *value;
-    if (!json_is_object(j))
+    if (metadata->kind != FG_JSON_OBJECT)
         return refuse(f, FG_ERR_FORMAT, "__metadata__ is not an object");
-    json_object_foreach(j, key, value)
-        if (!json_is_string(value))
-            return refuse(f, FG_ERR_FORMAT, "__metadata__ key %.60s: value is not a text", key);
+    for (const fg_json_value *v = metadata->first; v; v = v->next)
+        if (v->kind != FG_JSON_TEXT)
+            return refuse(f, FG_ERR_FORMAT, "__metadata__ key %.60s: value is not a text", v->key);
     return FG_OK;
 }
 
@@ -258,18 +227,16 @@ static fg_status check_layout(fg_file *f, int64_t bytes)
 
 static fg_status read_entries(fg_file *f, int64_t bytes)
 {
-    const char *name;
-    json_t *j;
-    size_t n = json_object_size(f->header);
-    if (n > FG__FILE_MAX_TENSORS)
-        return refuse(f, FG_ERR_FORMAT, "header lists %zu tensors, more than %d", n,
+    const fg_json_value *header = fg_json_root(f->header);
+    if (header->n > FG__FILE_MAX_TENSORS)
+        return refuse(f, FG_ERR_FORMAT, "header lists %" PRId64 " tensors, more than %d", header->n,
                       FG__FILE_MAX_TENSORS);
-    f->entries = calloc(n + 1, sizeof *f->entries);
+    f->entries = calloc((size_t)header->n + 1, sizeof *f->entries);
     if (!f->entries)
-        return refuse(f, FG_ERR_MEMORY, "no memory for %zu tensor entries", n);
-    json_object_foreach(f->header, name, j) {
-        bool metadata = strcmp(name, "__metadata__") == 0;
-        fg_status s = metadata ? check_metadata(f, j) : read_entry(f, name, j, &f->entries[f->n]);
+        return refuse(f, FG_ERR_MEMORY, "no memory for %" PRId64 " tensor entries", header->n);
+    for (const fg_json_value *v = header->first; v; v = v->next) {
+        bool metadata = strcmp(v->key, "__metadata__") == 0;
+        fg_status s = metadata ? check_metadata(f, v) : read_entry(f, v, &f->entries[f->n]);
         if (s)
             return s;
         f->n += !metadata;
@@ -297,20 +264,12 @@ static fg_status read_at(fg_file *f, void *to, size_t bytes, int64_t at)
 
 static fg_status parse_header(fg_file *f, const char *text, size_t n)
 {
-    json_error_t error;
-    fg_status s;
+    static const fg_json_rules rules = { 3, MAX_VALUES, false };
+    char why[200];
     if (n == 0 || text[0] != '{')
         return refuse(f, FG_ERR_FORMAT, "header does not begin with '{'");
-    s = measure(f, text, n);
-    if (s)
-        return s;
-    f->header = json_loadb(text, n, JSON_REJECT_DUPLICATES, &error);
-    if (f->header)
-        return FG_OK;
-    if (json_error_code(&error) == json_error_out_of_memory)
-        return refuse(f, FG_ERR_MEMORY, "no memory to parse a header of %zu bytes", n);
-    return refuse(f, FG_ERR_FORMAT, "header is not valid JSON: %s, at byte %d", error.text,
-                  error.position);
+    fg_status s = fg_json_parse(text, n, rules, &f->header, why);
+    return s ? refuse(f, s, "header is not valid: %s", why) : FG_OK;
 }
 
 static fg_status open_at(fg_file *f)
@@ -376,7 +335,7 @@ void fg_file_close(fg_file *f)
         return;
     if (f->fd >= 0)
         close(f->fd);
-    json_decref(f->header);
+    fg_json_free(f->header);
     free(f->entries);
     free(f);
 }

@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "fox_json.h"
 #include "safetensors.h"
 
 typedef struct { char *text; size_t n, room; bool failed; } growing;
@@ -31,23 +32,6 @@ static FG_PRINTF(2, 3) void add(growing *g, const char *fmt, ...)
     if (!g->failed)
         g->n += (size_t)vsnprintf(g->text + g->n, (size_t)n + 1, fmt, again);
     va_end(again);
-}
-
-/* Whether s is UTF-8 without overlong forms and surrogates. */
-static bool is_utf8(const char *text)
-{
-    const unsigned char *s = (const unsigned char *)text;
-    while (*s) {
-        int more = *s < 0x80 ? 0 : *s >= 0xc2 && *s < 0xe0 ? 1 : *s >= 0xe0 && *s < 0xf0 ? 2 :
-                   *s >= 0xf0 && *s < 0xf5 ? 3 : -1;
-        if (more < 0 || (*s == 0xe0 && s[1] < 0xa0) || (*s == 0xed && s[1] > 0x9f) ||
-            (*s == 0xf0 && s[1] < 0x90) || (*s == 0xf4 && s[1] > 0x8f))
-            return false;
-        for (s++; more > 0; more--, s++)
-            if ((*s & 0xc0) != 0x80)
-                return false;
-    }
-    return true;
 }
 
 static void add_name(growing *g, const char *name)
@@ -96,7 +80,7 @@ static fg_status check_items(const char *path, int n, fg__file_item *items, char
                      FG__FILE_MAX_TENSORS);
     for (int i = 0; i < n; i++) {
         const char *why = fg__file_name_fault(items[i].name);
-        if (!why && !is_utf8(items[i].name))
+        if (!why && !fg_text_is_utf8(items[i].name))
             why = "has a name that is not UTF-8";
         if (!why && strcmp(items[i].name, "__metadata__") == 0)
             why = "is a name that the format keeps for itself";

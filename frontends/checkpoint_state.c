@@ -4,6 +4,7 @@
  * is null.  Every key must be there and no other: a file of another version or a damaged one is
  * refused rather than half understood. */
 #include <inttypes.h>
+#include <locale.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -44,75 +45,60 @@ fg_status fg__state_check(const fg_train_state *t, const char *path, char messag
 
 /* ---- writing --------------------------------------------------------------------------------- */
 
-static json_t *pattern(uint64_t bits)
+/* A number that reads back to the same bits, with a point whatever the locale. */
+static void add_real(fg__text *t, double v)
 {
-    char text[32];
-    snprintf(text, sizeof text, "0x%016" PRIx64, bits);
-    return json_string(text);
+    char text[64];
+    const char *point = localeconv()->decimal_point;
+    snprintf(text, sizeof text, "%.17g", v);
+    char *at = strstr(text, point);
+    if (at && strcmp(point, "."))
+        fg__text_add(t, "%.*s.%s", (int)(at - text), text, at + strlen(point));
+    else
+        fg__text_add(t, "%s", text);
 }
 
-static json_t *losses(const fg_train_state *t)
+static void print(fg__text *out, const fg_train_state *t, bool optimizer)
 {
-    json_t *list = json_array();
-    for (int64_t i = 0; list && i < t->positions; i++) {
-        double v = t->window_loss[i];
-        if (json_array_append_new(list, isfinite(v) ? json_real(v) : json_null())) {
-            json_decref(list);
-            list = NULL;
-        }
+    fg__text_add(out, "{\n \"version\": %d,\n \"step\": %" PRId64 ",\n \"batch\": %" PRId64
+                 ",\n \"context\": %" PRId64 ",\n \"tokens\": %" PRId64 ",\n \"seed\": %" PRId64
+                 ",\n \"rng\": \"0x%016" PRIx64 "\",\n \"epoch\": %" PRId64 ",\n \"position\": %"
+                 PRId64 ",\n \"recipe\": \"0x%016" PRIx64
+                 "\",\n \"optimizer\": %s,\n \"seconds\": ",
+                 VERSION, t->step, t->batch, t->context, t->tokens, t->seed, t->rng, t->epoch,
+                 t->position, t->recipe, optimizer ? "true" : "false");
+    add_real(out, t->seconds);
+    fg__text_add(out, ",\n \"window\": %" PRId64 ",\n \"window_loss\": [", t->window);
+    for (int64_t i = 0; i < t->positions; i++) {
+        fg__text_add(out, i ? ",\n  " : "\n  ");
+        if (isfinite(t->window_loss[i]))
+            add_real(out, t->window_loss[i]);
+        else
+            fg__text_add(out, "null");
     }
-    return list;
-}
-
-static char *print(const fg_train_state *t, bool optimizer)
-{
-    json_t *j = json_object();
-    char *text = NULL;
-    int failed = !j;
-    failed |= json_object_set_new(j, "version", json_integer(VERSION));
-    failed |= json_object_set_new(j, "step", json_integer(t->step));
-    failed |= json_object_set_new(j, "batch", json_integer(t->batch));
-    failed |= json_object_set_new(j, "context", json_integer(t->context));
-    failed |= json_object_set_new(j, "tokens", json_integer(t->tokens));
-    failed |= json_object_set_new(j, "seed", json_integer(t->seed));
-    failed |= json_object_set_new(j, "rng", pattern(t->rng));
-    failed |= json_object_set_new(j, "epoch", json_integer(t->epoch));
-    failed |= json_object_set_new(j, "position", json_integer(t->position));
-    failed |= json_object_set_new(j, "recipe", pattern(t->recipe));
-    failed |= json_object_set_new(j, "seconds", json_real(t->seconds));
-    failed |= json_object_set_new(j, "optimizer", json_boolean(optimizer));
-    failed |= json_object_set_new(j, "window", json_integer(t->window));
-    failed |= json_object_set_new(j, "window_loss", losses(t));
-    if (!failed)
-        text = json_dumps(j, JSON_INDENT(1) | JSON_REAL_PRECISION(17));
-    json_decref(j);
-    return text;
+    fg__text_add(out, "]\n}\n");
 }
 
 fg_status fg__state_write(const char *path, const fg_train_state *t, bool optimizer,
                           char message[400])
 {
-    char *text = print(t, optimizer);
-    if (!text)
-        return fg__refuse(message, FG_ERR_MEMORY, path, "no memory for its text");
-    fg_status s = fg__text_create(path, text, strlen(text), message);
-    free(text);
+    fg__text text = { 0 };
+    print(&text, t, optimizer);
+    fg_status s = text.failed ? fg__refuse(message, FG_ERR_MEMORY, path, "no memory for its text")
+                              : fg__text_create(path, text.text, text.n, message);
+    free(text.text);
     return s;
 }
 
 /* ---- reading --------------------------------------------------------------------------------- */
 
-typedef struct { const char *path; const json_t *root; int taken; fg_status status; char *message;
-                } reader;
-
-static const json_t *take(reader *r, const char *key)
-{
-    const json_t *j = json_object_get(r->root, key);
-    if (!r->status && !j)
-        r->status = fg__refuse(r->message, FG_ERR_FORMAT, r->path, "%s is missing", key);
-    r->taken++;
-    return r->status ? NULL : j;
-}
+typedef struct {
+    const char *path;
+    const fg_json_value *root;
+    int64_t taken;
+    fg_status status;
+    char *message;
+} reader;
 
 static void wrong(reader *r, const char *key, const char *must)
 {
@@ -120,48 +106,74 @@ static void wrong(reader *r, const char *key, const char *must)
         r->status = fg__refuse(r->message, FG_ERR_FORMAT, r->path, "%s is not %s", key, must);
 }
 
+/* NULL after any fault. */
+static const fg_json_value *take(reader *r, const char *key)
+{
+    const fg_json_value *v = fg_json_get(r->root, key);
+    if (!r->status && !v)
+        r->status = fg__refuse(r->message, FG_ERR_FORMAT, r->path, "%s is missing", key);
+    r->taken++;
+    return r->status ? NULL : v;
+}
+
 static int64_t take_integer(reader *r, const char *key)
 {
-    const json_t *j = take(r, key);
-    if (!json_is_integer(j))
-        wrong(r, key, "an integer");
-    return json_integer_value(j);
+    const fg_json_value *v = take(r, key);
+    if (v && v->kind == FG_JSON_WHOLE)
+        return v->u.whole;
+    wrong(r, key, "an integer");
+    return 0;
 }
 
 static uint64_t take_pattern(reader *r, const char *key)
 {
-    const char *text = json_string_value(take(r, key));
+    const fg_json_value *v = take(r, key);
+    const char *text = v && v->kind == FG_JSON_TEXT ? v->u.text : "";
     uint64_t bits = 0;
-    if (!text || strlen(text) != 18 || strncmp(text, "0x", 2) ||
-        strspn(text + 2, "0123456789abcdef") != 16) {
+    if (strlen(text) != 18 || strncmp(text, "0x", 2) ||
+        strspn(text + 2, "0123456789abcdef") != 16)
         wrong(r, key, "a text of 0x and 16 hexadecimal digits");
-        return 0;
-    }
-    sscanf(text, "%" SCNx64, &bits);
+    else
+        sscanf(text, "%" SCNx64, &bits);
     return bits;
+}
+
+static double take_real(reader *r, const char *key)
+{
+    double x = 0;
+    if (!fg_json_number(take(r, key), &x))
+        wrong(r, key, "a number");
+    return x;
+}
+
+static bool take_truth(reader *r, const char *key)
+{
+    const fg_json_value *v = take(r, key);
+    if (!v || (v->kind != FG_JSON_TRUE && v->kind != FG_JSON_FALSE))
+        wrong(r, key, "true or false");
+    return v && v->kind == FG_JSON_TRUE;
 }
 
 static void take_losses(reader *r, fg_train_state *t)
 {
-    const json_t *list = take(r, "window_loss");
-    size_t n = json_array_size(list);
-    if (!json_is_array(list))
-        wrong(r, "window_loss", "a list");
-    if (n > MAX_POSITIONS)
-        wrong(r, "window_loss", "at most 262144 values");
-    if (r->status || n == 0)
-        return;
-    t->window_loss = malloc(n * sizeof *t->window_loss);
-    if (!t->window_loss) {
-        r->status = fg__refuse(r->message, FG_ERR_MEMORY, r->path, "no memory for %zu losses", n);
+    const fg_json_value *list = take(r, "window_loss");
+    if (!list || list->kind != FG_JSON_LIST || list->n > MAX_POSITIONS) {
+        wrong(r, "window_loss", "a list of at most 262144 values");
         return;
     }
-    t->positions = (int64_t)n;
-    for (size_t i = 0; i < n; i++) {
-        const json_t *j = json_array_get(list, i);
-        if (!json_is_number(j) && !json_is_null(j))
+    if (list->n == 0)
+        return;
+    t->window_loss = malloc((size_t)list->n * sizeof *t->window_loss);
+    if (!t->window_loss) {
+        r->status = fg__refuse(r->message, FG_ERR_MEMORY, r->path, "no memory for %" PRId64
+                               " losses", list->n);
+        return;
+    }
+    for (const fg_json_value *v = list->first; v; v = v->next) {
+        double x = (double)NAN;
+        if (!fg_json_number(v, &x) && v->kind != FG_JSON_NULL)
             wrong(r, "window_loss", "a list of numbers and nulls");
-        t->window_loss[i] = json_is_null(j) ? (double)NAN : json_number_value(j);
+        t->window_loss[t->positions++] = x;
     }
 }
 
@@ -180,31 +192,25 @@ static void take_all(reader *r, fg_train_state *t, bool *optimizer)
     t->epoch = take_integer(r, "epoch");
     t->position = take_integer(r, "position");
     t->recipe = take_pattern(r, "recipe");
-    const json_t *seconds = take(r, "seconds");
-    if (!json_is_number(seconds))
-        wrong(r, "seconds", "a number");
-    t->seconds = json_number_value(seconds);
-    const json_t *moments = take(r, "optimizer");
-    if (!json_is_boolean(moments))
-        wrong(r, "optimizer", "true or false");
-    *optimizer = json_is_true(moments);
+    t->seconds = take_real(r, "seconds");
+    *optimizer = take_truth(r, "optimizer");
     t->window = take_integer(r, "window");
     take_losses(r, t);
-    if (!r->status && json_object_size(r->root) != (size_t)r->taken)
-        r->status = fg__refuse(r->message, FG_ERR_FORMAT, r->path, "has %zu keys, must have %d",
-                               json_object_size(r->root), r->taken);
+    if (!r->status && r->root->n != r->taken)
+        r->status = fg__refuse(r->message, FG_ERR_FORMAT, r->path, "has %" PRId64
+                               " keys, must have %" PRId64, r->root->n, r->taken);
 }
 
 fg_status fg__state_read(const char *path, fg_train_state *t, bool *optimizer, char message[400])
 {
-    json_t *root;
+    fg_json *json;
     *t = (fg_train_state){ 0 };
-    fg_status s = fg__json_read(path, &root, message);
+    fg_status s = fg__json_read(path, &json, message);
     if (s)
         return s;
-    reader r = { path, root, 0, FG_OK, message };
+    reader r = { path, fg_json_root(json), 0, FG_OK, message };
     take_all(&r, t, optimizer);
-    json_decref(root);
+    fg_json_free(json);
     if (!r.status)
         r.status = fg__state_check(t, path, message);
     if (r.status)

@@ -5,6 +5,7 @@
  * code there ignores (window_size of FoX, elementwise_affine, fuse_norm, token ids) is ignored
  * here; what it would refuse or silently get wrong is refused. */
 #include <inttypes.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,86 +17,109 @@
 enum { MAX_SIZE = 1 << 24, MAX_LAYERS = 4096, MAX_HEADS = 1 << 16 };
 
 /* Takes values from an object; after the first fault every value is its default. */
-typedef struct { const char *path; const json_t *root; fg_status status; char *message; } reader;
+typedef struct {
+    const char *path;
+    const fg_json_value *root;
+    fg_status status;
+    char *message;
+} reader;
+
+static void print_value(const fg_json_value *v, char *text, size_t room)
+{
+    static const char *const words[] = { "null", "false", "true" };
+    if (!v)
+        snprintf(text, room, "missing");
+    else if (v->kind == FG_JSON_WHOLE)
+        snprintf(text, room, "%" PRId64, v->u.whole);
+    else if (v->kind == FG_JSON_REAL && isfinite(v->u.real))
+        snprintf(text, room, "%.9g", v->u.real);
+    else if (v->kind == FG_JSON_REAL)
+        snprintf(text, room, "%s", isnan(v->u.real) ? "NaN" : v->u.real > 0 ? "Infinity"
+                                                                          : "-Infinity");
+    else if (v->kind == FG_JSON_TEXT)
+        snprintf(text, room, "\"%.60s\"", v->u.text);
+    else
+        snprintf(text, room, "%s", v->kind == FG_JSON_LIST ? "a list" :
+                 v->kind == FG_JSON_OBJECT ? "an object" : words[v->kind]);
+}
 
 static FG_PRINTF(3, 4) void bad(reader *r, const char *key, const char *fmt, ...)
 {
-    char rule[200], *text = NULL;
+    char rule[200], value[100];
     va_list args;
-    const json_t *value = json_object_get(r->root, key);
     if (r->status)
         return;
     va_start(args, fmt);
     vsnprintf(rule, sizeof rule, fmt, args);
     va_end(args);
-    if (json_is_string(value) && *json_string_value(value) != FG__BARE)
-        text = json_dumps(value, JSON_ENCODE_ANY);
-    else if (value && !json_is_string(value))
-        text = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT | JSON_REAL_PRECISION(9));
-    r->status = fg__refuse(r->message, FG_ERR_FORMAT, r->path, "%s is %.60s%s", key,
-                           text ? text : json_is_string(value) ? json_string_value(value) + 1 :
-                           value ? "unprintable" : "missing", rule);
-    free(text);
+    print_value(fg_json_get(r->root, key), value, sizeof value);
+    r->status = fg__refuse(r->message, FG_ERR_FORMAT, r->path, "%s is %s%s", key, value, rule);
 }
 
 /* NULL: use the default. */
-static const json_t *value_of(const reader *r, const char *key)
+static const fg_json_value *value_of(const reader *r, const char *key)
 {
-    return r->status ? NULL : json_object_get(r->root, key);
+    return r->status ? NULL : fg_json_get(r->root, key);
+}
+
+static bool is_null(const reader *r, const char *key)
+{
+    const fg_json_value *v = value_of(r, key);
+    return v && v->kind == FG_JSON_NULL;
 }
 
 static int64_t whole(reader *r, const char *key, int64_t otherwise, int64_t max)
 {
-    const json_t *j = value_of(r, key);
-    if (!j)
+    const fg_json_value *v = value_of(r, key);
+    if (!v)
         return otherwise;
-    int64_t v = json_integer_value(j);
-    if (json_is_integer(j) && v >= 1 && v <= max)
-        return v;
+    if (v->kind == FG_JSON_WHOLE && v->u.whole >= 1 && v->u.whole <= max)
+        return v->u.whole;
     bad(r, key, ", must be an integer from 1 to %" PRId64, max);
     return otherwise;
 }
 
 static int64_t whole_or_null(reader *r, const char *key, int64_t max)
 {
-    return json_is_null(value_of(r, key)) ? 0 : whole(r, key, 0, max);
+    return is_null(r, key) ? 0 : whole(r, key, 0, max);
 }
 
 static double real(reader *r, const char *key, double otherwise, double min, double max)
 {
-    const json_t *j = value_of(r, key);
-    if (!j)
+    const fg_json_value *v = value_of(r, key);
+    double x;
+    if (!v)
         return otherwise;
-    double v = json_number_value(j);
-    if (json_is_number(j) && v >= min && v <= max)
-        return v;
+    if (fg_json_number(v, &x) && x >= min && x <= max)
+        return x;
     bad(r, key, ", must be a number from %g to %g", min, max);
     return otherwise;
 }
 
 static double real_or_null(reader *r, const char *key, double otherwise, double min, double max)
 {
-    return json_is_null(value_of(r, key)) ? otherwise : real(r, key, otherwise, min, max);
+    return is_null(r, key) ? otherwise : real(r, key, otherwise, min, max);
 }
 
 static bool truth(reader *r, const char *key, bool otherwise)
 {
-    const json_t *j = value_of(r, key);
-    if (j && !json_is_boolean(j))
+    const fg_json_value *v = value_of(r, key);
+    if (!v)
+        return otherwise;
+    if (v->kind != FG_JSON_TRUE && v->kind != FG_JSON_FALSE)
         bad(r, key, ", must be true or false");
-    return json_is_boolean(j) ? json_is_true(j) : otherwise;
+    return v->kind == FG_JSON_TRUE;
 }
 
 /* Index of the text among choices, which end with NULL. */
 static int choice(reader *r, const char *key, int otherwise, const char *const *choices)
 {
-    const json_t *j = value_of(r, key);
-    const char *text = json_string_value(j);
+    const fg_json_value *v = value_of(r, key);
     char list[100] = "";
-    if (!j)
+    if (!v)
         return otherwise;
     for (int i = 0; choices[i]; i++) {
-        if (text && strcmp(text, choices[i]) == 0)
+        if (v->kind == FG_JSON_TEXT && strcmp(v->u.text, choices[i]) == 0)
             return i;
         size_t n = strlen(list);
         snprintf(list + n, sizeof list - n, "%s%s", i ? ", " : "", choices[i]);
@@ -162,7 +186,7 @@ static void read_fox(reader *r, fg_config *out)
     c->tie_word_embeddings = truth(r, "tie_word_embeddings", false);
     read_gate(r, c);
     real_or_null(r, "log_pruning_tolerance", 0, -1e9, 0);     /* exact attention satisfies any */
-    if (value_of(r, "num_kv_heads") && !json_is_null(value_of(r, "num_kv_heads")))
+    if (value_of(r, "num_kv_heads") && !is_null(r, "num_kv_heads"))
         bad(r, "num_kv_heads", ", must be null: this model has no grouped heads");
     if (c->output_gate_silu && c->use_output_gate && c->use_output_norm)
         bad(r, "ogate_act", ", must be \"sigmoid\" where use_output_norm is true");
@@ -209,7 +233,7 @@ enum { FAMILIES = sizeof families / sizeof families[0] };
 static int family_of(const char *type)
 {
     static const char suffix[] = "-project_fox";
-    size_t n = type ? strlen(type) : 0, end = sizeof suffix - 1;
+    size_t n = strlen(type), end = sizeof suffix - 1;
     if (n > end && strcmp(type + n - end, suffix) == 0)
         n -= end;
     for (int i = 0; i < FAMILIES; i++)
@@ -220,14 +244,15 @@ static int family_of(const char *type)
 
 fg_status fg_config_read(const char *path, fg_config *out, char message[400])
 {
-    json_t *root;
+    fg_json *json;
     *out = (fg_config){ 0 };
     message[0] = '\0';
-    fg_status s = fg__json_read(path, &root, message);
+    fg_status s = fg__json_read(path, &json, message);
     if (s)
         return s;
-    reader r = { path, root, FG_OK, message };
-    int family = family_of(json_string_value(json_object_get(root, "model_type")));
+    reader r = { path, fg_json_root(json), FG_OK, message };
+    const fg_json_value *type = fg_json_get(r.root, "model_type");
+    int family = type && type->kind == FG_JSON_TEXT ? family_of(type->u.text) : -1;
     if (family >= 0)
         families[family].read(&r, out);
     else {
@@ -238,7 +263,7 @@ fg_status fg_config_read(const char *path, fg_config *out, char message[400])
         }
         bad(&r, "model_type", ", known are %s", known);
     }
-    json_decref(root);
+    fg_json_free(json);
     return r.status;
 }
 
@@ -284,7 +309,7 @@ static int by_key(const void *a, const void *b)
 /* A fact goes out as it came, so its text must be one JSON value and its key need no escapes. */
 static fg_status check_fact(const char *path, const fact *f, char message[400])
 {
-    json_t *j;
+    fg_json *j;
     fg__text text = { 0 };
     for (const char *p = f->key; *p; p++)
         if ((unsigned char)*p < 32 || *p == '"' || *p == '\\' || *p == 127)
@@ -293,36 +318,39 @@ static fg_status check_fact(const char *path, const fact *f, char message[400])
     if (text.failed)
         return fg__refuse(message, FG_ERR_MEMORY, path, "no memory for fact %.60s", f->key);
     fg_status s = fg__json_parse(path, text.text, text.n, &j, message);
-    bool single = !s && json_object_size(j) == 1;
+    bool single = !s && fg_json_root(j)->n == 1;
     free(text.text);
-    if (!s)
-        json_decref(j);
+    fg_json_free(j);
     if (s == FG_ERR_MEMORY)
         return s;
     return single ? FG_OK : fg__refuse(message, FG_ERR_USAGE, path,
                                        "fact %.60s: %.100s is not JSON", f->key, f->json);
 }
 
-/* The facts of g and what follows from them; returns how many, room is for all. */
+static const char *fact_of(const fact *facts, int n, const char *key)
+{
+    for (int i = 0; i < n; i++)
+        if (strcmp(facts[i].key, key) == 0)
+            return facts[i].json;
+    return NULL;
+}
+
+/* The facts of g and up to two that transformers wants besides; returns how many. */
 static int gather(const fg_graph *g, fact *facts, char *architectures, size_t room)
 {
+    char type[100] = "";
     int n = 0;
-    bool typed = false;
-    for (int i = 0; fg_graph_fact_at(g, i, &facts[n].key, &facts[n].json); i++)
-        if (strcmp(facts[n].key, "architectures") && strcmp(facts[n].key, "torch_dtype"))
-            n++;
-    for (int i = 0; i < n && !typed; i++) {
-        char type[100] = "";
-        if (strcmp(facts[i].key, "model_type") || sscanf(facts[i].json, "\"%99[^\"]\"", type) != 1)
-            continue;
+    while (fg_graph_fact_at(g, n, &facts[n].key, &facts[n].json))
+        n++;
+    const char *json = fact_of(facts, n, "model_type");
+    if (json && sscanf(json, "\"%99[^\"]\"", type) == 1 && !fact_of(facts, n, "architectures")) {
         int family = family_of(type);
-        typed = true;
         snprintf(architectures, room, "[\"%s\"]",
                  family < 0 ? type : families[family].architecture);
-    }
-    if (typed)
         facts[n++] = (fact){ "architectures", architectures };
-    facts[n++] = (fact){ "torch_dtype", "\"float32\"" };
+    }
+    if (!fact_of(facts, n, "torch_dtype"))
+        facts[n++] = (fact){ "torch_dtype", "\"float32\"" };
     qsort(facts, (size_t)n, sizeof *facts, by_key);
     return n;
 }

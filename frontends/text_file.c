@@ -11,7 +11,7 @@
 
 #include "text_file.h"
 
-enum { MAX_DEPTH = 32 };
+enum { MAX_DEPTH = 32, MAX_VALUES = 1000000 };
 
 fg_status fg__refuse(char message[400], fg_status s, const char *path, const char *fmt, ...)
 {
@@ -73,81 +73,22 @@ fg_status fg__text_read(const char *path, size_t limit, char **text, size_t *n, 
     return s;
 }
 
-static bool word_char(char c)
-{
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
-           c == '.' || c == '+' || c == '-' || c == '"';
-}
-
-/* Length of the bare token at text[i], or 0. */
-static size_t bare_token(const char *text, size_t n, size_t i)
-{
-    static const char *const tokens[] = { "-Infinity", "Infinity", "NaN" };
-    if (i > 0 && word_char(text[i - 1]))
-        return 0;
-    for (int k = 0; k < 3; k++) {
-        size_t length = strlen(tokens[k]);
-        if (n - i >= length && memcmp(text + i, tokens[k], length) == 0 &&
-            (n - i == length || !word_char(text[i + length])))
-            return length;
-    }
-    return 0;
-}
-
-/* Copies JSON text, bare tokens becoming texts.  A token of 3 bytes and its separator grow to 12,
- * so four times the room is enough.  Returns the length, or -1 if it nests too deeply. */
-static long quote_bare(const char *text, size_t n, char *out)
-{
-    size_t to = 0;
-    int depth = 0;
-    bool quoted = false;
-    for (size_t i = 0; i < n; i++) {
-        size_t bare = quoted ? 0 : bare_token(text, n, i);
-        if (bare) {
-            to += (size_t)sprintf(out + to, "\"\\u0001%.*s\"", (int)bare, text + i);
-            i += bare - 1;
-            continue;
-        }
-        out[to++] = text[i];
-        if (quoted && text[i] == '\\' && i + 1 < n)
-            out[to++] = text[++i];
-        else if (text[i] == '"')
-            quoted = !quoted;
-        else if (!quoted)
-            depth += (text[i] == '{' || text[i] == '[') - (text[i] == '}' || text[i] == ']');
-        if (depth > MAX_DEPTH)
-            return -1;
-    }
-    return (long)to;
-}
-
-fg_status fg__json_parse(const char *path, const char *text, size_t n, json_t **out,
+fg_status fg__json_parse(const char *path, const char *text, size_t n, fg_json **out,
                          char message[400])
 {
-    json_error_t error;
-    *out = NULL;
-    char *plain = malloc(4 * n + 16);
-    if (!plain)
-        return fg__refuse(message, FG_ERR_MEMORY, path, "no memory to parse %zu bytes", n);
-    long length = quote_bare(text, n, plain);
-    if (length >= 0)
-        *out = json_loadb(plain, (size_t)length, JSON_REJECT_DUPLICATES, &error);
-    free(plain);
-    if (length < 0)
-        return fg__refuse(message, FG_ERR_FORMAT, path, "nests deeper than %d levels", MAX_DEPTH);
-    if (!*out && json_error_code(&error) == json_error_out_of_memory)
-        return fg__refuse(message, FG_ERR_MEMORY, path, "no memory to parse %zu bytes", n);
-    if (!*out)
-        return fg__refuse(message, FG_ERR_FORMAT, path, "is not valid JSON: %s, line %d",
-                          error.text, error.line);
-    if (json_is_object(*out))
+    static const fg_json_rules rules = { MAX_DEPTH, MAX_VALUES, true };
+    char why[200];
+    fg_status s = fg_json_parse(text, n, rules, out, why);
+    if (s)
+        return fg__refuse(message, s, path, "is not valid JSON: %s", why);
+    if (fg_json_root(*out)->kind == FG_JSON_OBJECT)
         return FG_OK;
-    json_decref(*out);
+    fg_json_free(*out);
     *out = NULL;
     return fg__refuse(message, FG_ERR_FORMAT, path, "does not hold a JSON object");
 }
 
-fg_status fg__json_read(const char *path, json_t **out, char message[400])
+fg_status fg__json_read(const char *path, fg_json **out, char message[400])
 {
     char *text;
     size_t n;

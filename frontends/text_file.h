@@ -1,19 +1,17 @@
 /* text_file.h - small JSON and text files of the frontends: read with limits, written durably. */
 #ifndef FG_TEXT_FILE_H
 #define FG_TEXT_FILE_H
-#include <jansson.h>
-#include "fox_core.h"
+#include "fox_json.h"
 
 enum { FG__MAX_PATH = 4000, FG__MAX_JSON = 8 << 20 };      /* bytes */
 
 /* "path: reason" on one line; returns s. */
 fg_status fg__refuse(char message[400], fg_status s, const char *path, const char *fmt, ...)
     FG_PRINTF(4, 5);
-/* Python writes the bare tokens Infinity, -Infinity and NaN; they come back as texts beginning with
- * FG__BARE.  At most 32 levels, no repeated keys, an object at the top. */
-#define FG__BARE '\x01'
-fg_status fg__json_read(const char *path, json_t **out, char message[400]);
-fg_status fg__json_parse(const char *path, const char *text, size_t n, json_t **out,
+/* An object at the top, at most 32 levels; the bare tokens Infinity, -Infinity and NaN, which
+ * Python writes, are numbers. */
+fg_status fg__json_read(const char *path, fg_json **out, char message[400]);
+fg_status fg__json_parse(const char *path, const char *text, size_t n, fg_json **out,
                          char message[400]);
 /* The whole file and a NUL behind it; the caller frees it. */
 fg_status fg__text_read(const char *path, size_t limit, char **text, size_t *n, char message[400]);
