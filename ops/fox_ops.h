@@ -59,10 +59,12 @@ FG_API fg_tensor (fg_log_sum_exp)(fg_loc at, fg_tensor x);            /* [...,D]
 FG_API fg_tensor (fg_linear)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor b);
 /* y = op(a) op(b) over the last two axes, where op transposes if asked; leading axes equal. */
 FG_API fg_tensor (fg_matmul)(fg_loc at, fg_tensor a, fg_tensor b, bool ta, bool tb);
-/* tokens: i32[...], w: [V,D], y: [...,D].  A token outside [0,V) is an error of the run. */
+/* tokens: i32[...], w: [V,D], y: [...,D].  A token outside [0,V) gives a row of NaN: check before. */
 FG_API fg_tensor (fg_embedding)(fg_loc at, fg_tensor tokens, fg_tensor w);
-/* Loss of every position, natural log; label -100: 0.  logits: [...,V], labels: i32[...], loss: [...].
- * Where logits come straight from fg_linear without bias and go nowhere else, they are never stored whole. */
+/* Loss of every position, natural log; label -100: 0, any other outside [0,V): NaN.
+ * logits: [...,V], labels: i32[...], loss: f32[...]; fg_result(loss, 1) is lse: f32[...], the natural log
+ * of the softmax's denominator.  Where logits come straight from fg_linear without bias and go nowhere
+ * else, they are never stored whole. */
 FG_API fg_tensor (fg_cross_entropy)(fg_loc at, fg_tensor logits, fg_tensor labels);
 
 /* ---- norms and gates ------------------------------------------------------------------------ */

@@ -46,6 +46,17 @@ fg_tensor fg__log_sum_exp_grad(fg_loc at, fg_tensor gy, fg_tensor x, fg_tensor y
 fg_tensor fg__attention_mask(fg_loc at, fg_tensor s, fg_tensor first, fg_tensor past,
                              int64_t window);
 
+/* ---- linear.c, cross_entropy.c -------------------------------------------------------------- */
+
+fg_tensor fg__linear_dx(fg_loc at, fg_tensor gy, fg_tensor w);
+fg_tensor fg__linear_dw(fg_loc at, fg_tensor gy, fg_tensor x);
+/* The op itself, however its logits were made. */
+fg_tensor fg__cross_entropy(fg_loc at, fg_tensor logits, fg_tensor labels);
+fg_tensor fg__cross_entropy_grad(fg_loc at, fg_tensor gloss, fg_tensor logits, fg_tensor labels,
+                                 fg_tensor lse);
+/* What a gradient of lse adds to that of the logits. */
+fg_tensor fg__lse_grad(fg_tensor glse, fg_tensor logits, fg_tensor lse);
+
 /* ---- rms_norm.c ----------------------------------------------------------------------------- */
 
 /* fg_rms_norm(a + b, w, eps, 1) with fg_result(y, 1) = a + b. */

@@ -1,0 +1,188 @@
+/* linear_cross_entropy.c - the loss of every position from the last hidden state and the vocabulary's
+ * matrix, without the logits ever being whole.
+ *
+ *     z = x w^T     loss_t = lse_t - z_(t,label_t),  lse_t = ln sum_c e^(z_(t,c))
+ *     gz_(t,c) = gloss_t (e^(z_(t,c) - lse_t) - [c = label_t])     gx = gz w     gw = gz^T x
+ *
+ * x, gx: [...,N]   w, gw: [V,N]   labels: i32[...]   loss, lse, gloss: f32[...]
+ * Rows go in slices of equal length, so that z of one slice fits in scratch; gw sums the slices in
+ * order.  The gradient computes z again: 8 instead of 6 operations for each element of z and N, for
+ * memory of one slice instead of all rows.
+ * Labels and loss as in cross_entropy.c. */
+#include "cross_entropy.h"
+#include "gemm.h"
+#include "internal.h"
+
+enum {
+    LOGITS = 1 << 25,        /* logits of one slice, at most: 128 MiB.  A slice moves gw once, so */
+    LEAST = 64, MOST = 1024  /* longer slices move less; above 1024 rows nothing is won           */
+};
+
+static int64_t slice_rows(int64_t rows, int64_t V)
+{
+    int64_t most = LOGITS / (V > 0 ? V : 1);
+    most = most < LEAST ? LEAST : most > MOST ? MOST : most;
+    const int64_t slices = (rows + most - 1) / most;
+    return slices > 0 ? (rows + slices - 1) / slices : 1;
+}
+
+static fg_status need_product(fg_infer *c, int x)
+{
+    const fg_shape *w = &c->in[x + 1], *labels = &c->in[x + 2];
+    FG_REQUIRE(c, fg__is_real(c->in_type[x]) && c->in_type[x] == c->in_type[x + 1], DTYPE,
+               "x is %s and w is %s; both must be f32 or both bf16", fg_dtype_name(c->in_type[x]),
+               fg_dtype_name(c->in_type[x + 1]));
+    FG_REQUIRE(c, w->rank == 2 && w->dim[0] > 0 && c->in[x].rank >= 1 && fg__last(&c->in[x]) == w->dim[1],
+               SHAPE, "w must be [V,%lld] with V at least 1", (long long)fg__last(&c->in[x]));
+    FG_REQUIRE(c, c->in[x].rank == labels->rank + 1, SHAPE,
+               "x must have the axes of labels (rank %d) and one more", labels->rank);
+    for (int i = 0; i < labels->rank; i++)
+        FG_REQUIRE(c, c->in[x].dim[i] == labels->dim[i], SHAPE, "axis %d is %lld in x and %lld in labels",
+                   i, (long long)c->in[x].dim[i], (long long)labels->dim[i]);
+    return FG_OK;
+}
+
+static fg_status infer(fg_infer *c)
+{
+    const fg_status s = need_product(c, 0);
+    c->out[0] = c->out[1] = c->in[2];
+    c->out_type[0] = c->out_type[1] = FG_F32;
+    return s ? s : fg__check_labels(c, 2, fg__rows(&c->in[0]), -1, -1);
+}
+
+static size_t slice_bytes(const fg_shape *x, const fg_shape *w)
+{
+    return (size_t)(slice_rows(fg__rows(x), w->dim[0]) * w->dim[0]) * sizeof(fg_real);
+}
+
+static size_t scratch(const fg_infer *c, int threads)
+{
+    (void)threads;
+    return slice_bytes(&c->in[0], &c->in[1]);
+}
+
+static void cpu(const fg_exec *e)
+{
+    const int64_t rows = fg__rows(&e->in_shape[0]), V = e->in_shape[1].dim[0], N = e->in_shape[1].dim[1];
+    const int64_t step = slice_rows(rows, V);
+    const fg_real *x = e->in[0], *w = e->in[1];
+    const int32_t *labels = e->in[2];
+    fg_real *loss = e->out[0], *lse = e->out[1], *z = e->scratch;
+    for (int64_t from = 0; from < rows; from += step) {
+        const int64_t n = rows - from < step ? rows - from : step;
+        fg__gemm(false, true, n, V, N, 1, x + from * N, N, w, N, 0, z, V, e->threads);
+#pragma omp parallel for schedule(static) num_threads(fg__threads(e, n * V))
+        for (int64_t t = 0; t < n; t++)
+            loss[from + t] = fg__row_loss(z + t * V, V, labels[from + t], lse + from + t);
+    }
+}
+
+/* A gradient of lse itself is rare and takes the logits whole. */
+static void vjp(fg_vjp *v)
+{
+    const fg_tensor x = v->in[0], w = v->in[1], labels = v->in[2], lse = v->out[1];
+    if (!fg_absent(v->gout[0])) {
+        const fg_tensor in[] = { v->gout[0], x, w, labels, lse };
+        v->gin[0] = FG_APPLY(linear_cross_entropy_grad, FG_HERE, in, 0);
+        v->gin[1] = fg_result(v->gin[0], 1);
+    }
+    if (!fg_absent(v->gout[1])) {
+        const fg_tensor z = fg_linear(x, w, (fg_tensor){ 0 }), gz = fg__lse_grad(v->gout[1], z, lse);
+        const fg_tensor gx = fg__linear_dx(FG_HERE, gz, w), gw = fg__linear_dw(FG_HERE, gz, x);
+        v->gin[0] = fg_absent(v->gin[0]) ? gx : fg_add(v->gin[0], gx);
+        v->gin[1] = fg_absent(v->gin[1]) ? gw : fg_add(v->gin[1], gw);
+    }
+}
+
+static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
+{
+    const fg_tensor z = fg_linear(in[0], in[1], (fg_tensor){ 0 });
+    out[0] = fg__cross_entropy(FG_HERE, z, in[2]);
+    out[1] = fg_result(out[0], 1);
+    (void)attr;
+}
+
+static fg_cost cost(const fg_infer *c)
+{
+    const double rows = (double)fg__rows(&c->in[0]), V = (double)c->in[1].dim[0], N = (double)c->in[1].dim[1];
+    const double size = c->in_type[0] == FG_BF16 ? 2 : 4;
+    return (fg_cost){ .flops = rows * V * (2 * N + 3), .bytes = size * (rows * N + V * N) + 12 * rows };
+}
+
+static fg_tensor example(fg_graph *g, int i)
+{
+    static const int32_t some[] = { 3, -100, 0 };
+    fg_tensor x, w, labels;
+    switch (i) {
+    case 0: x = fg_random(g, 2, 3, 5); w = fg_random(g, 7, 5); labels = fg_random_int(g, 0, 7, 2, 3); break;
+    case 1: x = fg_random(g, 3, 4); w = fg_random(g, 5, 4);
+            labels = (fg_given_int)(FG_HERE, g, FG_DIMS(3), some); break;
+    case 2: x = fg_random(g, 1, 1); w = fg_random(g, 3, 1); labels = fg_random_int(g, 0, 3, 1); break;
+    default: return (fg_tensor){ 0 };
+    }
+    const fg_tensor z = fg_linear(x, w, (fg_tensor){ 0 });
+    return fg_cross_entropy(z, labels);
+}
+
+const fg_op_code fg_code_linear_cross_entropy = {
+    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose, .example = example,
+    .scratch = scratch,
+};
+
+/* ---- linear_cross_entropy_grad -------------------------------------------------------------- */
+
+static fg_status grad_infer(fg_infer *c)
+{
+    const fg_status s = need_product(c, 1);
+    c->out[0] = c->in[1];
+    c->out[1] = c->in[2];
+    c->out_type[0] = c->out_type[1] = c->in_type[1];
+    return s ? s : fg__check_labels(c, 3, fg__rows(&c->in[1]), 0, 4);
+}
+
+static size_t grad_scratch(const fg_infer *c, int threads)
+{
+    (void)threads;
+    return slice_bytes(&c->in[1], &c->in[2]);
+}
+
+static void grad_cpu(const fg_exec *e)
+{
+    const int64_t rows = fg__rows(&e->in_shape[1]), V = e->in_shape[2].dim[0], N = e->in_shape[2].dim[1];
+    const int64_t step = slice_rows(rows, V);
+    const fg_real *gloss = e->in[0], *x = e->in[1], *w = e->in[2], *lse = e->in[4];
+    const int32_t *labels = e->in[3];
+    fg_real *gx = e->out[0], *gw = e->out[1], *z = e->scratch;
+    for (int64_t from = 0; from < rows; from += step) {
+        const int64_t n = rows - from < step ? rows - from : step;
+        fg__gemm(false, true, n, V, N, 1, x + from * N, N, w, N, 0, z, V, e->threads);
+#pragma omp parallel for schedule(static) num_threads(fg__threads(e, n * V))
+        for (int64_t t = 0; t < n; t++)
+            fg__row_loss_grad(gloss[from + t], z + t * V, V, labels[from + t], lse[from + t], z + t * V);
+        fg__gemm(false, false, n, N, V, 1, z, V, w, N, 0, gx + from * N, N, e->threads);
+        fg__gemm(true, false, V, N, n, 1, z, V, x + from * N, N, from > 0, gw, N, e->threads);
+    }
+    if (rows == 0)
+        for (int64_t i = 0; i < V * N; i++) gw[i] = 0;
+}
+
+static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
+{
+    const fg_tensor z = fg_linear(in[1], in[2], (fg_tensor){ 0 });
+    const fg_tensor gz = fg__cross_entropy_grad(FG_HERE, in[0], z, in[3], in[4]);
+    out[0] = fg__linear_dx(FG_HERE, gz, in[2]);
+    out[1] = fg__linear_dw(FG_HERE, gz, in[1]);
+    (void)attr;
+}
+
+static fg_cost grad_cost(const fg_infer *c)
+{
+    const double rows = (double)fg__rows(&c->in[1]), V = (double)c->in[2].dim[0], N = (double)c->in[2].dim[1];
+    const double size = c->in_type[1] == FG_BF16 ? 2 : 4;
+    return (fg_cost){ .flops = rows * V * (6 * N + 3), .bytes = 2 * size * (rows * N + V * N) };
+}
+
+const fg_op_code fg_code_linear_cross_entropy_grad = {
+    .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
+    .scratch = grad_scratch,
+};

@@ -1,0 +1,225 @@
+/* optimizer.c - what happens to parameters after the gradients: norm, clipping, sums, AdamW.
+ *
+ *     sum_squares   y = sum of x^2
+ *     clip_factor   y = min(1, limit / (sqrt(squares) + 1e-6)); NaN where squares is not finite
+ *     accumulate    sum = sum + s x
+ *     adamw         p = p (1 - lr decay)
+ *                   m = beta1 m + (1 - beta1) g',  v = beta2 v + (1 - beta2) g'^2,  g' = clip g
+ *                   p = p - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+ *
+ * x, sum, p, m, v, g: any shape, f32 (x, g also bf16)   y, squares, clip, lr, step: f32[1]
+ * step counts updates from 1.  A clip that is not finite leaves p, m and v as they are, so a
+ * gradient with NaN or infinity anywhere costs one step and harms nothing.
+ * Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2, without
+ * the schedule; arithmetic in this order.  Bytes of adamw: p, m, v in and out and g in, 28 an element
+ * in f32, which is the least possible. */
+#include "internal.h"
+#include "vec.h"
+
+static fg_status need_real(fg_infer *c, int from, int to, bool only_f32)
+{
+    for (int k = from; k < to; k++)
+        FG_REQUIRE(c, c->in_type[k] == FG_F32 || (!only_f32 && c->in_type[k] == FG_BF16), DTYPE,
+                   "input %d is %s; it must be f32%s", k, fg_dtype_name(c->in_type[k]),
+                   only_f32 ? "" : " or bf16");
+    return FG_OK;
+}
+
+static fg_status need_one(fg_infer *c, int from, int to)
+{
+    for (int k = from; k < to; k++)
+        FG_REQUIRE(c, fg_shape_count(c->in[k]) == 1, SHAPE, "input %d has %lld elements; it must have 1",
+                   k, (long long)fg_shape_count(c->in[k]));
+    return need_real(c, from, to, true);
+}
+
+/* Work is cut into blocks of this many elements, whatever the number of threads. */
+enum { BLOCK = 1 << 14 };
+static int64_t blocks_of(const fg_shape *x) { return (fg_shape_count(*x) + BLOCK - 1) / BLOCK; }
+static int64_t block_length(int64_t count, int64_t i)
+{
+    return count - i * BLOCK < BLOCK ? count - i * BLOCK : BLOCK;
+}
+
+/* ---- sum_squares ---------------------------------------------------------------------------- */
+
+static fg_status squares_infer(fg_infer *c)
+{
+    c->out[0] = FG_DIMS(1);
+    c->out_type[0] = FG_F32;
+    return need_real(c, 0, 1, false);
+}
+
+static size_t squares_scratch(const fg_infer *c, int threads)
+{
+    (void)threads;
+    return (size_t)blocks_of(&c->in[0]) * sizeof(double);
+}
+
+static double squares_of(const fg_real *x, int64_t n)
+{
+    fg_vec s[4] = { { 0 } };
+    int64_t i = 0;
+    for (; i + 4 * FG_LANES <= n; i += 4 * FG_LANES)
+        for (int k = 0; k < 4; k++) {
+            const fg_vec v = fg_vload(x + i + k * FG_LANES);
+            s[k] = fg_vfma(v, v, s[k]);
+        }
+    for (; i < n; i += FG_LANES) {
+        const fg_vec v = fg_vload_n(x + i, n - i < FG_LANES ? n - i : FG_LANES);
+        s[0] = fg_vfma(v, v, s[0]);
+    }
+    return (double)fg_vsum((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+/* Blocks in fg_real, each lane 512 squares; their sums in double, in order. */
+static void squares_cpu(const fg_exec *e)
+{
+    const int64_t count = fg_shape_count(e->in_shape[0]), blocks = blocks_of(&e->in_shape[0]);
+    const fg_real *x = e->in[0];
+    double *part = e->scratch, sum = 0;
+#pragma omp parallel for schedule(static) num_threads(fg__threads(e, count))
+    for (int64_t i = 0; i < blocks; i++) part[i] = squares_of(x + i * BLOCK, block_length(count, i));
+    for (int64_t i = 0; i < blocks; i++) sum += part[i];
+    *(fg_real *)e->out[0] = (fg_real)sum;
+}
+
+static fg_cost squares_cost(const fg_infer *c)
+{
+    const double n = (double)fg_shape_count(c->in[0]);
+    return (fg_cost){ .flops = 2 * n, .bytes = n * (c->in_type[0] == FG_BF16 ? 2 : 4) };
+}
+
+const fg_op_code fg_code_sum_squares = {
+    .infer = squares_infer, .cpu = squares_cpu, .cost = squares_cost, .scratch = squares_scratch,
+    .no_grad = true,
+};
+
+/* ---- clip_factor ---------------------------------------------------------------------------- */
+
+static fg_status clip_infer(fg_infer *c)
+{
+    const struct fg_attr_clip_factor *a = c->attr;
+    FG_REQUIRE(c, a->limit > 0, USAGE, "the limit of the norm is %g; it must be positive", a->limit);
+    c->out[0] = FG_DIMS(1);
+    return need_one(c, 0, 1);
+}
+
+static void clip_cpu(const fg_exec *e)
+{
+    const struct fg_attr_clip_factor *a = e->attr;
+    const double squares = (double)*(const fg_real *)e->in[0], factor = a->limit / (sqrt(squares) + 1e-6);
+    const double y = !isfinite(squares) ? (double)NAN : factor < 1 ? factor : 1;
+    *(fg_real *)e->out[0] = (fg_real)y;
+}
+
+const fg_op_code fg_code_clip_factor = { .infer = clip_infer, .cpu = clip_cpu, .no_grad = true };
+
+/* ---- accumulate ----------------------------------------------------------------------------- */
+
+static fg_status accumulate_infer(fg_infer *c)
+{
+    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[1]), SHAPE, "x must have sum's shape");
+    const fg_status s = need_real(c, 0, 1, true);
+    c->out[0] = c->in[0];
+    return s ? s : need_real(c, 1, 2, false);
+}
+
+static void accumulate_cpu(const fg_exec *e)
+{
+    const struct fg_attr_accumulate *a = e->attr;
+    const int64_t count = fg_shape_count(e->in_shape[0]), blocks = blocks_of(&e->in_shape[0]);
+    const fg_real *x = e->in[1];
+    fg_real *sum = e->out[0];
+    const fg_vec s = fg_vset((fg_real)a->s);
+#pragma omp parallel for schedule(static) num_threads(fg__threads(e, count))
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t i = b * BLOCK, end = i + block_length(count, b); i < end; i += FG_LANES) {
+            const int64_t n = end - i < FG_LANES ? end - i : FG_LANES;
+            if (n == FG_LANES) fg_vstore(sum + i, fg_vfma(s, fg_vload(x + i), fg_vload(sum + i)));
+            else fg_vstore_n(sum + i, fg_vfma(s, fg_vload_n(x + i, n), fg_vload_n(sum + i, n)), n);
+        }
+}
+
+const fg_op_code fg_code_accumulate = {
+    .infer = accumulate_infer, .cpu = accumulate_cpu, .memory = FG_MUTATE, .no_grad = true,
+};
+
+/* ---- adamw ---------------------------------------------------------------------------------- */
+
+enum { P, M, V, G, CLIP, LR, STEP };
+
+static fg_status adamw_infer(fg_infer *c)
+{
+    const struct fg_attr_adamw *a = c->attr;
+    FG_REQUIRE(c, a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 && a->beta2 < 1, USAGE,
+               "the betas are %g and %g; they must lie in [0, 1)", a->beta1, a->beta2);
+    for (int k = M; k <= G; k++)
+        FG_REQUIRE(c, fg_shape_equal(c->in[k], c->in[P]), SHAPE, "m, v and g must have p's shape");
+    for (int k = P; k <= V; k++) c->out[k] = c->in[k];
+    const fg_status s = need_real(c, P, G, true), t = need_real(c, G, CLIP, false);
+    return s ? s : t ? t : need_one(c, CLIP, STEP + 1);
+}
+
+typedef struct { fg_vec clip, keep, beta1, rest1, beta2, rest2, rate, root, eps; } factors;
+
+static inline void update(const factors *f, fg_vec g, fg_vec *p, fg_vec *m, fg_vec *v)
+{
+    g = f->clip * g;
+    *m = f->beta1 * *m + f->rest1 * g;
+    *v = f->beta2 * *v + f->rest2 * g * g;
+    *p = *p * f->keep - f->rate * *m / (fg_vsqrt(*v) / f->root + f->eps);
+}
+
+static void update_block(const factors *f, const fg_real *g, fg_real *p, fg_real *m, fg_real *v, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + FG_LANES <= n; i += FG_LANES) {
+        fg_vec pi = fg_vload(p + i), mi = fg_vload(m + i), vi = fg_vload(v + i);
+        update(f, fg_vload(g + i), &pi, &mi, &vi);
+        fg_vstore(p + i, pi);
+        fg_vstore(m + i, mi);
+        fg_vstore(v + i, vi);
+    }
+    if (i < n) {
+        const int64_t k = n - i;
+        fg_vec pi = fg_vload_n(p + i, k), mi = fg_vload_n(m + i, k), vi = fg_vload_n(v + i, k);
+        update(f, fg_vload_n(g + i, k), &pi, &mi, &vi);
+        fg_vstore_n(p + i, pi, k);
+        fg_vstore_n(m + i, mi, k);
+        fg_vstore_n(v + i, vi, k);
+    }
+}
+
+static void adamw_cpu(const fg_exec *e)
+{
+    const struct fg_attr_adamw *a = e->attr;
+    const fg_real clip = *(const fg_real *)e->in[CLIP];
+    if (!isfinite(clip)) return;
+    const double lr = (double)*(const fg_real *)e->in[LR], step = (double)*(const fg_real *)e->in[STEP];
+    const factors f = {
+        .clip = fg_vset(clip), .keep = fg_vset((fg_real)(1 - lr * a->decay)),
+        .beta1 = fg_vset((fg_real)a->beta1), .rest1 = fg_vset((fg_real)(1 - a->beta1)),
+        .beta2 = fg_vset((fg_real)a->beta2), .rest2 = fg_vset((fg_real)(1 - a->beta2)),
+        .rate = fg_vset((fg_real)(lr / (1 - pow(a->beta1, step)))),
+        .root = fg_vset((fg_real)sqrt(1 - pow(a->beta2, step))), .eps = fg_vset((fg_real)a->eps),
+    };
+    const int64_t count = fg_shape_count(e->in_shape[P]), blocks = blocks_of(&e->in_shape[P]);
+    const fg_real *g = e->in[G];
+    fg_real *p = e->out[P], *m = e->out[M], *v = e->out[V];
+#pragma omp parallel for schedule(static) num_threads(fg__threads(e, count))
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t i = b * BLOCK;
+        update_block(&f, g + i, p + i, m + i, v + i, block_length(count, b));
+    }
+}
+
+static fg_cost adamw_cost(const fg_infer *c)
+{
+    const double n = (double)fg_shape_count(c->in[P]);
+    return (fg_cost){ .flops = 14 * n, .bytes = n * (24 + (c->in_type[G] == FG_BF16 ? 2 : 4)) };
+}
+
+const fg_op_code fg_code_adamw = {
+    .infer = adamw_infer, .cpu = adamw_cpu, .cost = adamw_cost, .memory = FG_MUTATE, .no_grad = true,
+};
