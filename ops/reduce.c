@@ -250,6 +250,10 @@ static void sum_inner(const sum_plan *p, const fg_real *x, fg_real *y)
 
 static void sum_task(const sum_plan *p, const fg_real *x, fg_real *y, int64_t task)
 {
+    if (p->rank == 2 && p->blocks == 1) {              /* short rows: spare them the divisions */
+        y[task] = sum_of(x + task * p->dim[1], p->dim[1]);
+        return;
+    }
     const int64_t piece = task % p->pieces, block = task / p->pieces % p->blocks;
     const int64_t k = task / p->pieces / p->blocks, first = block * p->block;
     const int64_t rows = least(p->block, p->dim[1] - first);
@@ -327,22 +331,25 @@ static void broadcast_to_cpu(const fg_exec *e)
     }
 }
 
-/* The greater one; NaN where either is. */
-static inline fg_vec greater(fg_vec a, fg_vec b)
-{
-    return fg_vselect((fg_vint)(b > a) | (fg_vint)(b != b), b, a);
-}
-
+/* NaN if any element is. */
 static fg_real max_of(const fg_real *x, int64_t n)
 {
     fg_vec m = fg_vset(x[0]);
+    fg_vint bad = (fg_vint)(m != m);
     int64_t i = 0;
-    for (; i + FG_LANES <= n; i += FG_LANES) m = greater(m, fg_vload(x + i));
-    fg_real y = x[0];
-    for (; i < n; i++) y = x[i] > y || x[i] != x[i] ? x[i] : y;
-    fg_real lane[FG_VEC_BYTES / sizeof(fg_real)];
-    memcpy(lane, &m, sizeof lane);
-    for (int64_t k = 0; k < FG_LANES; k++) y = lane[k] > y || lane[k] != lane[k] ? lane[k] : y;
+    for (; i + FG_LANES <= n; i += FG_LANES) {
+        const fg_vec u = fg_vload(x + i);
+        m = fg_vmax(u, m);
+        bad |= (fg_vint)(u != u);
+    }
+    for (; i < n; i++) {
+        const fg_vec u = fg_vset(x[i]);
+        m = fg_vmax(u, m);
+        bad |= (fg_vint)(u != u);
+    }
+    m = fg_vselect(bad, fg_vset(NAN), m);
+    fg_real y = m[0];
+    for (int64_t k = 1; k < FG_LANES; k++) y = m[k] > y || m[k] != m[k] ? m[k] : y;
     return y;
 }
 

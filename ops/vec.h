@@ -161,7 +161,34 @@ static inline fg_vec fg_vsqrt(fg_vec v)
 #endif
 }
 
-/* Sum and greatest of the lanes, always in the same tree order. */
+/* Sum and greatest of the lanes, always in the same tree order: lane i takes lane i + half. */
+#if defined(__AVX__) && defined(FG_DOUBLE)
+static inline fg_real fg_vsum(fg_vec v)
+{
+#if defined(__AVX512F__)
+    const __m256d w = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v),
+                                    _mm512_extractf64x4_pd((__m512d)v, 1));
+#else
+    const __m256d w = (__m256d)v;
+#endif
+    const __m128d a = _mm_add_pd(_mm256_castpd256_pd128(w), _mm256_extractf128_pd(w, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(a, _mm_unpackhi_pd(a, a)));
+}
+#elif defined(__AVX__)
+static inline fg_real fg_vsum(fg_vec v)
+{
+#if defined(__AVX512F__)
+    const __m512d both = (__m512d)v;
+    const __m256 w = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                                   _mm256_castpd_ps(_mm512_extractf64x4_pd(both, 1)));
+#else
+    const __m256 w = (__m256)v;
+#endif
+    const __m128 a = _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
+    const __m128 c = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+#else
 static inline fg_real fg_vsum(fg_vec v)
 {
     fg_real a[FG_VEC_BYTES / sizeof(fg_real)];
@@ -170,6 +197,7 @@ static inline fg_real fg_vsum(fg_vec v)
         for (int64_t i = 0; i < half; i++) a[i] += a[i + half];
     return a[0];
 }
+#endif
 static inline fg_real fg_vgreatest(fg_vec v)
 {
     fg_real a[FG_VEC_BYTES / sizeof(fg_real)];
