@@ -25,7 +25,8 @@
 #define FG_LANES ((int64_t)(FG_VEC_BYTES / sizeof(fg_real)))
 
 typedef fg_real fg_vec __attribute__((vector_size(FG_VEC_BYTES)));
-typedef fg_real fg_vec_any __attribute__((vector_size(FG_VEC_BYTES), aligned(sizeof(fg_real)), may_alias));
+typedef fg_real fg_vec_any
+    __attribute__((vector_size(FG_VEC_BYTES), aligned(sizeof(fg_real)), may_alias));
 #ifdef FG_DOUBLE
 typedef int64_t fg_vint __attribute__((vector_size(FG_VEC_BYTES)));
 #else
@@ -34,9 +35,9 @@ typedef int32_t fg_vint __attribute__((vector_size(FG_VEC_BYTES)));
 
 static inline fg_vec fg_vload(const fg_real *p) { return *(const fg_vec_any *)p; }
 static inline void fg_vstore(fg_real *p, fg_vec v) { *(fg_vec_any *)p = v; }
-static inline fg_vec fg_vset(fg_real x) { return x - (fg_vec){ 0 }; }    /* x - 0 is x: no instruction */
+static inline fg_vec fg_vset(fg_real x) { return x - (fg_vec){ 0 }; }   /* x - 0 costs nothing */
 
-/* The first n lanes, 0 <= n < FG_LANES; a load leaves 0 in the others, nothing past n is touched. */
+/* The first n lanes, 0 <= n < FG_LANES: a load leaves 0 in the others, nothing past n is touched */
 #if defined(__AVX512F__) && defined(FG_DOUBLE)
 #define FG_MASK(n) ((__mmask8)((1u << (n)) - 1))
 static inline fg_vec fg_vload_n(const fg_real *p, int64_t n)
@@ -90,7 +91,10 @@ static inline fg_vec fg_vload_n(const fg_real *p, int64_t n)
     memcpy(&v, p, (size_t)n * sizeof *p);
     return v;
 }
-static inline void fg_vstore_n(fg_real *p, fg_vec v, int64_t n) { memcpy(p, &v, (size_t)n * sizeof *p); }
+static inline void fg_vstore_n(fg_real *p, fg_vec v, int64_t n)
+{
+    memcpy(p, &v, (size_t)n * sizeof *p);
+}
 #endif
 
 /* a * b + c, rounded once where the machine can. */
@@ -227,7 +231,7 @@ static inline fg_vec fg_vexp(fg_vec x)
     const fg_vint over = (fg_vint)(x > fg_vset(88.72283f));
     const fg_vec in = x;
     x = fg_vmin(fg_vmax(x, fg_vset(-104)), fg_vset(89));
-    const fg_vec magic = fg_vset(12582912.0f);                       /* 1.5 * 2^23 rounds to an integer */
+    const fg_vec magic = fg_vset(12582912.0f);                 /* 1.5 * 2^23 rounds to an integer */
     const fg_vec n = fg_vfma(x, fg_vset(1.44269504088896341f), magic) - magic;
     fg_vec r = fg_vfma(n, fg_vset(-0.693359375f), x);
     r = fg_vfma(n, fg_vset(2.12194440e-4f), r);
@@ -238,7 +242,8 @@ static inline fg_vec fg_vexp(fg_vec x)
     p = fg_vfma(p, r, fg_vset(1.6666665459e-1f));
     p = fg_vfma(p, r, fg_vset(5.0000001201e-1f));
     p = fg_vfma(p, r * r, r) + 1;
-    const fg_vint k = __builtin_convertvector(n, fg_vint), k1 = k >> 1, k2 = k - k1;  /* two steps: subnormals */
+    /* 2^k in two steps, so that subnormal results are rounded once. */
+    const fg_vint k = __builtin_convertvector(n, fg_vint), k1 = k >> 1, k2 = k - k1;
     p = p * (fg_vec)((k1 + 127) << 23) * (fg_vec)((k2 + 127) << 23);
     p = fg_vselect(under, fg_vset(0), p);
     p = fg_vselect(over, fg_vset(INFINITY), p);
@@ -283,7 +288,7 @@ static inline fg_vec fg_vlog(fg_vec x)
     return fg_vselect(bad, fg_vset(NAN), y);
 }
 
-/* ln(1 + x) for 0 <= x <= 1.  1 + x is never rounded: above sqrt(2) - 1, ln 2 + ln(1 + (x - 1)/2). */
+/* ln(1 + x) for 0 <= x <= 1, without rounding 1 + x: above sqrt(2) - 1 as ln 2 + ln(1 + (x-1)/2). */
 static inline fg_vec fg_vlog1p(fg_vec x)
 {
     const fg_vint high = (fg_vint)(x > fg_vset(0.414213562373095049f));

@@ -11,7 +11,7 @@ static float from_bits(uint32_t u) { float x; memcpy(&x, &u, sizeof x); return x
 static uint32_t to_bits(float x) { uint32_t u; memcpy(&u, &x, sizeof u); return u; }
 static float first_lane(vector_fn f, float x) { return f(fg_vset(x))[0]; }
 
-/* |got - want| in units of the spacing of floats at want; the spacing of subnormals is the least. */
+/* |got - want| in units of the spacing of floats at want, which subnormals share. */
 static double ulps(double got, double want)
 {
     if (isnan(want)) return isnan(got) ? 0 : INFINITY;
