@@ -288,7 +288,7 @@ static inline fg_vec fg_vlog(fg_vec x)
     return fg_vselect(bad, fg_vset(NAN), y);
 }
 
-/* ln(1 + x) for 0 <= x <= 1, without rounding 1 + x: above sqrt(2) - 1 as ln 2 + ln(1 + (x-1)/2). */
+/* ln(1 + x), 0 <= x <= 1, without rounding 1 + x: above sqrt(2) - 1 as ln 2 + ln(1 + (x-1)/2). */
 static inline fg_vec fg_vlog1p(fg_vec x)
 {
     const fg_vint high = (fg_vint)(x > fg_vset(0.414213562373095049f));
