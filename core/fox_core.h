@@ -224,10 +224,11 @@ FG_API bool        fg_store_find(const fg_store *s, const char *name, fg_store_e
 FG_API fg_status   fg_store_save(fg_store *s, const char *path, const char *prefix);
 FG_API fg_status   fg_store_load(fg_store *s, const char *path, const char *prefix);
 
-/* The same files without a store.  Opening checks the header against the size of the file; values are
- * read one entry at a time, never mapped.  NULL only if out of memory; else ask fg_file_status. */
+/* The same files without a store.  Opening checks the header against the size of the file; values
+ * are read one entry at a time, never mapped.  NULL only if out of memory; else ask fg_file_status.
+ * type: as the file has it, "F32", "BF16", ... */
 typedef struct fg_file fg_file;
-typedef struct { const char *name, *type; fg_shape shape; int64_t bytes; } fg_file_entry;  /* "F32", "BF16" */
+typedef struct { const char *name, *type; fg_shape shape; int64_t bytes; } fg_file_entry;
 FG_API fg_file    *fg_file_open(const char *path);
 FG_API void        fg_file_close(fg_file *f);
 FG_API fg_status   fg_file_status(const fg_file *f);       /* of opening */
@@ -235,12 +236,15 @@ FG_API const char *fg_file_message(const fg_file *f);      /* of the last failur
 FG_API int         fg_file_count(const fg_file *f);
 FG_API bool        fg_file_at(const fg_file *f, int i, fg_file_entry *out);         /* sorted by name */
 FG_API bool        fg_file_find(const fg_file *f, const char *name, fg_file_entry *out);
-/* One entry's values as float (FG_F32) or int32_t (FG_I32); bytes must be 4 * elements.  F32 F16 BF16 I64
- * I32 U16 U8 BOOL are read; an integer that does not fit, or a float asked for as integer, is an error. */
+/* One entry's values as float (FG_F32) or int32_t (FG_I32); bytes must be 4 * elements.  F32 F16
+ * BF16 I64 I32 U16 U8 BOOL are read; an integer that does not fit, or a float asked for as integer,
+ * is an error. */
 FG_API fg_status   fg_file_read(fg_file *f, const char *name, fg_dtype as, void *data, size_t bytes);
-/* Writes arrays of float (FG_F32) or int32_t (FG_I32) to a new file, synced and renamed over the old. */
+/* Writes arrays of float (FG_F32) or int32_t (FG_I32) to a new file, synced and renamed over the
+ * old. */
 typedef struct { const char *name; fg_dtype type; fg_shape shape; const void *data; } fg_array;
-FG_API fg_status   fg_file_write(const char *path, int n, const fg_array *arrays, char message[400]);
+FG_API fg_status   fg_file_write(const char *path, int n, const fg_array *arrays,
+                                 char message[400]);
 
 typedef struct {
     size_t params, states, inputs, activations, scratch, total;   /* bytes */

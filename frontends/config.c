@@ -245,7 +245,7 @@ static int family_of(const char *type)
 fg_status fg_config_read(const char *path, fg_config *out, char message[400])
 {
     fg_json *json;
-    *out = (fg_config){ 0 };
+    memset(out, 0, sizeof *out);         /* padding too: equal configs are equal bytes */
     message[0] = '\0';
     fg_status s = fg__json_read(path, &json, message);
     if (s)

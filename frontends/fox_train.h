@@ -233,39 +233,41 @@ typedef struct {
     fg_family family;
     union { fox_config fox; transformer_config transformer; } u;
 } fg_config;
-/* A missing key is the class's default, an unknown one is ignored, a bad value is refused with key and
- * value.  Messages are one line. */
+/* A missing key is the class's default, an unknown one is ignored, a bad value is refused with key
+ * and value.  Messages are one line. */
 FG_API fg_status fg_config_read(const char *path, fg_config *out, char message[400]);
 /* Old configs lack qk_norm_share_param_across_head: takes it from the shapes in a weights file. */
 FG_API fg_status fg_config_fit(fg_config *c, const char *weights, char message[400]);
-FG_API fg_tensor fg_config_build(const fg_config *c, fg_tensor tokens);      /* i32[B,T] -> [B,T,V] */
+FG_API fg_tensor fg_config_build(const fg_config *c, fg_tensor tokens);    /* i32[B,T] -> [B,T,V] */
 /* All facts of g as one JSON object with sorted keys, with "architectures" and "torch_dtype". */
 FG_API fg_status fg_config_write(const char *path, const fg_graph *g, char message[400]);
 
 /* ---- checkpoints: everything a training run needs to go on, bit for bit ---------------------- */
 
-/* DIR/step-000000123/ holds model.safetensors, config.json if the graph has facts, optimizer.safetensors
- * if the store has moments, state.json, model.c if there was a source, and DONE.  It is written under
- * another name, synced and renamed, so a folder of that name with DONE in it is whole. */
+/* DIR/step-000000123/ holds model.safetensors, config.json if the graph has facts,
+ * optimizer.safetensors if the store has moments, state.json, model.c if there was a source, and
+ * DONE.  It is written under another name, synced and renamed, so a folder of that name with DONE
+ * in it is whole. */
 typedef struct {
     int64_t  step;                       /* updates done */
     int64_t  batch, context;             /* sequences per update, tokens per sequence */
-    int64_t  tokens;             /* seen so far: step * batch * context, or 0 if none are counted */
+    int64_t  tokens;                     /* seen: step * batch * context, or 0 if not counted */
     int64_t  seed;
     uint64_t rng;                        /* counter of a random stream, if there is one */
-    int64_t  epoch, position;         /* of the data: passes finished, and the next place to read */
+    int64_t  epoch, position;            /* of the data: passes finished, next place to read */
     uint64_t recipe;                     /* hash of what must not change between start and resume */
     double   seconds;                    /* spent training */
     int64_t  window;                     /* sequences summed in window_loss since the last report */
     int64_t  positions;                  /* length of window_loss */
-    double  *window_loss;          /* sums of the loss, by position or just one; may be NULL if 0 */
+    double  *window_loss;                /* sums of the loss, by position or just one; or NULL */
 } fg_train_state;
 /* source: path of the model's source file, or NULL.  g: whose facts become config.json, or NULL. */
 FG_API fg_status fg_checkpoint_save(const char *dir, fg_store *s, const fg_graph *g,
                                     const fg_train_state *t, const char *source, char message[400]);
-/* path: one checkpoint's folder.  t->window_loss is allocated here; fg_train_state_free frees it.  After
- * a failure the store may hold a part of the checkpoint. */
-FG_API fg_status fg_checkpoint_load(const char *path, fg_store *s, fg_train_state *t, char message[400]);
+/* path: one checkpoint's folder.  t->window_loss is allocated here; fg_train_state_free frees it.
+ * After a failure the store may hold a part of the checkpoint. */
+FG_API fg_status fg_checkpoint_load(const char *path, fg_store *s, fg_train_state *t,
+                                    char message[400]);
 FG_API void      fg_train_state_free(fg_train_state *t);
 /* The folder of the highest step that has DONE; "" if there is none. */
 FG_API fg_status fg_checkpoint_find_newest(const char *dir, char path[1024], char message[400]);
