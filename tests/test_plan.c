@@ -24,7 +24,7 @@ static const fg_optimizer adamw = { 0.9, 0.95, 1e-8, 0.1, 1.0, 1 };
 static void feed(fg_plan *p, const fg_graph *g, int step)
 {
     int32_t ids[96];
-    for (int i = 0; i < 96; i++) ids[i] = (i * 7 + i * i * 3 + step) % 97;
+    for (int i = 0; i < 96; i++) ids[i] = (i * 7 + i * i * 3) % 97;
     fg_write(p, fg_find(g, "labels"), ids, sizeof ids);
     for (int i = 95; i > 0; i--) ids[i] = i % 48 ? ids[i - 1] : 0;
     ids[0] = 0;
