@@ -43,7 +43,8 @@ FG_API fg_tensor (fg_nn_merge)(fg_loc at, fg_tensor x);                 /* [B,T,
 typedef struct {
     fg_tensor (*mixer)(fg_tensor x, const void *config);
     const void *config;
-    int64_t vocab, width, layers, hidden;    /* hidden: of the MLP; 0: from ratio */
+    int64_t vocab, width, layers, heads;
+    int64_t hidden;                          /* of the MLP; 0: from ratio */
     double  ratio, eps;                      /* 0: 4 and 1e-6 */
     fg_act  act;
     bool    tied, recompute;                 /* one table for embedding and head; see fox_config */
