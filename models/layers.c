@@ -1,4 +1,4 @@
-/* layers.c - the layers that every model shares: projections, embedding, constant gates, heads, loss.
+/* layers.c - the layers that every model shares: projections, embedding, gates, heads, loss.
  *
  * Each makes its parameters in a scope of its own name: "<scope>.<name>.weight".  Biases and
  * constant gates belong to the group without weight decay, weights (embeddings too) decay.
