@@ -17,8 +17,9 @@ static fg_tensor logits_of(const struct fg_model *m, const fg_recipe *r, fg_grap
         fg_dim(logits, 1) != shape.dim[1] || fg_dtype_of(logits) == FG_I32)
         return fg_fail(logits, FG_ERR_SHAPE,
                        "the model must return logits [%" PRId64 ",%" PRId64 ",V] "
-                       "for tokens [%" PRId64 ",%" PRId64 "], this is not their shape or dtype",
-                       shape.dim[0], shape.dim[1], shape.dim[0], shape.dim[1]);
+                       "for tokens [%" PRId64 ",%" PRId64 "], it returned %s of rank %d",
+                       shape.dim[0], shape.dim[1], shape.dim[0], shape.dim[1],
+                       fg_dtype_name(fg_dtype_of(logits)), fg_shape_of(logits).rank);
     *vocab = fg_dim(logits, 2);
     if (r && r->vocab > *vocab)
         return fg_fail(logits, FG_ERR_SHAPE, "logits have %" PRId64 " columns, vocab is %" PRId64,
