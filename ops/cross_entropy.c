@@ -109,8 +109,8 @@ fg_status fg__check_labels(fg_infer *c, int labels, int64_t rows, int gloss, int
     const int more[] = { gloss, lse };
     for (int i = 0; i < 2; i++) {
         if (more[i] < 0) continue;
-        FG_REQUIRE(c, c->in_type[more[i]] == FG_F32, DTYPE, "input %d is %s; it must be f32", more[i],
-                   fg_dtype_name(c->in_type[more[i]]));
+        FG_REQUIRE(c, c->in_type[more[i]] == FG_F32, DTYPE, "input %d is %s; it must be f32",
+                   more[i], fg_dtype_name(c->in_type[more[i]]));
         FG_REQUIRE(c, fg_shape_equal(c->in[more[i]], c->in[labels]), SHAPE,
                    "input %d must have the shape of labels", more[i]);
     }
@@ -121,13 +121,14 @@ static fg_status need_logits(fg_infer *c, int logits, int labels)
 {
     FG_REQUIRE(c, fg__is_real(c->in_type[logits]), DTYPE, "logits are %s; they must be f32 or bf16",
                fg_dtype_name(c->in_type[logits]));
-    FG_REQUIRE(c, c->in[logits].rank == c->in[labels].rank + 1 && fg__last(&c->in[logits]) > 0, SHAPE,
+    const fg_shape *x = &c->in[logits], *t = &c->in[labels];
+    FG_REQUIRE(c, x->rank == t->rank + 1 && fg__last(x) > 0, SHAPE,
                "logits must have the axes of labels (rank %d) and one of classes, at least 1",
-               c->in[labels].rank);
-    for (int i = 0; i < c->in[labels].rank; i++)
-        FG_REQUIRE(c, c->in[logits].dim[i] == c->in[labels].dim[i], SHAPE,
-                   "axis %d is %lld in logits and %lld in labels", i,
-                   (long long)c->in[logits].dim[i], (long long)c->in[labels].dim[i]);
+               t->rank);
+    for (int i = 0; i < t->rank; i++)
+        FG_REQUIRE(c, x->dim[i] == t->dim[i], SHAPE,
+                   "axis %d is %lld in logits and %lld in labels", i, (long long)x->dim[i],
+                   (long long)t->dim[i]);
     return FG_OK;
 }
 
@@ -164,7 +165,8 @@ fg_tensor fg__lse_grad(fg_tensor glse, fg_tensor logits, fg_tensor lse)
 static void vjp(fg_vjp *v)
 {
     const fg_tensor x = v->in[0], labels = v->in[1], lse = v->out[1];
-    if (!fg_absent(v->gout[0])) v->gin[0] = fg__cross_entropy_grad(FG_HERE, v->gout[0], x, labels, lse);
+    if (!fg_absent(v->gout[0]))
+        v->gin[0] = fg__cross_entropy_grad(FG_HERE, v->gout[0], x, labels, lse);
     if (!fg_absent(v->gout[1])) {
         const fg_tensor more = fg__lse_grad(v->gout[1], x, lse);
         v->gin[0] = fg_absent(v->gin[0]) ? more : fg_add(v->gin[0], more);
@@ -194,7 +196,8 @@ static fg_tensor one_hot(fg_tensor label, int64_t V)
 /* [...,1]: 1 where there is a label, else 0. */
 static fg_tensor is_label(fg_tensor label)
 {
-    const fg_tensor zero = fg_fill(label.graph, FG_DIMS(1), 0), one = fg_fill(label.graph, FG_DIMS(1), 1);
+    const fg_tensor zero = fg_fill(label.graph, FG_DIMS(1), 0);
+    const fg_tensor one = fg_fill(label.graph, FG_DIMS(1), 1);
     return fg__where_ge(FG_HERE, label, zero, one);
 }
 
@@ -204,7 +207,8 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
     const fg_tensor x = fg_cast(in[0], FG_F32), label = label_column(in[1]);
     const fg_tensor hot = one_hot(label, fg_dim(x, -1)), picked = fg_mul(x, hot);
     const fg_tensor lse = fg_log_sum_exp(x), at_label = fg_row_sum(picked);
-    const fg_tensor loss = fg_sub(lse, at_label), there = is_label(label), masked = fg_mul(loss, there);
+    const fg_tensor loss = fg_sub(lse, at_label), there = is_label(label);
+    const fg_tensor masked = fg_mul(loss, there);
     out[0] = fg_reshape(masked, s);
     out[1] = fg_reshape(lse, s);
     (void)attr;
@@ -221,16 +225,17 @@ static fg_tensor example(fg_graph *g, int i)
     static const int32_t some[] = { 3, -100, 0 };
     fg_tensor x, labels;
     switch (i) {
-    case 0: x = fg_random(g, 2, 3, 5);  labels = fg_random_int(g, 0, 5, 2, 3); break;
-    case 1: x = fg_random(g, 3, 17);    labels = (fg_given_int)(FG_HERE, g, FG_DIMS(3), some); break;
-    case 2: x = fg_random(g, 1, 1);     labels = fg_random_int(g, 0, 1, 1); break;
+    case 0: x = fg_random(g, 2, 3, 5); labels = fg_random_int(g, 0, 5, 2, 3); break;
+    case 1: x = fg_random(g, 3, 17); labels = fg_given_int(g, FG_DIMS(3), some); break;
+    case 2: x = fg_random(g, 1, 1); labels = fg_random_int(g, 0, 1, 1); break;
     default: return (fg_tensor){ 0 };
     }
     return fg_cross_entropy(x, labels);
 }
 
 const fg_op_code fg_code_cross_entropy = {
-    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose, .example = example,
+    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
+    .example = example,
 };
 
 /* ---- cross_entropy_grad --------------------------------------------------------------------- */
@@ -258,7 +263,8 @@ static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out
 {
     fg_shape column = fg_shape_of(in[2]);
     column.dim[column.rank++] = 1;
-    const fg_tensor x = fg_cast(in[1], FG_F32), label = label_column(in[2]), there = is_label(label);
+    const fg_tensor x = fg_cast(in[1], FG_F32), label = label_column(in[2]);
+    const fg_tensor there = is_label(label);
     const fg_tensor gloss = fg_reshape(in[0], column), lse = fg_reshape(in[3], column);
     const fg_tensor away = fg_sub(x, lse), p = fg_exp(away), hot = one_hot(label, fg_dim(x, -1));
     const fg_tensor off = fg_sub(p, hot), g = fg_mul(gloss, there), gx = fg_mul(g, off);
@@ -273,5 +279,6 @@ static fg_cost grad_cost(const fg_infer *c)
 }
 
 const fg_op_code fg_code_cross_entropy_grad = {
-    .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose, .reuse = 1u << 1,
+    .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
+    .reuse = 1u << 1,
 };

@@ -33,7 +33,8 @@ static fg_status infer(fg_infer *c)
 
 static void cpu(const fg_exec *e)
 {
-    const int64_t T = fg_shape_count(e->in_shape[0]), V = e->in_shape[1].dim[0], D = e->in_shape[1].dim[1];
+    const fg_shape *table = &e->in_shape[1];
+    const int64_t T = fg_shape_count(e->in_shape[0]), V = table->dim[0], D = table->dim[1];
     const int32_t *tokens = e->in[0];
     const fg_real *w = e->in[1];
     fg_real *y = e->out[0];
@@ -84,7 +85,7 @@ static fg_status grad_infer(fg_infer *c)
                "gy is %s and tokens are %s; they must be f32 or bf16, and i32",
                fg_dtype_name(c->in_type[0]), fg_dtype_name(c->in_type[1]));
     FG_REQUIRE(c, gy->rank == tokens->rank + 1 && fg__rows(gy) == fg_shape_count(*tokens), SHAPE,
-               "gy must have a row for each of the %lld tokens", (long long)fg_shape_count(*tokens));
+               "gy must have a row for each of %lld tokens", (long long)fg_shape_count(*tokens));
     FG_REQUIRE(c, a->vocab >= 0, SHAPE, "a table cannot have %lld rows", (long long)a->vocab);
     c->out[0] = FG_DIMS(a->vocab, fg__last(gy));
     return FG_OK;
@@ -106,7 +107,7 @@ static void sort_by_token(const int32_t *tokens, int64_t T, int64_t V, int64_t *
     int64_t before = 0;
     for (int64_t c = 0; c < V; c++) {
         const int64_t n = end[c];
-        end[c] = before;                         /* where token c starts; moves on as places are taken */
+        end[c] = before;                    /* where token c starts; moves on as places are taken */
         before += n;
     }
     for (int64_t t = 0; t < T; t++)

@@ -1,10 +1,10 @@
 /* gemm.c - matrix products, row-major: c = alpha op(a) op(b) + beta c.
  *
  * Three ways, chosen by shape alone:
- *   dots   rows of a against rows of b, where either has at most 8: decoding, gates.  Every element of
+ *   dots   rows of a against rows of b, where either are few: decoding, gates.  Every element of
  *          the long operand is read once, so time is its bytes over memory bandwidth.
- *   loops  register tiles of 4 rows x 3 vectors over packed columns of b: small products, and the double
- *          build whole.
+ *   loops  register tiles of 4 rows x 3 vectors over packed columns of b: small products, and the
+ *          double build whole.
  *   sgemm  oneDNN, for the rest of the float build.
  *
  * c is cut into tiles by its shape, tiles go to threads as they come free, and the whole sum over k
@@ -19,16 +19,16 @@
 #include <oneapi/dnnl/dnnl.h>
 #endif
 
-enum {
-    TILE_M = 128, TILE_N = 256,   /* c's tile, halved while there are fewer than TILES ... */
-    TILES = 32, LEAST = 64 * 128, /* ... and it has more elements than this; 5 % below one big call   */
-    SKINNY = 8, NARROW = 15,      /* rows of a, of b, up to which dots beat sgemm                     */
-    SMALL = 1 << 14,              /* m n k up to which loops beat a call of oneDNN (0.6 us)           */
-    ALONE = 1 << 18,              /* m n k below which waking threads costs more than it saves        */
-    CACHED = 1 << 16,             /* elements of b that stay in the second cache                      */
-    ROWS = 4, VECTORS = 3,        /* register tile: 12 sums, 3 of b, 1 of a fill 16 registers         */
-    DEPTH = 256, PANEL = 6        /* rows and vectors of b packed at once: 48 KiB                     */
-};                                /* measured on Zen 1 (AVX2), 2 cores, oneDNN 2.6 */
+enum {                            /* measured on Zen 1 (AVX2), 2 cores, oneDNN 2.6 */
+    TILE_M = 128, TILE_N = 256,   /* c's tile, halved while there are fewer than TILES ...        */
+    TILES = 32, LEAST = 64 * 128, /* ... and it has more elements than this                       */
+    SKINNY = 8, NARROW = 15,      /* rows of a, of b, up to which dots beat sgemm                 */
+    SMALL = 1 << 14,              /* m n k up to which loops beat a call of oneDNN (0.6 us)       */
+    ALONE = 1 << 18,              /* m n k below which waking threads costs more than it saves    */
+    CACHED = 1 << 16,             /* elements of b that stay in the second cache                  */
+    ROWS = 4, VECTORS = 3,        /* register tile: 12 sums, 3 of b, 1 of a fill 16 registers     */
+    DEPTH = 256, PANEL = 6        /* rows and vectors of b packed at once: 48 KiB                 */
+};
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
@@ -88,13 +88,14 @@ INLINE void dot_block(const int nx, const int nw, int64_t k, const fg_real *x, i
     for (int i = 0; i < nx; i++) four_sums(sum[i], s[i]);
 }
 
-/* Few rows x against rows [from, to) of the long operand w; c's element of (x row i, w row j) lies at
- * i * cx + j * cw.  by_x: the column of c is i, not j. */
+/* Few rows x against rows [from, to) of the long operand w; c's element of x's row i and w's row j
+ * lies at i * cx + j * cw.  by_x: the column of c is i, not j. */
 static void dot_rows(const product *p, bool by_x, int64_t from, int64_t to)
 {
     const fg_real *x = by_x ? p->b : p->a, *w = by_x ? p->a : p->b;
-    const int64_t ldx = by_x ? p->ldb : p->lda, ldw = by_x ? p->lda : p->ldb, nx = by_x ? p->n : p->m;
-    const int64_t cx = by_x ? 1 : p->ldc, cw = by_x ? p->ldc : 1, k = p->k;
+    const int64_t ldx = by_x ? p->ldb : p->lda, ldw = by_x ? p->lda : p->ldb;
+    const int64_t cx = by_x ? 1 : p->ldc, cw = by_x ? p->ldc : 1;
+    const int64_t nx = by_x ? p->n : p->m, k = p->k;
     for (int64_t j = from; j < to; j += 4) {
         const int nw = (int)least(4, to - j);
         for (int64_t i = 0; i < nx; i += 2) {
@@ -124,7 +125,8 @@ static void dot_rows(const product *p, bool by_x, int64_t from, int64_t to)
 /* c's tile of nr rows and nv vectors of columns (`last` lanes of the last one) gets
  * alpha sum over k of a_(i,k) b_(k,j) in one sweep of k.  b's rows are whole vectors. */
 INLINE void register_tile(const product *p, const int nr, const int nv, int64_t last, int64_t k,
-                          const fg_real *a, const fg_real *b, int64_t ldb, fg_real *c, const fg_real *bias)
+                          const fg_real *a, const fg_real *b, int64_t ldb, fg_real *c,
+                          const fg_real *bias)
 {
     fg_vec sum[ROWS][VECTORS] = { { { 0 } } }, kept[ROWS][VECTORS];
     const int64_t row = p->ta ? 1 : p->lda, step = p->ta ? p->lda : 1;
@@ -136,14 +138,15 @@ INLINE void register_tile(const product *p, const int nr, const int nv, int64_t 
             for (int v = 0; v < nv; v++) sum[r][v] = fg_vfma(av, bv[v], sum[r][v]);
         }
     }
-    for (int r = 0; r < nr; r++)             /* lets the compiler hold the sums in registers until here */
+    for (int r = 0; r < nr; r++)             /* so that the sums stay in registers until here */
         for (int v = 0; v < nv; v++) kept[r][v] = p->alpha * sum[r][v];
     for (int r = 0; r < nr; r++)
         for (int v = 0; v < nv; v++) {
             fg_real *to = c + r * p->ldc + v * FG_LANES;
             const int64_t at = v * FG_LANES, lanes = v < nv - 1 ? FG_LANES : last;
             fg_vec y = kept[r][v];
-            if (p->beta != 0) y += p->beta * (lanes == FG_LANES ? fg_vload(to) : fg_vload_n(to, lanes));
+            if (p->beta != 0)
+                y += p->beta * (lanes == FG_LANES ? fg_vload(to) : fg_vload_n(to, lanes));
             if (bias) y += lanes == FG_LANES ? fg_vload(bias + at) : fg_vload_n(bias + at, lanes);
             if (lanes == FG_LANES) fg_vstore(to, y);
             else fg_vstore_n(to, y, lanes);
@@ -157,11 +160,12 @@ INLINE void tile_columns(const product *p, const int nv, int64_t last, int64_t k
     int64_t i = 0;
     for (; i + ROWS <= p->m; i += ROWS)
         register_tile(p, ROWS, nv, last, k, a + i * row, b, ldb, c + i * p->ldc, bias);
-    for (; i < p->m; i++) register_tile(p, 1, nv, last, k, a + i * row, b, ldb, c + i * p->ldc, bias);
+    for (; i < p->m; i++)
+        register_tile(p, 1, nv, last, k, a + i * row, b, ldb, c + i * p->ldc, bias);
 }
 
-static void tile_panel(const product *p, int64_t columns, int64_t k, const fg_real *a, const fg_real *b,
-                       int64_t ldb, fg_real *c, const fg_real *bias)
+static void tile_panel(const product *p, int64_t columns, int64_t k, const fg_real *a,
+                       const fg_real *b, int64_t ldb, fg_real *c, const fg_real *bias)
 {
     for (int64_t j = 0; j < columns; j += VECTORS * FG_LANES) {
         const int64_t here = least(VECTORS * FG_LANES, columns - j), nv = over(here, FG_LANES);
@@ -189,8 +193,8 @@ static void pack(const product *p, int64_t from, int64_t depth, int64_t column, 
         }
 }
 
-/* Few rows of c, whole vectors of columns and a b that fits the cache: b is used where it lies, since
- * packing would cost as much as the product. */
+/* Few rows of c, whole vectors of columns and a b that fits the cache: b is used where it lies,
+ * since packing would cost as much as the product. */
 static bool direct(const product *p)
 {
     return !p->tb && p->m <= SKINNY && p->n % FG_LANES == 0 && p->n * p->k <= CACHED;
@@ -200,17 +204,19 @@ static void loops(const product *p)
 {
     fg_real panel[DEPTH * PANEL * FG_VEC_BYTES / sizeof(fg_real)] __attribute__((aligned(64)));
     const bool in_place = direct(p);
-    const int64_t most = in_place ? DEPTH / 4 : DEPTH;        /* in place, each row of b is another page */
+    const int64_t most = in_place ? DEPTH / 4 : DEPTH;   /* in place, a row of b is a page away */
     for (int64_t from = 0; from < p->k; from += most)
         for (int64_t j = 0; j < p->n; j += PANEL * FG_LANES) {
             const int64_t columns = least(PANEL * FG_LANES, p->n - j);
-            const int64_t depth = least(most, p->k - from), pitch = over(columns, FG_LANES) * FG_LANES;
+            const int64_t depth = least(most, p->k - from);
+            const int64_t pitch = in_place ? p->ldb : over(columns, FG_LANES) * FG_LANES;
+            const fg_real *a = p->a + (p->ta ? from * p->lda : from);
+            const fg_real *b = in_place ? p->b + from * p->ldb + j : panel;
+            const fg_real *bias = p->bias && from == 0 ? p->bias + j : NULL;
             product part = *p;
             if (from > 0) part.beta = 1;
             if (!in_place) pack(p, from, depth, j, columns, pitch, panel);
-            tile_panel(&part, columns, depth, p->a + (p->ta ? from * p->lda : from),
-                       in_place ? p->b + from * p->ldb + j : panel, in_place ? p->ldb : pitch, p->c + j,
-                       p->bias && from == 0 ? p->bias + j : NULL);
+            tile_panel(&part, columns, depth, a, b, pitch, p->c + j, bias);
         }
 }
 
@@ -224,8 +230,9 @@ static bool sgemm(const product *p)
     const int threads = omp_get_max_threads();
     if (threads != 1) omp_set_num_threads(1);
 #endif
-    const dnnl_status_t status = dnnl_sgemm(p->ta ? 'T' : 'N', p->tb ? 'T' : 'N', p->m, p->n, p->k, p->alpha,
-                                            p->a, p->lda, p->b, p->ldb, p->beta, p->c, p->ldc);
+    const dnnl_status_t status =
+        dnnl_sgemm(p->ta ? 'T' : 'N', p->tb ? 'T' : 'N', p->m, p->n, p->k, p->alpha, p->a, p->lda,
+                   p->b, p->ldb, p->beta, p->c, p->ldc);
 #ifdef _OPENMP
     if (threads != 1) omp_set_num_threads(threads);
 #endif
@@ -268,9 +275,9 @@ static void dot_chunk(const product *p, int64_t chunk, int64_t i)
 static void dots(const product *p, int threads)
 {
     const int64_t rows = p->m > SKINNY ? p->m : p->n;
-    const int64_t chunk = over(over(1 << 14, p->k), 4) * 4;    /* about 64 KiB of the long operand */
+    const int64_t chunk = over(over(1 << 14, p->k), 4) * 4;  /* about 64 KiB of the long operand */
     const int64_t chunks = over(rows, chunk);
-    if (threads == 1 || chunks == 1) {                         /* a region of one thread costs 0.5-2 us */
+    if (threads == 1 || chunks == 1) {                   /* a region of one thread costs 0.5-2 us */
         for (int64_t i = 0; i < chunks; i++) dot_chunk(p, chunk, i);
         return;
     }
@@ -327,8 +334,9 @@ void fg__gemm_bias(bool ta, bool tb, int64_t m, int64_t n, int64_t k, fg_real al
                    const fg_real *a, int64_t lda, const fg_real *b, int64_t ldb,
                    fg_real beta, fg_real *c, int64_t ldc, const fg_real *bias, int threads)
 {
-    const product p = { .ta = ta, .tb = tb, .m = m, .n = n, .k = k, .lda = lda, .ldb = ldb, .ldc = ldc,
-                        .alpha = alpha, .beta = beta, .a = a, .b = b, .bias = bias, .c = c };
+    const product p = { .ta = ta, .tb = tb, .m = m, .n = n, .k = k, .lda = lda, .ldb = ldb,
+                        .ldc = ldc, .alpha = alpha, .beta = beta, .a = a, .b = b, .bias = bias,
+                        .c = c };
     multiply(&p, threads);
 }
 

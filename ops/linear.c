@@ -25,9 +25,11 @@ fg_tensor fg__linear_dw(fg_loc at, fg_tensor gy, fg_tensor x)
 
 static fg_status same_real(fg_infer *c)
 {
-    for (int k = 0; k < c->n_in; k++)
-        FG_REQUIRE(c, !c->given[k] || (fg__is_real(c->in_type[k]) && c->in_type[k] == c->in_type[0]),
-                   DTYPE, "input %d is %s and input 0 is %s; all must be f32 or all bf16", k,
+    FG_REQUIRE(c, fg__is_real(c->in_type[0]), DTYPE, "input 0 is %s; it must be f32 or bf16",
+               fg_dtype_name(c->in_type[0]));
+    for (int k = 1; k < c->n_in; k++)
+        FG_REQUIRE(c, !c->given[k] || c->in_type[k] == c->in_type[0], DTYPE,
+                   "input %d is %s and input 0 is %s; all must be f32 or all bf16", k,
                    fg_dtype_name(c->in_type[k]), fg_dtype_name(c->in_type[0]));
     return FG_OK;
 }
@@ -48,7 +50,8 @@ static fg_status infer(fg_infer *c)
 
 static void cpu(const fg_exec *e)
 {
-    const int64_t rows = fg__rows(&e->in_shape[0]), M = e->in_shape[1].dim[0], N = e->in_shape[1].dim[1];
+    const fg_shape *w = &e->in_shape[1];
+    const int64_t rows = fg__rows(&e->in_shape[0]), M = w->dim[0], N = w->dim[1];
     fg__gemm_bias(false, true, rows, M, N, 1, e->in[0], N, e->in[1], N, 0, e->out[0], M, e->in[2],
                   e->threads);
 }
@@ -96,7 +99,8 @@ static fg_cost product_cost(const fg_infer *c, double rows, double M, double N)
 
 static fg_cost cost(const fg_infer *c)
 {
-    return product_cost(c, (double)fg__rows(&c->in[0]), (double)c->in[1].dim[0], (double)c->in[1].dim[1]);
+    const fg_shape *w = &c->in[1];
+    return product_cost(c, (double)fg__rows(&c->in[0]), (double)w->dim[0], (double)w->dim[1]);
 }
 
 static fg_tensor example(fg_graph *g, int i)
@@ -113,7 +117,8 @@ static fg_tensor example(fg_graph *g, int i)
 }
 
 const fg_op_code fg_code_linear = {
-    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose, .example = example,
+    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
+    .example = example,
 };
 
 /* ---- linear_dx: gx = gy w ------------------------------------------------------------------- */
@@ -131,7 +136,8 @@ static fg_status dx_infer(fg_infer *c)
 
 static void dx_cpu(const fg_exec *e)
 {
-    const int64_t rows = fg__rows(&e->in_shape[0]), M = e->in_shape[1].dim[0], N = e->in_shape[1].dim[1];
+    const fg_shape *w = &e->in_shape[1];
+    const int64_t rows = fg__rows(&e->in_shape[0]), M = w->dim[0], N = w->dim[1];
     fg__gemm(false, false, rows, N, M, 1, e->in[0], M, e->in[1], N, 0, e->out[0], N, e->threads);
 }
 

@@ -1,5 +1,5 @@
-/* linear_cross_entropy.c - the loss of every position from the last hidden state and the vocabulary's
- * matrix, without the logits ever being whole.
+/* linear_cross_entropy.c - the loss of every position from the last hidden state and the matrix of
+ * the vocabulary, without the logits ever being whole.
  *
  *     z = x w^T     loss_t = lse_t - z_(t,label_t),  lse_t = ln sum_c e^(z_(t,c))
  *     gz_(t,c) = gloss_t (e^(z_(t,c) - lse_t) - [c = label_t])     gx = gz w     gw = gz^T x
@@ -26,19 +26,21 @@ static int64_t slice_rows(int64_t rows, int64_t V)
     return slices > 0 ? (rows + slices - 1) / slices : 1;
 }
 
-static fg_status need_product(fg_infer *c, int x)
+/* Inputs x, w, labels, the first of them at index `at`. */
+static fg_status need_product(fg_infer *c, int at)
 {
-    const fg_shape *w = &c->in[x + 1], *labels = &c->in[x + 2];
-    FG_REQUIRE(c, fg__is_real(c->in_type[x]) && c->in_type[x] == c->in_type[x + 1], DTYPE,
-               "x is %s and w is %s; both must be f32 or both bf16", fg_dtype_name(c->in_type[x]),
-               fg_dtype_name(c->in_type[x + 1]));
-    FG_REQUIRE(c, w->rank == 2 && w->dim[0] > 0 && c->in[x].rank >= 1 && fg__last(&c->in[x]) == w->dim[1],
-               SHAPE, "w must be [V,%lld] with V at least 1", (long long)fg__last(&c->in[x]));
-    FG_REQUIRE(c, c->in[x].rank == labels->rank + 1, SHAPE,
+    const fg_shape *x = &c->in[at], *w = x + 1, *labels = x + 2;
+    FG_REQUIRE(c, fg__is_real(c->in_type[at]) && c->in_type[at] == c->in_type[at + 1], DTYPE,
+               "x is %s and w is %s; both must be f32 or both bf16", fg_dtype_name(c->in_type[at]),
+               fg_dtype_name(c->in_type[at + 1]));
+    FG_REQUIRE(c, x->rank == labels->rank + 1, SHAPE,
                "x must have the axes of labels (rank %d) and one more", labels->rank);
+    FG_REQUIRE(c, w->rank == 2 && w->dim[0] > 0 && fg__last(x) == w->dim[1], SHAPE,
+               "w must be [V,%lld] with V at least 1", (long long)fg__last(x));
     for (int i = 0; i < labels->rank; i++)
-        FG_REQUIRE(c, c->in[x].dim[i] == labels->dim[i], SHAPE, "axis %d is %lld in x and %lld in labels",
-                   i, (long long)c->in[x].dim[i], (long long)labels->dim[i]);
+        FG_REQUIRE(c, x->dim[i] == labels->dim[i], SHAPE,
+                   "axis %d is %lld in x and %lld in labels", i, (long long)x->dim[i],
+                   (long long)labels->dim[i]);
     return FG_OK;
 }
 
@@ -63,7 +65,8 @@ static size_t scratch(const fg_infer *c, int threads)
 
 static void cpu(const fg_exec *e)
 {
-    const int64_t rows = fg__rows(&e->in_shape[0]), V = e->in_shape[1].dim[0], N = e->in_shape[1].dim[1];
+    const fg_shape *shape = &e->in_shape[1];
+    const int64_t rows = fg__rows(&e->in_shape[0]), V = shape->dim[0], N = shape->dim[1];
     const int64_t step = slice_rows(rows, V);
     const fg_real *x = e->in[0], *w = e->in[1];
     const int32_t *labels = e->in[2];
@@ -87,7 +90,8 @@ static void vjp(fg_vjp *v)
         v->gin[1] = fg_result(v->gin[0], 1);
     }
     if (!fg_absent(v->gout[1])) {
-        const fg_tensor z = fg_linear(x, w, (fg_tensor){ 0 }), gz = fg__lse_grad(v->gout[1], z, lse);
+        const fg_tensor z = fg_linear(x, w, (fg_tensor){ 0 });
+        const fg_tensor gz = fg__lse_grad(v->gout[1], z, lse);
         const fg_tensor gx = fg__linear_dx(FG_HERE, gz, w), gw = fg__linear_dw(FG_HERE, gz, x);
         v->gin[0] = fg_absent(v->gin[0]) ? gx : fg_add(v->gin[0], gx);
         v->gin[1] = fg_absent(v->gin[1]) ? gw : fg_add(v->gin[1], gw);
@@ -104,29 +108,30 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
 
 static fg_cost cost(const fg_infer *c)
 {
-    const double rows = (double)fg__rows(&c->in[0]), V = (double)c->in[1].dim[0], N = (double)c->in[1].dim[1];
+    const double V = (double)c->in[1].dim[0], N = (double)c->in[1].dim[1];
+    const double rows = (double)fg__rows(&c->in[0]);
     const double size = c->in_type[0] == FG_BF16 ? 2 : 4;
-    return (fg_cost){ .flops = rows * V * (2 * N + 3), .bytes = size * (rows * N + V * N) + 12 * rows };
+    return (fg_cost){ .flops = rows * V * (2 * N + 3),
+                      .bytes = size * (rows * N + V * N) + 12 * rows };
 }
 
 static fg_tensor example(fg_graph *g, int i)
 {
     static const int32_t some[] = { 3, -100, 0 };
-    fg_tensor x, w, labels;
-    switch (i) {
-    case 0: x = fg_random(g, 2, 3, 5); w = fg_random(g, 7, 5); labels = fg_random_int(g, 0, 7, 2, 3); break;
-    case 1: x = fg_random(g, 3, 4); w = fg_random(g, 5, 4);
-            labels = (fg_given_int)(FG_HERE, g, FG_DIMS(3), some); break;
-    case 2: x = fg_random(g, 1, 1); w = fg_random(g, 3, 1); labels = fg_random_int(g, 0, 3, 1); break;
-    default: return (fg_tensor){ 0 };
-    }
+    static const struct { int64_t T, N, V; } cases[] = { { 3, 5, 7 }, { 3, 4, 5 }, { 1, 1, 3 } };
+    if (i >= (int)(sizeof cases / sizeof cases[0])) return (fg_tensor){ 0 };
+    const int64_t T = cases[i].T, V = cases[i].V;
+    const fg_tensor x = i == 0 ? fg_random(g, 2, 3, 5) : fg_random(g, T, cases[i].N);
+    const fg_tensor w = fg_random(g, V, cases[i].N);
+    const fg_tensor labels = i == 0 ? fg_random_int(g, 0, V, 2, 3)
+                           : i == 1 ? fg_given_int(g, FG_DIMS(T), some) : fg_random_int(g, 0, V, T);
     const fg_tensor z = fg_linear(x, w, (fg_tensor){ 0 });
     return fg_cross_entropy(z, labels);
 }
 
 const fg_op_code fg_code_linear_cross_entropy = {
-    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose, .example = example,
-    .scratch = scratch,
+    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
+    .example = example, .scratch = scratch,
 };
 
 /* ---- linear_cross_entropy_grad -------------------------------------------------------------- */
@@ -148,7 +153,8 @@ static size_t grad_scratch(const fg_infer *c, int threads)
 
 static void grad_cpu(const fg_exec *e)
 {
-    const int64_t rows = fg__rows(&e->in_shape[1]), V = e->in_shape[2].dim[0], N = e->in_shape[2].dim[1];
+    const fg_shape *shape = &e->in_shape[2];
+    const int64_t rows = fg__rows(&e->in_shape[1]), V = shape->dim[0], N = shape->dim[1];
     const int64_t step = slice_rows(rows, V);
     const fg_real *gloss = e->in[0], *x = e->in[1], *w = e->in[2], *lse = e->in[4];
     const int32_t *labels = e->in[3];
@@ -157,8 +163,10 @@ static void grad_cpu(const fg_exec *e)
         const int64_t n = rows - from < step ? rows - from : step;
         fg__gemm(false, true, n, V, N, 1, x + from * N, N, w, N, 0, z, V, e->threads);
 #pragma omp parallel for schedule(static) num_threads(fg__threads(e, n * V))
-        for (int64_t t = 0; t < n; t++)
-            fg__row_loss_grad(gloss[from + t], z + t * V, V, labels[from + t], lse[from + t], z + t * V);
+        for (int64_t t = 0; t < n; t++) {
+            const int64_t at = from + t;
+            fg__row_loss_grad(gloss[at], z + t * V, V, labels[at], lse[at], z + t * V);
+        }
         fg__gemm(false, false, n, N, V, 1, z, V, w, N, 0, gx + from * N, N, e->threads);
         fg__gemm(true, false, V, N, n, 1, z, V, x + from * N, N, from > 0, gw, N, e->threads);
     }
@@ -177,7 +185,8 @@ static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out
 
 static fg_cost grad_cost(const fg_infer *c)
 {
-    const double rows = (double)fg__rows(&c->in[1]), V = (double)c->in[2].dim[0], N = (double)c->in[2].dim[1];
+    const double V = (double)c->in[2].dim[0], N = (double)c->in[2].dim[1];
+    const double rows = (double)fg__rows(&c->in[1]);
     const double size = c->in_type[1] == FG_BF16 ? 2 : 4;
     return (fg_cost){ .flops = rows * V * (6 * N + 3), .bytes = 2 * size * (rows * N + V * N) };
 }

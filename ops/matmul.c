@@ -35,8 +35,8 @@ static fg_status infer(fg_infer *c)
         FG_REQUIRE(c, a->dim[i] == b->dim[i], SHAPE, "axis %d is %lld in a and %lld in b", i,
                    (long long)a->dim[i], (long long)b->dim[i]);
     const extents x = extents_of(a, b, t->ta, t->tb);
-    FG_REQUIRE(c, x.K == x.inner, SHAPE, "op(a) has %lld columns and op(b) %lld rows", (long long)x.K,
-               (long long)x.inner);
+    FG_REQUIRE(c, x.K == x.inner, SHAPE, "op(a) has %lld columns and op(b) %lld rows",
+               (long long)x.K, (long long)x.inner);
     c->out[0] = *a;
     c->out[0].dim[a->rank - 2] = x.M;
     c->out[0].dim[a->rank - 1] = x.N;
@@ -52,8 +52,8 @@ static void one_product(const fg_exec *e, const extents *x, int64_t i, int threa
              b + i * x->K * x->N, t->tb ? x->K : x->N, 0, y + i * x->M * x->N, x->N, threads);
 }
 
-/* A product gives the same bits on any number of threads, so threads take whole products where there
- * are enough of them. */
+/* A product gives the same bits on any number of threads, so threads take whole products where
+ * there are enough of them. */
 static void cpu(const fg_exec *e)
 {
     const struct fg_attr_matmul *t = e->attr;
@@ -92,13 +92,14 @@ static fg_tensor example(fg_graph *g, int i)
 {
     fg_tensor a, b;
     switch (i) {
-    case 0: a = fg_random(g, 3, 5);    b = fg_random(g, 5, 4);    return fg_matmul(a, b, false, false);
-    case 1: a = fg_random(g, 2, 3, 5); b = fg_random(g, 2, 4, 5); return fg_matmul(a, b, false, true);
-    case 2: a = fg_random(g, 2, 5, 3); b = fg_random(g, 2, 5, 4); return fg_matmul(a, b, true, false);
-    case 3: a = fg_random(g, 5, 3);    b = fg_random(g, 4, 5);    return fg_matmul(a, b, true, true);
-    case 4: a = fg_random(g, 2, 1, 3, 1); b = fg_random(g, 2, 1, 1, 5); return fg_matmul(a, b, false, false);
+    case 0: a = fg_random(g, 3, 5); b = fg_random(g, 5, 4); break;
+    case 1: a = fg_random(g, 2, 3, 5); b = fg_random(g, 2, 4, 5); break;
+    case 2: a = fg_random(g, 2, 5, 3); b = fg_random(g, 2, 5, 4); break;
+    case 3: a = fg_random(g, 5, 3); b = fg_random(g, 4, 5); break;
+    case 4: a = fg_random(g, 2, 1, 3, 1); b = fg_random(g, 2, 1, 1, 5); break;
     default: return (fg_tensor){ 0 };
     }
+    return fg_matmul(a, b, i == 2 || i == 3, i == 1 || i == 3);
 }
 
 const fg_op_code fg_code_matmul = {

@@ -11,8 +11,8 @@
  * step counts updates from 1.  A clip that is not finite leaves p, m and v as they are, so a
  * gradient with NaN or infinity anywhere costs one step and harms nothing.
  * Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2, without
- * the schedule; arithmetic in this order.  Bytes of adamw: p, m, v in and out and g in, 28 an element
- * in f32, which is the least possible. */
+ * the schedule; arithmetic in this order.  Bytes of adamw: p, m, v in and out and g in, 28 an
+ * element in f32, which is the least possible. */
 #include "internal.h"
 #include "vec.h"
 
@@ -28,8 +28,9 @@ static fg_status need_real(fg_infer *c, int from, int to, bool only_f32)
 static fg_status need_one(fg_infer *c, int from, int to)
 {
     for (int k = from; k < to; k++)
-        FG_REQUIRE(c, fg_shape_count(c->in[k]) == 1, SHAPE, "input %d has %lld elements; it must have 1",
-                   k, (long long)fg_shape_count(c->in[k]));
+        FG_REQUIRE(c, fg_shape_count(c->in[k]) == 1, SHAPE,
+                   "input %d has %lld elements; it must have 1", k,
+                   (long long)fg_shape_count(c->in[k]));
     return need_real(c, from, to, true);
 }
 
@@ -79,7 +80,8 @@ static void squares_cpu(const fg_exec *e)
     const fg_real *x = e->in[0];
     double *part = e->scratch, sum = 0;
 #pragma omp parallel for schedule(static) num_threads(fg__threads(e, count))
-    for (int64_t i = 0; i < blocks; i++) part[i] = squares_of(x + i * BLOCK, block_length(count, i));
+    for (int64_t i = 0; i < blocks; i++)
+        part[i] = squares_of(x + i * BLOCK, block_length(count, i));
     for (int64_t i = 0; i < blocks; i++) sum += part[i];
     *(fg_real *)e->out[0] = (fg_real)sum;
 }
@@ -100,7 +102,7 @@ const fg_op_code fg_code_sum_squares = {
 static fg_status clip_infer(fg_infer *c)
 {
     const struct fg_attr_clip_factor *a = c->attr;
-    FG_REQUIRE(c, a->limit > 0, USAGE, "the limit of the norm is %g; it must be positive", a->limit);
+    FG_REQUIRE(c, a->limit > 0, USAGE, "the norm's limit is %g; it must be positive", a->limit);
     c->out[0] = FG_DIMS(1);
     return need_one(c, 0, 1);
 }
@@ -108,7 +110,8 @@ static fg_status clip_infer(fg_infer *c)
 static void clip_cpu(const fg_exec *e)
 {
     const struct fg_attr_clip_factor *a = e->attr;
-    const double squares = (double)*(const fg_real *)e->in[0], factor = a->limit / (sqrt(squares) + 1e-6);
+    const double squares = (double)*(const fg_real *)e->in[0];
+    const double factor = a->limit / (sqrt(squares) + 1e-6);
     const double y = !isfinite(squares) ? (double)NAN : factor < 1 ? factor : 1;
     *(fg_real *)e->out[0] = (fg_real)y;
 }
@@ -171,7 +174,8 @@ static inline void update(const factors *f, fg_vec g, fg_vec *p, fg_vec *m, fg_v
     *p = *p * f->keep - f->rate * *m / (fg_vsqrt(*v) / f->root + f->eps);
 }
 
-static void update_block(const factors *f, const fg_real *g, fg_real *p, fg_real *m, fg_real *v, int64_t n)
+static void update_block(const factors *f, const fg_real *g, fg_real *p, fg_real *m, fg_real *v,
+                         int64_t n)
 {
     int64_t i = 0;
     for (; i + FG_LANES <= n; i += FG_LANES) {
@@ -196,7 +200,8 @@ static void adamw_cpu(const fg_exec *e)
     const struct fg_attr_adamw *a = e->attr;
     const fg_real clip = *(const fg_real *)e->in[CLIP];
     if (!isfinite(clip)) return;
-    const double lr = (double)*(const fg_real *)e->in[LR], step = (double)*(const fg_real *)e->in[STEP];
+    const double lr = (double)*(const fg_real *)e->in[LR];
+    const double step = (double)*(const fg_real *)e->in[STEP];
     const factors f = {
         .clip = fg_vset(clip), .keep = fg_vset((fg_real)(1 - lr * a->decay)),
         .beta1 = fg_vset((fg_real)a->beta1), .rest1 = fg_vset((fg_real)(1 - a->beta1)),
@@ -221,5 +226,6 @@ static fg_cost adamw_cost(const fg_infer *c)
 }
 
 const fg_op_code fg_code_adamw = {
-    .infer = adamw_infer, .cpu = adamw_cpu, .cost = adamw_cost, .memory = FG_MUTATE, .no_grad = true,
+    .infer = adamw_infer, .cpu = adamw_cpu, .cost = adamw_cost, .memory = FG_MUTATE,
+    .no_grad = true,
 };

@@ -1,2 +1,0 @@
-/* empty.c - has the stamp, but no model. */
-#include <fox_graph.h>
