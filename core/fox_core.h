@@ -129,7 +129,8 @@ FG_API fg_tensor (fg_input)(fg_loc at, fg_graph *g, const char *name, fg_dtype t
  * full name is an error (share one by passing the tensor around). */
 FG_API fg_tensor (fg_param)(fg_loc at, fg_graph *g, const char *name, fg_shape s, fg_init init);
 /* A lasting value that is not trained (moments, caches), zero at first; made twice under one full
- * name with the same dtype and shape it is the same value. */
+ * name with the same dtype and shape it is the same value.  "@cache.k" made in the scope "layers.0" is
+ * "@cache.layers.0.k": one prefix for all states of a kind. */
 FG_API fg_tensor (fg_state)(fg_loc at, fg_graph *g, const char *name, fg_dtype t, fg_shape s);
 /* Keeps t's value after a run so that fg_read can fetch it by tensor or by name. */
 FG_API fg_tensor (fg_output)(fg_loc at, fg_tensor t, const char *name);

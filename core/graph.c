@@ -81,15 +81,18 @@ void fg__scope_path(const fg_graph *g, uint32_t s, char *buf, size_t size)
     snprintf(buf + n, size - n, "%s%s", dot, g->scopes[s].name);
 }
 
+/* The scope's path in front; a state "@kind.rest" becomes "@kind.path.rest", so that all states of one
+ * kind have one prefix. */
 const char *fg__full_name(fg_graph *g, const char *name)
 {
     char path[700];
-    const bool state = name[0] == '@';           /* states keep their mark in front of the path */
-    if (state) { path[0] = '@'; fg__scope_path(g, g->scope, path + 1, sizeof path - 1); }
-    else fg__scope_path(g, g->scope, path, sizeof path);
+    const char *rest = name[0] == '@' ? strchr(name, '.') : NULL;
+    const size_t kind = rest ? (size_t)(rest + 1 - name) : name[0] == '@';
+    snprintf(path, sizeof path, "%.*s", (int)kind, name);
+    const size_t before = strlen(path);
+    fg__scope_path(g, g->scope, path + before, sizeof path - before);
     const size_t n = strlen(path);
-    const char *dot = n > (state ? 1 : 0) ? "." : "";
-    snprintf(path + n, sizeof path - n, "%s%s", dot, name + state);
+    snprintf(path + n, sizeof path - n, "%s%s", n > before ? "." : "", name + kind);
     return fg__strdup(g, path);
 }
 

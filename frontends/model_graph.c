@@ -17,8 +17,9 @@ static fg_tensor logits_of(const struct fg_model *m, const fg_recipe *r, fg_grap
         fg_dim(logits, 1) != shape.dim[1] || fg_dtype_of(logits) == FG_I32)
         return fg_fail(logits, FG_ERR_SHAPE,
                        "the model must return logits [%" PRId64 ",%" PRId64 ",V] "
-                       "for tokens [%" PRId64 ",%" PRId64 "], this is not their shape or dtype",
-                       shape.dim[0], shape.dim[1], shape.dim[0], shape.dim[1]);
+                       "for tokens [%" PRId64 ",%" PRId64 "], it returned %s of rank %d",
+                       shape.dim[0], shape.dim[1], shape.dim[0], shape.dim[1],
+                       fg_dtype_name(fg_dtype_of(logits)), fg_shape_of(logits).rank);
     *vocab = fg_dim(logits, 2);
     if (r && r->vocab > *vocab)
         return fg_fail(logits, FG_ERR_SHAPE, "logits have %" PRId64 " columns, vocab is %" PRId64,
@@ -75,19 +76,25 @@ fg_graph *fg_model_loss(const struct fg_model *m, const fg_recipe *r, int64_t ba
     return g;
 }
 
-fg_graph *fg_model_training(const struct fg_model *m, const fg_recipe *r, fg_graph **update)
+fg_graph *fg__training_graph(const struct fg_model *m, const fg_recipe *r, fg_graph **update,
+                             int64_t *vocab)
 {
     const int64_t micro = r->micro_batch ? r->micro_batch : r->batch;
-    const fg_optimizer o = { r->beta1,        r->beta2, r->eps,
-                             r->weight_decay, r->clip,  (int)(r->batch / micro) };
+    const fg_optimizer o = { r->beta1, r->beta2, r->eps, r->weight_decay, r->clip,
+                             (int)(r->batch / micro) };
     fg_tensor loss;
-    int64_t vocab;
-    fg_graph *g = fg__model_graph(m, r, micro, r->context, FG__LOSS, &loss, &vocab);
+    fg_graph *g = fg__model_graph(m, r, micro, r->context, FG__LOSS, &loss, vocab);
 
     *update = NULL;
     if (g && fg_graph_status(g) == FG_OK)
         fg_train_graph(loss, &o, update);
     return g;
+}
+
+fg_graph *fg_model_training(const struct fg_model *m, const fg_recipe *r, fg_graph **update)
+{
+    int64_t vocab;
+    return fg__training_graph(m, r, update, &vocab);
 }
 
 fg_status fg_model_settings_read(const fg_graph *g, char message[FG_MESSAGE])

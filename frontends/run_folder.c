@@ -77,7 +77,7 @@ static void remove_checkpoint(const char *path)
 static void empty(const fg__folder *f)
 {
     static const char *const files[] = { "metrics.jsonl", "run.log",  "loss.svg",
-                                         "config.json",   "env.json", "params.tsv" };
+                                         "config.json",   "env.json", "params.tsv", "graph.json" };
     char path[2 * PATH];
 
     for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
@@ -305,6 +305,25 @@ static fg_status write_params(fg__folder *f, const fg_graph *g, char message[FG_
     return FG_OK;
 }
 
+static void put_text(void *to, const char *text)
+{
+    fputs(text, to);
+}
+
+static fg_status write_graph(fg__folder *f, const fg_graph *g, char message[FG_MESSAGE])
+{
+    char path[PATH];
+    path_in(f, "graph.json", path);
+    FILE *out = fopen(path, "we");
+    if (!out)
+        return fg__say(message, FG_ERR_IO, "%s: %s", path, strerror(errno));
+    fg_status s = fg_graph_dump(g, FG_DUMP_JSON, put_text, out);
+    const bool bad = ferror(out);
+    if (fclose(out) != 0 || bad)
+        return fg__say(message, FG_ERR_IO, "%s: cannot be written", path);
+    return s == FG_OK ? s : fg__say(message, s, "%s: the graph cannot be written down", path);
+}
+
 fg_status fg__folder_describe(fg__folder *f, const struct fg_model *m, const fg_recipe *r,
                               const fg_graph *g, const fg_train_options *o,
                               char message[FG_MESSAGE])
@@ -314,7 +333,7 @@ fg_status fg__folder_describe(fg__folder *f, const struct fg_model *m, const fg_
         s = write_env(f, o, message);
     if (s == FG_OK)
         s = write_params(f, g, message);
-    return s;
+    return s == FG_OK ? write_graph(f, g, message) : s;
 }
 
 /* ---- what happens in it ---------------------------------------------------------------------- */

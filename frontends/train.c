@@ -25,7 +25,8 @@ typedef struct {
     fg__folder *folder;
     int32_t   *batch;                    /* tokens, then labels of one micro batch */
 
-    int64_t micro, runs, max_tokens, steps;
+    int64_t vocab, micro, runs;          /* ids; sequences of a run; runs of an update */
+    int64_t max_tokens, steps;
     int64_t step, done, position;        /* updates, tokens, windows drawn */
     int64_t saved, evaluated;            /* step of the newest checkpoint, of the last evaluation */
     double  smooth;                      /* moving average of the loss */
@@ -81,7 +82,7 @@ static fg_status make_plan(training *t, const fg_graph *g, fg_plan **out)
 
 static fg_status make_graph(training *t)
 {
-    t->graph = fg_model_training(t->model, t->recipe, &t->update);
+    t->graph = fg__training_graph(t->model, t->recipe, &t->update, &t->vocab);
     if (!t->graph)
         return refuse(t, FG_ERR_MEMORY, NULL);
     if (fg_graph_status(t->graph) != FG_OK)
@@ -108,32 +109,15 @@ static fg_status make_plans(training *t)
     return s;
 }
 
-/* The width of the model's logits, from a graph for one token. */
-static fg_status find_vocab(training *t, int64_t *vocab)
-{
-    fg_graph *g = fg_model_forward(t->model, t->recipe, 1, 1);
-    fg_status s = g ? fg_graph_status(g) : FG_ERR_MEMORY;
-    if (s == FG_OK)
-        *vocab = fg_dim(fg_find(g, "logits"), 2);
-    else
-        refuse(t, s, g ? fg_graph_message(g) : NULL);
-    fg_graph_free(g);
-    return s;
-}
-
 static fg_status open_data(training *t)
 {
     const size_t n = 2 * (size_t)(t->micro * t->recipe->context);
-    int64_t vocab = 0;
-    fg_status s;
-
     if (!t->model->build)
         return FG_OK;
     t->batch = malloc(n * sizeof *t->batch);
     if (!t->batch)
         return refuse(t, FG_ERR_MEMORY, NULL);
-    s = find_vocab(t, &vocab);
-    return s == FG_OK ? fg_data_open(&t->data, t->recipe, vocab, t->message) : s;
+    return fg_data_open(&t->data, t->recipe, t->vocab, t->message);
 }
 
 static fg_status make_evaluator(training *t)
@@ -288,6 +272,8 @@ static fg_status update(training *t, double *loss, double *norm)
     fg_status s = fg_write(last, t->lr, &lr, sizeof lr);
 
     *loss = 0;
+    if (t->update)
+        fg_store_zero(t->store, "@grad.");
     if (s == FG_OK)
         s = fg_write(last, t->step_input, &step, sizeof step);
     for (int64_t run = 0; run < t->runs && s == FG_OK; run++) {
@@ -475,7 +461,6 @@ static fg_status loop(training *t)
         fg__folder_log(t->folder, "%s at step %" PRId64 " of %" PRId64,
                        t->step ? "resumed" : "started", t->step, t->steps);
     tell(t, start);
-    fg_store_zero(t->store, "@grad.");
     if (!t->step)
         fg_store_zero(t->store, "@adam.");
     t->pace_clock = fg__seconds();

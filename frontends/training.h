@@ -40,6 +40,9 @@ typedef enum { FG__FORWARD, FG__LOSSES, FG__LOSS } fg__goal;
 fg_graph *fg__model_graph(const struct fg_model *m, const fg_recipe *r, int64_t batch,
                           int64_t context, fg__goal goal, fg_tensor *result, int64_t *vocab);
 
+fg_graph *fg__training_graph(const struct fg_model *m, const fg_recipe *r, fg_graph **update,
+                             int64_t *vocab);
+
 /* ---- evaluation that is repeated ------------------------------------------------------------- */
 
 typedef struct fg__evaluator fg__evaluator;
@@ -57,7 +60,7 @@ fg_status fg__folder_open(fg__folder **out, const char *dir, bool resume, bool f
                           char message[FG_MESSAGE]);
 void      fg__folder_close(fg__folder *f);
 const char *fg__folder_checkpoints(const fg__folder *f);                   /* DIR/ckpt */
-/* config.json, env.json, params.tsv. */
+/* config.json, env.json, params.tsv, graph.json. */
 fg_status fg__folder_describe(fg__folder *f, const struct fg_model *m, const fg_recipe *r,
                               const fg_graph *g, const fg_train_options *o,
                               char message[FG_MESSAGE]);

@@ -52,7 +52,7 @@ static fg_tensor attention(fg_tensor x, const void *config)
 static fg_nn_skeleton skeleton(const fox_config *c)
 {
     return (fg_nn_skeleton){ attention, c, c->vocab_size, c->hidden_size, c->num_hidden_layers,
-        c->intermediate_size, c->hidden_ratio, c->norm_eps,
+        c->num_heads, c->intermediate_size, c->hidden_ratio, c->norm_eps,
         c->mlp_sigmoid ? FG_ACT_SIGMOID : FG_ACT_SILU, c->tie_word_embeddings, c->recompute };
 }
 

@@ -43,13 +43,14 @@ FG_API fg_tensor (fg_nn_merge)(fg_loc at, fg_tensor x);                 /* [B,T,
 typedef struct {
     fg_tensor (*mixer)(fg_tensor x, const void *config);
     const void *config;
-    int64_t vocab, width, layers, hidden;    /* hidden: of the MLP; 0: from ratio */
+    int64_t vocab, width, layers, heads;
+    int64_t hidden;                          /* of the MLP; 0: from ratio */
     double  ratio, eps;                      /* 0: 4 and 1e-6 */
     fg_act  act;
     bool    tied, recompute;                 /* one table for embedding and head; see fox_config */
 } fg_nn_skeleton;
 FG_API fg_tensor (fg_nn_block)(fg_loc at, fg_tensor x, fg_nn_skeleton s);    /* in this scope */
-FG_API fg_tensor (fg_nn_lm)(fg_loc at, fg_tensor tokens, fg_nn_skeleton s); /* i32[B,T] -> [B,T,V] */
+FG_API fg_tensor (fg_nn_lm)(fg_loc at, fg_tensor tokens, fg_nn_skeleton s);   /* to [B,T,V] */
 /* Mean of cross_entropy over all positions.  A label of -100 adds nothing and is counted. */
 FG_API fg_tensor (fg_nn_loss)(fg_loc at, fg_tensor logits, fg_tensor labels);
 /* hidden width of an MLP: 256 * ceil(trunc(h * ratio * 2 / 3) / 256). */
@@ -94,7 +95,7 @@ FG_API fox_config fox_pro_config(int64_t vocab, int64_t width, int64_t layers, i
 FG_API fox_config transformer_pro_config(int64_t vocab, int64_t width, int64_t layers,
                                          int64_t heads);
 FG_API fg_tensor (fox_block)(fg_loc at, fg_tensor x, const fox_config *c);    /* in this scope */
-FG_API fg_tensor (fox_lm)(fg_loc at, fg_tensor tokens, const fox_config *c); /* i32[B,T] -> [B,T,V] */
+FG_API fg_tensor (fox_lm)(fg_loc at, fg_tensor tokens, const fox_config *c);   /* to [B,T,V] */
 #define fox_block(...) fox_block(FG_HERE, __VA_ARGS__)
 #define fox_lm(...)    fox_lm(FG_HERE, __VA_ARGS__)
 

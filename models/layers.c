@@ -1,4 +1,4 @@
-/* layers.c - the layers that every model shares: projections, embedding, constant gates, heads.
+/* layers.c - the layers that every model shares: projections, embedding, gates, heads, loss.
  *
  * Each makes its parameters in a scope of its own name: "<scope>.<name>.weight".  Biases and
  * constant gates belong to the group without weight decay, weights (embeddings too) decay.
@@ -63,4 +63,14 @@ fg_tensor (fg_nn_heads)(fg_loc at, fg_tensor x, int64_t heads)
 fg_tensor (fg_nn_merge)(fg_loc at, fg_tensor x)
 {
     return (fg_reshape)(at, x, FG_DIMS(fg_dim(x, 0), fg_dim(x, 1), fg_dim(x, 2) * fg_dim(x, 3)));
+}
+
+fg_tensor (fg_nn_loss)(fg_loc at, fg_tensor logits, fg_tensor labels)
+{
+    return (fg_mean)(at, (fg_cross_entropy)(at, logits, labels));
+}
+
+int64_t fg_nn_mlp_width(int64_t h, double ratio)
+{
+    return ((int64_t)((double)h * ratio * 2 / 3) + 255) / 256 * 256;
 }

@@ -35,8 +35,17 @@ static fg_tensor mlp_half(fg_tensor x, fg_nn_skeleton s)
     return fg_nn_mlp(u, "mlp", s.hidden > 0 ? s.hidden : wide, s.act);
 }
 
+static fg_tensor whole_heads(fg_loc at, fg_tensor x, int64_t width, int64_t heads)
+{
+    if (heads > 0 && width > 0 && width % heads == 0) return x;
+    return (fg_fail)(at, x, FG_ERR_SHAPE, "width %lld does not divide into %lld heads",
+                     (long long)width, (long long)heads);
+}
+
 fg_tensor (fg_nn_block)(fg_loc at, fg_tensor x, fg_nn_skeleton s)
 {
+    x = whole_heads(at, x, fg_dim(x, -1), s.heads);
+    if (!fg_ok(x)) return x;
     (fg_scope_push)(at, x.graph, "");
     fg_tensor a = time_half(x, s);                                                  /* [B,T,h]   */
     fg_scope_pop(x.graph);
@@ -50,6 +59,8 @@ fg_tensor (fg_nn_block)(fg_loc at, fg_tensor x, fg_nn_skeleton s)
 fg_tensor (fg_nn_lm)(fg_loc at, fg_tensor tokens, fg_nn_skeleton s)
 {
     fg_graph *g = tokens.graph;
+    tokens = whole_heads(at, tokens, s.width, s.heads);
+    if (!fg_ok(tokens)) return tokens;
     (fg_scope_push)(at, g, "model");
     fg_tensor E = fg_nn_weight(g, "embeddings", FG_DIMS(s.vocab, s.width));       /* [V,h]     */
     fg_tensor x = fg_embedding(tokens, E);                                          /* [B,T,h]   */
@@ -64,14 +75,4 @@ fg_tensor (fg_nn_lm)(fg_loc at, fg_tensor tokens, fg_nn_skeleton s)
     fg_scope_pop(g);
     if (s.tied) return (fg_linear)(at, x, E, (fg_tensor){ 0 });                    /* [B,T,V]   */
     return (fg_nn_linear)(at, x, "lm_head", s.vocab);
-}
-
-fg_tensor (fg_nn_loss)(fg_loc at, fg_tensor logits, fg_tensor labels)
-{
-    return (fg_mean)(at, (fg_cross_entropy)(at, logits, labels));
-}
-
-int64_t fg_nn_mlp_width(int64_t h, double ratio)
-{
-    return ((int64_t)((double)h * ratio * 2 / 3) + 255) / 256 * 256;
 }

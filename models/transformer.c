@@ -15,12 +15,12 @@ static fg_tensor project(fg_tensor x, const char *name, int64_t heads, int64_t d
 static fg_tensor attention(fg_tensor x, const void *config)
 {
     const transformer_config *c = config;
-    const int64_t h = fg_dim(x, -1), H = c->num_heads, d = H > 0 ? h / H : 0;
+    const int64_t h = fg_dim(x, -1), H = c->num_heads, d = h / H;
     const int64_t G = c->num_kv_heads > 0 ? c->num_kv_heads : H;
     const double base = c->rope_base > 0 ? c->rope_base : 500000;
-    if (fg_ok(x) && (d < 1 || h % d || H % G))
-        return fg_fail(x, FG_ERR_SHAPE, "width %lld does not divide into %lld heads and %lld",
-                       (long long)h, (long long)H, (long long)G);
+    if (H % G)
+        return fg_fail(x, FG_ERR_SHAPE, "%lld heads cannot share %lld key heads evenly",
+                       (long long)H, (long long)G);
 
     fg_tensor q = project(x, "q_proj", H, d);                                       /* [B,T,H,d] */
     fg_tensor k = project(x, "k_proj", G, d);                                       /* [B,T,G,d] */
@@ -35,7 +35,7 @@ static fg_tensor attention(fg_tensor x, const void *config)
 static fg_nn_skeleton skeleton(const transformer_config *c)
 {
     return (fg_nn_skeleton){ attention, c, c->vocab_size, c->hidden_size, c->num_hidden_layers,
-        c->intermediate_size, c->hidden_ratio, c->norm_eps,
+        c->num_heads, c->intermediate_size, c->hidden_ratio, c->norm_eps,
         c->mlp_sigmoid ? FG_ACT_SIGMOID : FG_ACT_SILU, c->tie_word_embeddings, c->recompute };
 }
 

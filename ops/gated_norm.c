@@ -11,7 +11,7 @@
 fg_tensor (fg_gated_norm)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor g, double eps,
                           int64_t groups)
 {
-    return FG_APPLY(gated_norm, at, ((const fg_tensor[]){ x, w, g }), (float)eps, groups);
+    return FG_APPLY(gated_norm, at, ((const fg_tensor[]){ x, w, g }), eps, groups);
 }
 
 static fg_status infer(fg_infer *c)

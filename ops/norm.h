@@ -48,7 +48,7 @@ static inline fg_real norm_sum_squares(const fg_real *x, int64_t n)
     return fg_vsum((a + b) + (c + d));
 }
 
-static inline fg_real norm_rstd(fg_real sum_squares, int64_t n, float eps)
+static inline fg_real norm_rstd(fg_real sum_squares, int64_t n, double eps)
 {
     return 1 / (fg_real)sqrt((double)(sum_squares / (fg_real)n + (fg_real)eps));
 }
@@ -82,7 +82,7 @@ static inline void norm_add_blocks(const fg_real *from, int64_t blocks, fg_real 
 /* ---- rules and definitions ------------------------------------------------------------------ */
 
 /* in[0] is x, in[1] is w; fills out[0] = y like x, out[1] = rstd. */
-static inline fg_status norm_infer(fg_infer *c, float eps, int64_t groups)
+static inline fg_status norm_infer(fg_infer *c, double eps, int64_t groups)
 {
     const fg_shape *x = &c->in[0], *w = &c->in[1];
     FG_REQUIRE(c, fg__is_real(c->in_type[0]) && fg__is_real(c->in_type[1]), DTYPE,
@@ -95,7 +95,7 @@ static inline fg_status norm_infer(fg_infer *c, float eps, int64_t groups)
     FG_REQUIRE(c, w->rank == 1 && (w->dim[0] == D || w->dim[0] == D / groups), SHAPE,
                "w must have one axis of %lld%s", (long long)D,
                groups == 1 ? ", the extent of x's last" : ", or of one group's length");
-    FG_REQUIRE(c, eps >= 0, USAGE, "eps is %g and must not be negative", (double)eps);
+    FG_REQUIRE(c, eps >= 0, USAGE, "eps is %g and must not be negative", eps);
     c->out[0] = c->out[1] = *x;
     c->out[1].dim[x->rank - 1] = groups;
     c->out_type[0] = c->in_type[0];

@@ -13,7 +13,7 @@
 
 fg_tensor (fg_rms_norm)(fg_loc at, fg_tensor x, fg_tensor w, double eps, int64_t groups)
 {
-    return FG_APPLY(rms_norm, at, ((const fg_tensor[]){ x, w }), (float)eps, groups);
+    return FG_APPLY(rms_norm, at, ((const fg_tensor[]){ x, w }), eps, groups);
 }
 
 static fg_status infer(fg_infer *c)
@@ -214,7 +214,7 @@ const fg_op_code fg_code_rms_norm_grad = {
 
 fg_tensor fg__add_rms_norm(fg_loc at, fg_tensor a, fg_tensor b, fg_tensor w, double eps)
 {
-    return FG_APPLY(add_rms_norm, at, ((const fg_tensor[]){ a, b, w }), (float)eps);
+    return FG_APPLY(add_rms_norm, at, ((const fg_tensor[]){ a, b, w }), eps);
 }
 
 static fg_status add_infer(fg_infer *c)
@@ -229,7 +229,7 @@ static fg_status add_infer(fg_infer *c)
                "a needs at least one axis to normalize over");
     FG_REQUIRE(c, w->rank == 1 && w->dim[0] == fg__last(a), SHAPE,
                "w must have one axis of %lld, the extent of a's last", (long long)fg__last(a));
-    FG_REQUIRE(c, at->eps >= 0, USAGE, "eps is %g and must not be negative", (double)at->eps);
+    FG_REQUIRE(c, at->eps >= 0, USAGE, "eps is %g and must not be negative", at->eps);
     c->out[0] = c->out[1] = c->out[2] = *a;
     c->out[2].dim[a->rank - 1] = 1;
     c->out_type[0] = c->out_type[1] = c->in_type[0];

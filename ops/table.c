@@ -1,7 +1,7 @@
 /* table.c - ops.def turned into the table that the rest of the library indexes. */
 #include "ops.h"
 
-#define FG_OP(name, ins, outs, attrs, formula) extern const fg_op_code fg_code_##name __attribute__((weak));
+#define FG_OP(name, ins, outs, attrs, formula) extern const fg_op_code fg_code_##name;
 #include "ops.def"
 #undef FG_OP
 

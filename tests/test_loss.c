@@ -155,8 +155,8 @@ Test(cross_entropy, logits_of_a_product_without_bias_are_never_whole)
 }
 
 /* Three slices of at most 1024 rows.  Parts and whole differ by the order of sums alone: losses
- * below 20 by 107 terms; gx by 101 terms of magnitudes that add to at most 2 |w| / T, |w| < 5; gw by
- * T terms of magnitudes that add to some 0.1; times 2^-24 each. */
+ * below 20 by 107 terms; gx by 101 terms of magnitudes that add to at most 2 |w| / T, |w| < 5; gw
+ * by T terms of magnitudes that add to some 0.1; times 2^-24 each. */
 Test(cross_entropy, slices_agree_with_the_whole)
 {
     enum { T = 2501, V = 101, N = 6 };

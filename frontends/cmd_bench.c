@@ -1,0 +1,296 @@
+/* cmd_bench.c - fox-graph bench: the time of a training step and of decoding, beside the rate of
+ * one large matrix product on the same device.
+ *
+ * Every time is the median of --repeat runs after one that does not count. */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include "cli.h"
+
+enum { SIDE = 1536, DECODED = 64, KINDS = 64 };
+
+typedef struct { const char *op; double seconds, flops, bytes; int64_t calls; } kind;
+
+typedef struct {
+    double   sgemm;                      /* floating-point operations a second of the product */
+    double   step, step_flops, tokens;   /* seconds, operations and tokens of an update */
+    double   decode;                     /* seconds a token, one sequence; 0: not measured */
+    fg_plan_info info;
+    kind     kinds[KINDS];
+    int      n_kinds;
+    int64_t  repeat;
+} figures;
+
+static int ascending(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *x, int64_t n)
+{
+    qsort(x, (size_t)n, sizeof *x, ascending);
+    return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
+}
+
+static int plan_failed(const cli *c, fg_status e, const fg_plan *p)
+{
+    return cli_fail(c, cli_exit_of(e), "%s", p ? fg_plan_message(p) : "out of memory");
+}
+
+/* ---- the product ----------------------------------------------------------------------------- */
+
+static int time_product(const cli *c, fg_backend *b, figures *f)
+{
+    const fg_init random = { .kind = FG_NORMAL, .a = 1 };
+    double seconds[5];
+    fg_graph *g = fg_graph_new();
+    fg_tensor x = fg_param(g, "x", fg_dims(2, (const int64_t[]){ SIDE, SIDE }), random);
+    fg_tensor w = fg_param(g, "w", fg_dims(2, (const int64_t[]){ SIDE, SIDE }), random);
+    fg_tensor y = fg_linear(x, w, (fg_tensor){ 0 });
+    fg_output(y, "y");
+    fg_store *s = fg_store_new(b);
+    fg_status e = s ? fg_store_init(s, g, 1) : FG_ERR_MEMORY;
+    fg_plan *p = e ? NULL : fg_plan_new(g, s);
+    if (!e) e = p ? fg_plan_status(p) : FG_ERR_MEMORY;
+    if (!e) e = fg_run(p);
+    for (int i = 0; !e && i < 5; i++) {
+        const double start = cli_now();
+        e = fg_run(p);
+        seconds[i] = cli_now() - start;
+    }
+    int status = e ? plan_failed(c, e, p) : CLI_OK;
+    if (!e) f->sgemm = 2.0 * SIDE * SIDE * SIDE / median(seconds, 5);
+    fg_plan_free(p);
+    fg_store_free(s);
+    fg_graph_free(g);
+    return status;
+}
+
+/* ---- training -------------------------------------------------------------------------------- */
+
+/* Any tokens do for timing, as long as they do not repeat at once. */
+static fg_status write_tokens(const cli_model *m, const fg_graph *g, fg_plan *p)
+{
+    fg_tensor tokens = fg_find(g, "tokens"), labels = fg_find(g, "labels");
+    const int64_t n = fg_count(tokens), vocab = cli_vocab(m);
+    if (!m->model.build) return m->model.feed(m->model.self, p, g, &m->recipe, 0, false);
+    int32_t *ids = malloc((size_t)(n + 1) * sizeof *ids);
+    if (!ids) return FG_ERR_MEMORY;
+    for (int64_t i = 0; i <= n; i++)
+        ids[i] = (int32_t)((i * 7919 + i / 64) % vocab);
+    fg_status e = fg_write(p, tokens, ids, (size_t)n * sizeof *ids);
+    if (!e) e = fg_write(p, labels, ids + 1, (size_t)n * sizeof *ids);
+    free(ids);
+    return e;
+}
+
+/* The learning rate and the number of the update, on whichever graph holds the update. */
+static fg_status write_step(const fg_graph *g, fg_plan *p, float step)
+{
+    const float lr = 1e-5f;
+    fg_tensor t = fg_find(g, "lr");
+    fg_status e = fg_absent(t) ? FG_OK : fg_write(p, t, &lr, sizeof lr);
+    t = fg_find(g, "step");
+    return e || fg_absent(t) ? e : fg_write(p, t, &step, sizeof step);
+}
+
+static void collect_kinds(fg_plan *p, figures *f)
+{
+    kind k;
+    for (int i = 0; f->n_kinds < KINDS; i++) {
+        if (!fg_plan_profile_at(p, i, &k.op, &k.seconds, &k.calls, &k.flops, &k.bytes)) break;
+        int at = 0;
+        while (at < f->n_kinds && strcmp(f->kinds[at].op, k.op)) at++;
+        if (at == f->n_kinds) {
+            f->kinds[f->n_kinds++] = k;
+            continue;
+        }
+        f->kinds[at].seconds += k.seconds;
+        f->kinds[at].calls += k.calls;
+        f->kinds[at].flops += k.flops;
+        f->kinds[at].bytes += k.bytes;
+    }
+}
+
+typedef struct {
+    fg_graph *graph, *update;
+    fg_plan *plan, *update_plan;
+    int64_t micro_batches;
+} step;
+
+static fg_status run_step(step *t)
+{
+    fg_status e = FG_OK;
+    for (int64_t i = 0; !e && i < t->micro_batches; i++) e = fg_run(t->plan);
+    return e || !t->update ? e : fg_run(t->update_plan);
+}
+
+/* Times whole updates, then one more with a clock at every node. */
+static int time_steps(const cli *c, step *t, figures *f)
+{
+    double *seconds = calloc((size_t)f->repeat, sizeof *seconds);
+    fg_status e = seconds ? run_step(t) : FG_ERR_MEMORY;
+    for (int64_t i = 0; !e && i < f->repeat; i++) {
+        const double start = cli_now();
+        e = run_step(t);
+        seconds[i] = cli_now() - start;
+        cli_more(c, "update %lld: %.1f ms", (long long)i, 1e3 * seconds[i]);
+    }
+    if (!e) {
+        f->step = median(seconds, f->repeat);
+        fg_plan_profile(t->plan, true);
+        if (t->update) fg_plan_profile(t->update_plan, true);
+        e = run_step(t);
+        collect_kinds(t->plan, f);
+        if (t->update) collect_kinds(t->update_plan, f);
+    }
+    free(seconds);
+    return e ? plan_failed(c, e, t->plan) : CLI_OK;
+}
+
+static int time_training(const cli *c, const cli_model *m, step *t, fg_store *s, figures *f)
+{
+    const int64_t micro = m->recipe.micro_batch > 0 ? m->recipe.micro_batch : m->recipe.batch;
+    t->micro_batches = m->recipe.batch / micro;
+    t->plan = fg_plan_new(t->graph, s);
+    fg_status e = t->plan ? fg_plan_status(t->plan) : FG_ERR_MEMORY;
+    if (!e) e = write_tokens(m, t->graph, t->plan);
+    if (!e) e = write_step(t->graph, t->plan, 1);
+    if (e) return plan_failed(c, e, t->plan);
+    f->info = fg_plan_describe(t->plan);
+    f->step_flops = f->info.flops * (double)t->micro_batches;
+    f->tokens = (double)(m->recipe.batch * m->recipe.context);
+    if (t->update) {
+        t->update_plan = fg_plan_new(t->update, s);
+        e = t->update_plan ? fg_plan_status(t->update_plan) : FG_ERR_MEMORY;
+        if (!e) e = write_step(t->update, t->update_plan, 1);
+        if (e) return plan_failed(c, e, t->update_plan);
+        f->step_flops += fg_plan_describe(t->update_plan).flops;
+    }
+    return time_steps(c, t, f);
+}
+
+/* ---- decoding -------------------------------------------------------------------------------- */
+
+typedef struct { double at[DECODED]; int n; } ticks;
+
+static bool on_token(void *to, int sequence, int32_t token)
+{
+    ticks *t = to;
+    (void)sequence;
+    (void)token;
+    if (t->n < DECODED) t->at[t->n++] = cli_now();
+    return true;
+}
+
+/* One sequence, one token after the other; the first token pays for the plan and does not count. */
+static int time_decoding(const cli *c, const cli_model *m, fg_store *s, figures *f)
+{
+    char message[FG_MESSAGE] = "";
+    const int32_t start[4] = { 1, 2, 3, 4 };
+    const fg_prompt prompt = { start, 4 };
+    int32_t out[DECODED];
+    int64_t n;
+    double gaps[DECODED];
+    ticks t = { .n = 0 };
+    fg_generate_options o = fg_generate_default();
+    o.max_tokens = DECODED;
+    o.temperature = 0;
+    o.end_token = -1;
+    o.token = on_token;
+    o.to = &t;
+    fg_status e = fg_generate(&m->model, s, 1, &prompt, &o, out, &n, message);
+    if (e) return cli_fail(c, cli_exit_of(e), "decoding: %s", message);
+    for (int i = 1; i < t.n; i++) gaps[i - 1] = t.at[i] - t.at[i - 1];
+    if (t.n > 2) f->decode = median(gaps, t.n - 1);
+    return CLI_OK;
+}
+
+/* ---- results --------------------------------------------------------------------------------- */
+
+static int slower(const void *a, const void *b)
+{
+    const kind *x = a, *y = b;
+    return (x->seconds < y->seconds) - (x->seconds > y->seconds);
+}
+
+static int print_json(const cli *c, const cli_model *m, const fg_backend *b, const figures *f)
+{
+    json_t *kinds = json_array();
+    for (int i = 0; i < f->n_kinds; i++)
+        json_array_append_new(kinds, json_pack("{s:s, s:I, s:o, s:o, s:o}", "op", f->kinds[i].op,
+                                               "calls", (json_int_t)f->kinds[i].calls,
+                                               "seconds", cli_json_real(f->kinds[i].seconds),
+                                               "flops", cli_json_real(f->kinds[i].flops),
+                                               "bytes", cli_json_real(f->kinds[i].bytes)));
+    return cli_print_json(
+        c, json_pack("{s:o, s:s, s:i, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+                     "model", cli_json_text(m->path),
+                     "device", fg_backend_name(b),
+                     "threads", fg_backend_threads(b),
+                     "batch", (json_int_t)m->recipe.batch,
+                     "context", (json_int_t)m->recipe.context,
+                     "step_seconds", cli_json_real(f->step),
+                     "tokens_per_s", cli_json_real(f->tokens / f->step),
+                     "flops_per_s", cli_json_real(f->step_flops / f->step),
+                     "sgemm_flops_per_s", cli_json_real(f->sgemm),
+                     "share", cli_json_real(f->step_flops / f->step / f->sgemm),
+                     "decode_seconds", f->decode > 0 ? cli_json_real(f->decode) : json_null(),
+                     "memory", cli_plan_json(&f->info),
+                     "kinds", kinds));
+}
+
+static void print_text(const cli_model *m, const fg_backend *b, const figures *f)
+{
+    double total = 0;
+    char text[32];
+    printf("%s on %s, %d threads, batch %lld x %lld tokens, median of %lld\n", m->path,
+           fg_backend_name(b), fg_backend_threads(b), (long long)m->recipe.batch,
+           (long long)m->recipe.context, (long long)f->repeat);
+    printf("  training step   %10.2f ms   %9s tokens/s", 1e3 * f->step,
+           cli_amount(text, f->tokens / f->step));
+    printf("   %8.1f GFLOP/s, %.0f%% of sgemm\n", 1e-9 * f->step_flops / f->step,
+           100 * f->step_flops / f->step / f->sgemm);
+    if (f->decode > 0)
+        printf("  decoding        %10.2f ms   %9s tokens/s, one sequence\n", 1e3 * f->decode,
+               cli_amount(text, 1 / f->decode));
+    printf("  sgemm           %10.2f ms   %9s           %8.1f GFLOP/s, %d x %d x %d\n",
+           1e3 * 2.0 * SIDE * SIDE * SIDE / f->sgemm, "", 1e-9 * f->sgemm, SIDE, SIDE, SIDE);
+    for (int i = 0; i < f->n_kinds; i++) total += f->kinds[i].seconds;
+    printf("\n  %-26s %7s %10s %7s %9s %8s\n", "node kind", "calls", "ms", "share", "GFLOP/s",
+           "GB/s");
+    for (int i = 0; i < f->n_kinds; i++) {
+        const kind *k = &f->kinds[i];
+        const double s = k->seconds > 0 ? k->seconds : 1e-12;
+        printf("  %-26s %7lld %10.3f %6.1f%% %9.1f %8.1f\n", k->op, (long long)k->calls,
+               1e3 * k->seconds, total > 0 ? 100 * k->seconds / total : 0, 1e-9 * k->flops / s,
+               1e-9 * k->bytes / s);
+    }
+}
+
+int cmd_bench(const cli *c)
+{
+    cli_model m;
+    step t = { 0 };
+    figures f = { .repeat = 5 };
+    int status = cli_open(c, c->args[0], &m);
+    if (!status && !cli_int(c, OPT_repeat, 1, 10000, &f.repeat)) status = CLI_USAGE;
+    if (!status) t.graph = cli_training(c, &m, &t.update, &status);
+    fg_backend *b = t.graph ? cli_backend(c, &status) : NULL;
+    fg_store *s = b ? cli_store(c, &m, b, t.graph, &status) : NULL;
+    if (s) status = time_product(c, b, &f);
+    if (s && !status) status = time_training(c, &m, &t, s, &f);
+    if (s && !status && m.model.build) status = time_decoding(c, &m, s, &f);
+    qsort(f.kinds, (size_t)f.n_kinds, sizeof f.kinds[0], slower);
+    if (s && !status && c->json) status = print_json(c, &m, b, &f);
+    else if (s && !status) print_text(&m, b, &f);
+    fg_plan_free(t.plan);
+    fg_plan_free(t.update_plan);
+    fg_store_free(s);
+    fg_backend_close(b);
+    fg_graph_free(t.update);
+    fg_graph_free(t.graph);
+    cli_close(&m);
+    return status;
+}
