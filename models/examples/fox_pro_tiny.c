@@ -7,15 +7,15 @@
  *         Forget Gate" (arXiv 2503.02130). */
 #include <fox_graph.h>
 
-/* Bytes are tokens; the last tenth of the text is held out. */
+/* Bytes are tokens; the last tenth of the text is held out.  Small batches, for many updates. */
 void fg_configure(fg_recipe *r)
 {
-    r->batch = 16;
+    r->batch = 8;
     r->context = 256;
-    r->tokens = 3000000;
+    r->tokens = 2000000;
     r->lr = 4e-3;
-    r->warmup_tokens = 200000;
-    r->eval_every = 100;
+    r->warmup_tokens = 100000;
+    r->eval_every = 200;
     r->eval_batches = 16;
     r->log_every = 10;
 }
@@ -25,6 +25,7 @@ fg_tensor fg_model(fg_tensor tokens)                     /* [B,T] -> logits [B,T
     fg_graph *g = tokens.graph;
     const int64_t width = fg_setting_int(g, "width", 128), layers = fg_setting_int(g, "layers", 4);
     const int64_t heads = fg_setting_int(g, "heads", width / 32);
-    const fox_config c = fox_pro_config(256, width, layers, heads);
+    fox_config c = fox_pro_config(256, width, layers, heads);
+    c.intermediate_size = width * 5 / 2;
     return fox_lm(tokens, &c);
 }

@@ -6,15 +6,15 @@
  * Source: Touvron et al. 2023, "LLaMA" (arXiv 2302.13971). */
 #include <fox_graph.h>
 
-/* Bytes are tokens; the last tenth of the text is held out. */
+/* Bytes are tokens; the last tenth of the text is held out.  Small batches, for many updates. */
 void fg_configure(fg_recipe *r)
 {
-    r->batch = 16;
+    r->batch = 8;
     r->context = 256;
-    r->tokens = 3000000;
+    r->tokens = 2000000;
     r->lr = 4e-3;
-    r->warmup_tokens = 200000;
-    r->eval_every = 100;
+    r->warmup_tokens = 100000;
+    r->eval_every = 200;
     r->eval_batches = 16;
     r->log_every = 10;
 }
@@ -25,6 +25,7 @@ fg_tensor fg_model(fg_tensor tokens)                     /* [B,T] -> logits [B,T
     const int64_t width = fg_setting_int(g, "width", 128), layers = fg_setting_int(g, "layers", 4);
     const int64_t heads = fg_setting_int(g, "heads", width / 32);
     transformer_config c = transformer_llama_config(256, width, layers, heads);
+    c.intermediate_size = width * 3;
     c.window_size = fg_setting_int(g, "window", 0);      /* keys that a query sees; 0: all */
     return transformer_lm(tokens, &c);
 }
