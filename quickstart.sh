@@ -1,6 +1,7 @@
 #!/bin/sh
-# quickstart.sh - from a fresh Debian 12 or Ubuntu 24.04 to a trained model: installs what is missing,
-# builds, and trains, evaluates and samples a small FoX (Pro) on English text.  Safe to run again.
+# quickstart.sh - from a fresh Debian 12 or Ubuntu 24.04 to a trained model: installs what is
+# missing, builds, and trains, evaluates and samples a small FoX (Pro) on English text.  Safe to
+# run again.
 set -eu
 cd "$(dirname "$0")"
 
@@ -16,14 +17,16 @@ if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ]; then as_root=""
     elif command -v sudo >/dev/null; then as_root=sudo
     else fail "needs$missing; run as root or install sudo"; fi
-    $as_root env DEBIAN_FRONTEND=noninteractive sh -c "apt-get update -qq && apt-get install -y -qq $missing" >install.log 2>&1 ||
+    $as_root env DEBIAN_FRONTEND=noninteractive sh -c \
+        "apt-get update -qq && apt-get install -y -qq $missing" >install.log 2>&1 ||
         fail "could not install$missing (see install.log)"
     rm -f install.log
 fi
 
 say "building in build/quickstart"
 mkdir -p build
-{ cmake -B build/quickstart -DFG_TESTS=OFF && cmake --build build/quickstart -j"$(nproc)"; } >build/quickstart.log 2>&1 ||
+{ cmake -B build/quickstart -DFG_TESTS=OFF &&
+  cmake --build build/quickstart -j"$(nproc)"; } >build/quickstart.log 2>&1 ||
     fail "the build failed (see build/quickstart.log)"
 
 text=build/fortunes.txt
@@ -31,10 +34,12 @@ if [ ! -s "$text" ]; then
     say "collecting text: the fortunes that the distribution packages"
     folder=/usr/share/games/fortunes
     [ -d "$folder" ] || fail "$folder is missing; is the package fortunes installed?"
-    for f in $(find "$folder" -maxdepth 1 -type f ! -name '*.dat' ! -name '*.u8' | LC_ALL=C sort); do cat "$f"; done >"$text.part"
+    find "$folder" -maxdepth 1 -type f ! -name '*.dat' ! -name '*.u8' | LC_ALL=C sort |
+        while IFS= read -r f; do cat "$f"; done >"$text.part"
     mv "$text.part" "$text"
 fi
 echo "$text: $(wc -c <"$text") bytes"
 
 say "training, evaluating and sampling: fox-graph run models/examples/fox_pro_tiny.c"
-exec build/quickstart/fox-graph run models/examples/fox_pro_tiny.c --data "$text" --out build/quickstart-run --force "$@"
+exec build/quickstart/fox-graph run models/examples/fox_pro_tiny.c --data "$text" \
+    --out build/quickstart-run --force "$@"

@@ -1,7 +1,8 @@
 #!/bin/bash
-# test.sh - everything that can be tested on this machine: installs what is missing, checks the format,
-# builds with gcc and clang with warnings as errors, runs all tests plain and under the address and
-# undefined-behaviour sanitizers, compares what the two compilers build.  Safe to run again.
+# test.sh - everything that can be tested on this machine: installs what is missing, checks the
+# format, builds with gcc and clang with warnings as errors, runs all tests plain and under the
+# address and undefined-behaviour sanitizers, compares what the two compilers build.  Safe to run
+# again.
 set -euo pipefail
 cd "$(dirname "$0")"
 jobs=$(nproc)
@@ -9,9 +10,10 @@ start=$(date +%s)
 say() { printf '\n== [%ds] %s\n' $(($(date +%s) - start)) "$*"; }
 fail() { echo "test.sh: $*" >&2; exit 1; }
 
-packages="gcc g++ clang libomp-dev libclang-rt-14-dev cmake make pkg-config libdnnl-dev libjansson-dev
-          libcriterion-dev binutils valgrind graphviz fortunes fortunes-min ccache"
-if ! apt-cache show libclang-rt-14-dev >/dev/null 2>&1 && ! dpkg -s libclang-rt-14-dev >/dev/null 2>&1; then
+packages="gcc g++ clang libomp-dev libclang-rt-14-dev cmake make pkg-config libdnnl-dev
+          libjansson-dev libcriterion-dev binutils valgrind graphviz fortunes fortunes-min ccache"
+if ! apt-cache show libclang-rt-14-dev >/dev/null 2>&1 &&
+   ! dpkg -s libclang-rt-14-dev >/dev/null 2>&1; then
     packages=${packages/libclang-rt-14-dev/}
 fi
 missing=""
@@ -22,7 +24,8 @@ if [ -n "$missing" ]; then
     say "installing$missing"
     if [ "$(id -u)" = 0 ]; then as_root=""; else as_root=sudo; fi
     mkdir -p build
-    $as_root env DEBIAN_FRONTEND=noninteractive sh -c "apt-get update -qq && apt-get install -y -qq $missing" >build/install.log 2>&1 ||
+    $as_root env DEBIAN_FRONTEND=noninteractive sh -c \
+        "apt-get update -qq && apt-get install -y -qq $missing" >build/install.log 2>&1 ||
         { tail -5 build/install.log; fail "could not install$missing"; }
 fi
 
@@ -32,7 +35,8 @@ build() {
     shift 2
     say "building $name with $compiler"
     mkdir -p build
-    { cmake -B "build/$name" -DCMAKE_C_COMPILER="$compiler" -DCMAKE_C_COMPILER_LAUNCHER=ccache -DFG_WERROR=ON "$@" &&
+    { cmake -B "build/$name" -DCMAKE_C_COMPILER="$compiler" -DCMAKE_C_COMPILER_LAUNCHER=ccache \
+            -DFG_WERROR=ON "$@" &&
       cmake --build "build/$name" -j"$jobs"; } >"$log" 2>&1 ||
         { grep -E "error|warning" -A4 "$log" | head -40; fail "building $name failed (see $log)"; }
 }
