@@ -6,15 +6,15 @@
  * q, o: [B,M,H,D]   k, v: [B,N,Hkv,D], H a multiple of Hkv   log_f: f32[B,N,H] or absent: no gate
  * lse: f32[B,M,H]   first: i32[B,M]   past: i32[1]; without past M = N
  *
- * Query row t stands at p = past + t and sees keys j with max(first_t, p - window + 1) <= j <= p.
- * A row with first_t > p is padding: o = 0, lse = -inf.
+ * Query row t stands at p = past + t and sees keys j with max(first_t, p - window + 1) <= j <= p.  A row
+ * with first_t > p is padding: o = 0, lse = -inf.
  * Source: Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate", eq. 4-6,
- * arXiv 2503.02130.  The tiled sum with a running maximum is that of Dao et al. 2022,
- * "FlashAttention".  Memory beyond inputs and outputs: O(B H N + threads), never M x N.
+ * arXiv 2503.02130.  The tiled sum with a running maximum is that of Dao et al. 2022, "FlashAttention".
+ * Memory beyond inputs and outputs: O(B H N + threads), never M x N.
  *
- * Tiles walk from the diagonal to the left, so the running maximum is nearly final at once, and
- * tiles whose weights have all faded to 0 are passed over: that changes no bit, and a head that
- * forgets fast costs little.  Few queries against a cache go key by key instead (few_queries). */
+ * Tiles walk from the diagonal to the left, so the running maximum is nearly final at once, and tiles
+ * whose weights have all faded to 0 are passed over: that changes no bit, and a head that forgets fast
+ * costs little.  Few queries against a cache go key by key instead (few_queries). */
 #include <math.h>
 #include <omp.h>
 #include "attention_tile.h"
@@ -39,31 +39,25 @@ fg_tensor (fg_forget_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v
 static fg_status infer(fg_infer *c)
 {
     const struct fg_attr_forget_attention *a = c->attr;
-    const fg_shape *q = &c->in[0], *k = &c->in[1], *v = &c->in[2], *f = &c->in[3];
-    const fg_shape *first = &c->in[4];
+    const fg_shape *q = &c->in[0], *k = &c->in[1], *v = &c->in[2], *f = &c->in[3], *first = &c->in[4];
     FG_REQUIRE(c, q->rank == 4 && k->rank == 4, SHAPE, "q must be [B,T,H,D], k and v [B,T,Hkv,D]");
     FG_REQUIRE(c, fg_shape_equal(*k, *v), SHAPE, "k and v must have one shape");
     FG_REQUIRE(c, q->dim[0] == k->dim[0] && q->dim[3] == k->dim[3], SHAPE,
-               "q and k must agree in B and D: q has %lld and %lld, k %lld and %lld",
-               (long long)q->dim[0], (long long)q->dim[3], (long long)k->dim[0],
-               (long long)k->dim[3]);
+               "q and k must agree in B and D: q has %lld and %lld, k %lld and %lld", (long long)q->dim[0],
+               (long long)q->dim[3], (long long)k->dim[0], (long long)k->dim[3]);
     FG_REQUIRE(c, k->dim[2] > 0 && q->dim[2] % k->dim[2] == 0, SHAPE,
-               "q's %lld heads must be a multiple of k's %lld", (long long)q->dim[2],
-               (long long)k->dim[2]);
+               "q's %lld heads must be a multiple of k's %lld", (long long)q->dim[2], (long long)k->dim[2]);
     FG_REQUIRE(c, c->given[5] ? q->dim[1] <= k->dim[1] : q->dim[1] == k->dim[1], SHAPE,
                "q has %lld positions, k %lld", (long long)q->dim[1], (long long)k->dim[1]);
-    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && c->in_type[1] == c->in_type[0]
-                  && c->in_type[2] == c->in_type[0],
+    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && c->in_type[1] == c->in_type[0] && c->in_type[2] == c->in_type[0],
                DTYPE, "q, k and v must have one dtype, f32 or bf16");
-    FG_REQUIRE(c, !c->given[3] || fg_shape_equal(*f, FG_DIMS(k->dim[0], k->dim[1], q->dim[2])),
-               SHAPE, "log_f must be [B,T,H] = [%lld,%lld,%lld], one gate per head and position",
+    FG_REQUIRE(c, !c->given[3] || fg_shape_equal(*f, FG_DIMS(k->dim[0], k->dim[1], q->dim[2])), SHAPE,
+               "log_f must be [B,T,H] = [%lld,%lld,%lld], one gate per query head and position",
                (long long)k->dim[0], (long long)k->dim[1], (long long)q->dim[2]);
     FG_REQUIRE(c, !c->given[3] || c->in_type[3] == FG_F32, DTYPE,
                "log_f must be f32: its running sum loses too much in bf16");
-    FG_REQUIRE(c, !c->given[4] || (c->in_type[4] == FG_I32
-                                   && fg_shape_equal(*first, FG_DIMS(q->dim[0], q->dim[1]))),
-               SHAPE, "first must be i32[B,T] = i32[%lld,%lld]", (long long)q->dim[0],
-               (long long)q->dim[1]);
+    FG_REQUIRE(c, !c->given[4] || (c->in_type[4] == FG_I32 && fg_shape_equal(*first, FG_DIMS(q->dim[0], q->dim[1]))),
+               SHAPE, "first must be i32[B,T] = i32[%lld,%lld]", (long long)q->dim[0], (long long)q->dim[1]);
     FG_REQUIRE(c, !c->given[5] || (c->in_type[5] == FG_I32 && fg_shape_count(c->in[5]) == 1), SHAPE,
                "past must be i32[1]");
     FG_REQUIRE(c, a->window >= 0, USAGE, "window is %lld; it must be positive, or 0 for all keys",
@@ -100,8 +94,7 @@ static void softmax_tile(work *u, int64_t j0, int64_t j1, bool diagonal)
 {
     const int64_t wide = 2 * FG_LANES;
     for (int64_t n = u->w.n0; n < u->w.n1; n += FG_LANES) {
-        const int64_t reach = n / wide * wide + wide + FG_TILE_ROWS - 1;
-        const int64_t end = diagonal ? fg__least(j1, reach) : j1;
+        const int64_t end = diagonal ? fg__least(j1, n / wide * wide + wide + FG_TILE_ROWS - 1) : j1;
         const fg_vec rows = fg_vload(u->rows + n), before = fg_vload(u->max + n);
         fg_real *s = u->s + n;
         fg_vec most = fg_vset(-INFINITY), sum = { 0 };
@@ -133,8 +126,7 @@ static void accumulate(const fg__sizes *z, work *u, int64_t j0, int64_t j1, bool
                                  .c = u->o, .c_row = z->Dp, .add = !diagonal });
 }
 
-static void tile(const fg_exec *e, const fg__sizes *z, const fg__gates *g, work *u, int64_t block,
-                 double between)
+static void tile(const fg_exec *e, const fg__sizes *z, const fg__gates *g, work *u, int64_t block, double between)
 {
     const fg__queries *w = &u->w;
     const bool diagonal = block == w->block, gate = e->in[3];
@@ -238,15 +230,15 @@ static void few_bias(const fg__sizes *z, const few *f, const fg_real *log_f, dou
         }
 }
 
-static void few_part(const fg_exec *e, const fg__sizes *z, const few *f, int64_t b, int64_t h,
-                     int64_t t, int64_t j0, int64_t j1, fg_real *part)
+static void few_part(const fg_exec *e, const fg__sizes *z, const few *f, int64_t b, int64_t h, int64_t t,
+                     int64_t j0, int64_t j1, fg_real *part)
 {
     const fg_real *k = e->in[1], *v = e->in[2], *log_f = e->in[3];
     const fg_real *q = (const fg_real *)e->in[0] + ((b * z->M + t) * z->H + h) * z->D;
     const int64_t kv = h / (z->H / z->Hkv), row = z->Hkv * z->D;
     fg_real s[CHUNK + FG_VEC_BYTES / sizeof(fg_real)];
     fg_vec most = fg_vset(-INFINITY), sum = { 0 };
-    double late = 0;                                     /* log_f_(past+1) + ... + log_f_(past+t) */
+    double late = 0;                                         /* log_f_(past+1) + ... + log_f_(past+t) */
     for (int64_t i = z->past + 1; log_f && i <= z->past + t; i++)
         late += (double)fg__clamped(log_f[(b * z->N + i) * z->H + h]);
     for (int64_t j = j0; j < j1; j++) {
@@ -282,10 +274,8 @@ static void few_part(const fg_exec *e, const fg__sizes *z, const few *f, int64_t
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; i++) o[i] = fg_vfma(p, fg_vload(x + i * FG_LANES), o[i]);
             } else {
-                for (int64_t i = 0; i * FG_LANES < left; i++) {
-                    const int64_t lanes = fg__least(FG_LANES, left - i * FG_LANES);
-                    o[i] = fg_vfma(p, fg_vload_n(x + i * FG_LANES, lanes), o[i]);
-                }
+                for (int64_t i = 0; i * FG_LANES < left; i++)
+                    o[i] = fg_vfma(p, fg_vload_n(x + i * FG_LANES, fg__least(FG_LANES, left - i * FG_LANES)), o[i]);
             }
         }
         for (int64_t i = 0; i * FG_LANES < left; i++) fg_vstore(part + d + i * FG_LANES, o[i]);
@@ -294,8 +284,7 @@ static void few_part(const fg_exec *e, const fg__sizes *z, const few *f, int64_t
     part[z->Dp + 1] = top;
 }
 
-static void few_join(const fg__sizes *z, int64_t chunks, const fg_real *part, fg_real *o,
-                     fg_real *lse)
+static void few_join(const fg__sizes *z, int64_t chunks, const fg_real *part, fg_real *o, fg_real *lse)
 {
     const int64_t row = z->Dp + 2;
     fg_real most = -INFINITY, sum = 0;
@@ -318,8 +307,7 @@ static void few_queries(const fg_exec *e, const fg__sizes *z)
     size_t used = 0;
     const few f = few_cut(e->scratch, &used, z);
     double *sums = fg__cut(e->scratch, &used, z->B * z->H, sizeof *sums);
-    const int64_t chunks = (z->keys + CHUNK - 1) / CHUNK, group = z->H / z->Hkv;
-    const int64_t rows = z->B * z->H * z->M;
+    const int64_t chunks = (z->keys + CHUNK - 1) / CHUNK, group = z->H / z->Hkv, rows = z->B * z->H * z->M;
     const int32_t *first = e->in[4];
     if (e->in[3]) {
 #pragma omp parallel for schedule(static) num_threads(e->threads)
@@ -333,16 +321,13 @@ static void few_queries(const fg_exec *e, const fg__sizes *z)
             int64_t low = first ? fg__most(0, first[b * z->M + t]) : 0;
             if (p - low >= z->window) low = p - z->window + 1;
             const int64_t j0 = fg__most(c * CHUNK, low);
-            const int64_t end = fg__least(fg__least(c * CHUNK + CHUNK, p + 1), z->keys);
-            const int64_t j1 = fg__most(j0, end);
-            const int64_t part = ((b * z->H + h) * z->M + t) * f.chunks + c;
-            few_part(e, z, &f, b, h, t, j0, j1, f.part + part * (z->Dp + 2));
+            const int64_t j1 = fg__most(j0, fg__least(fg__least(c * CHUNK + CHUNK, p + 1), z->keys));
+            few_part(e, z, &f, b, h, t, j0, j1, f.part + (((b * z->H + h) * z->M + t) * f.chunks + c) * (z->Dp + 2));
         }
     }
 #pragma omp parallel for schedule(static) num_threads(e->threads)
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t b = r / z->M / z->H, h = r / z->M % z->H, t = r % z->M;
-        const int64_t to = (b * z->M + t) * z->H + h;
+        const int64_t b = r / z->M / z->H, h = r / z->M % z->H, t = r % z->M, to = (b * z->M + t) * z->H + h;
         few_join(z, chunks, f.part + r * f.chunks * (z->Dp + 2), (fg_real *)e->out[0] + to * z->D,
                  (fg_real *)e->out[1] + to);
     }
@@ -352,8 +337,8 @@ static void cpu(const fg_exec *e)
 {
     const struct fg_attr_forget_attention *a = e->attr;
     const int32_t *past = e->in[5];
-    const fg__sizes z = fg__attention_sizes(&e->in_shape[0], &e->in_shape[1], past ? past[0] : 0,
-                                            a->scale, a->window);
+    const fg__sizes z = fg__attention_sizes(&e->in_shape[0], &e->in_shape[1], past ? past[0] : 0, a->scale,
+                                            a->window);
     if (past && z.M < FEW) few_queries(e, &z);
     else tiles(e, &z);
 }
@@ -378,16 +363,15 @@ static void vjp(fg_vjp *v)
     const struct fg_attr_forget_attention *a = v->attr;
     fg_tensor go = v->gout[0];
     if (!fg_absent(v->in[5])) {
-        v->gin[0] = fg_fail(v->in[0], FG_ERR_NO_VJP,
-                            "no gradient flows through caches: past is given");
+        v->gin[0] = fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
         return;
     }
     if (fg_absent(go)) {
         go = fg_fill(v->out[0].graph, fg_shape_of(v->out[0]), 0);
         go = fg_cast(go, fg_dtype_of(v->out[0]));
     }
-    const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3],
-                             v->out[0], v->out[1], v->in[4] };
+    const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3], v->out[0], v->out[1],
+                             v->in[4] };
     const fg_tensor g = FG_APPLY(forget_attention_grad, FG_HERE, in, a->scale, a->window);
     for (int i = 0; i < 3; i++) v->gin[i] = fg_result(g, i);
     if (!fg_absent(v->in[3])) v->gin[3] = fg_result(g, 3);
@@ -409,8 +393,7 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
 {
     const struct fg_attr_forget_attention *a = attr;
     fg_graph *g = in[0].graph;
-    const int64_t B = fg_dim(in[0], 0), M = fg_dim(in[0], 1), H = fg_dim(in[0], 2);
-    const int64_t N = fg_dim(in[1], 1);
+    const int64_t B = fg_dim(in[0], 0), M = fg_dim(in[0], 1), H = fg_dim(in[0], 2), N = fg_dim(in[1], 1);
     const fg_tensor q = heads_first(in[0], H), k = heads_first(in[1], H), v = heads_first(in[2], H);
     fg_tensor s = fg_matmul(q, k, false, true);
     s = fg_cast(s, FG_F32);
@@ -440,8 +423,8 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
     out[1] = fg_permute(lse, FG_DIMS(0, 2, 1));
 }
 
-/* Two products of D multiply-adds for each pair that may meet; documents are not known here, and
- * with a cache every key counts. */
+/* Two products of D multiply-adds for each pair that may meet; documents are not known here, and with
+ * a cache every key counts. */
 static fg_cost cost(const fg_infer *c)
 {
     const struct fg_attr_forget_attention *a = c->attr;
@@ -478,6 +461,6 @@ static fg_tensor example(fg_graph *g, int i)
 }
 
 const fg_op_code fg_code_forget_attention = {
-    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
-    .example = example, .scratch = scratch,
+    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose, .example = example,
+    .scratch = scratch,
 };
