@@ -1,9 +1,11 @@
 /* check.c - gradients against central differences.
  *
- *     n_i = (loss(p + h e_i) - loss(p - h e_i)) / 2h,   error_i = |a_i - n_i| / (|a_i| + |n_i| + floor)
+ *     n_i = (loss(p + h e_i) - loss(p - h e_i)) / 2h
+ *     error_i = |a_i - n_i| / (|a_i| + |n_i| + floor)
  *
- * h balances the rounding of the loss against its third derivative: 6e-6 (1 + |p_i|) in double.  floor:
- * what rounding alone can make of n_i, |loss| eps / h, divided by the error looked for (1e-6). */
+ * h balances the rounding of the loss against its third derivative: 6e-6 (1 + |p_i|) in double.
+ * floor: what rounding alone can make of n_i, |loss| eps / h, divided by the error looked for
+ * (1e-6). */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,8 +44,8 @@ static double error_of(probe *b, fg_real *p, double a)
 static void tell(fg_put report, void *to, const fg_param_info *p, int64_t checked, double worst)
 {
     char line[400];
-    snprintf(line, sizeof line, "%-60s %8lld of %-10lld worst relative error %.1e\n", p->name, (long long)checked,
-             (long long)fg_shape_count(p->shape), worst);
+    snprintf(line, sizeof line, "%-60s %8lld of %-10lld worst relative error %.1e\n", p->name,
+             (long long)checked, (long long)fg_shape_count(p->shape), worst);
     if (report) report(to, line);
 }
 
@@ -53,8 +55,8 @@ fg_status fg_gradcheck(fg_tensor loss, fg_store *s, int64_t samples, fg_put repo
     return fg_gradcheck_filled(loss, s, samples, NULL, NULL, report, to, out);
 }
 
-fg_status fg_gradcheck_filled(fg_tensor loss, fg_store *s, int64_t samples, fg_write_inputs fill, void *of,
-                              fg_put report, void *to, fg_gradcheck_result *out)
+fg_status fg_gradcheck_filled(fg_tensor loss, fg_store *s, int64_t samples, fg_write_inputs fill,
+                              void *of, fg_put report, void *to, fg_gradcheck_result *out)
 {
     *out = (fg_gradcheck_result){ 0 };
     fg_graph *g = loss.graph;
@@ -80,19 +82,25 @@ fg_status fg_gradcheck_filled(fg_tensor loss, fg_store *s, int64_t samples, fg_w
     probe b = { forward, loss, wide ? 6e-6 : 5e-3, eps / (wide ? 1e-7 : 1e-3) };
     for (int i = 0; !st && i < n; i++) {
         if (!fg_param_at(g, i, &info) || info.init.frozen) continue;
-        fg_real *value = fg__plan_data(both, info.tensor), *grad = fg_ok(d[i]) ? fg__plan_data(both, d[i]) : NULL;
+        fg_real *value = fg__plan_data(both, info.tensor);
+        fg_real *grad = fg_ok(d[i]) ? fg__plan_data(both, d[i]) : NULL;
         if (!value) continue;                            /* the loss does not read it */
-        const int64_t count = fg_shape_count(info.shape), m = samples > 0 && samples < count ? samples : count;
+        const int64_t count = fg_shape_count(info.shape);
+        const int64_t m = samples > 0 && samples < count ? samples : count;
         double worst = 0;
         for (int64_t k = 0; k < m; k++) {
             const uint64_t key = fg__random_key(1, info.name);
-            const int64_t at = m == count ? k : (int64_t)(fg__random_uniform(key, (uint64_t)k) * (double)count);
+            const int64_t at = m == count ? k
+                : (int64_t)(fg__random_uniform(key, (uint64_t)k) * (double)count);
             const double e = error_of(&b, value + at, grad ? (double)grad[at] : 0);
             if (e > worst) worst = e;
         }
         tell(report, to, &info, m, worst);
         out->checked += m;
-        if (worst > out->worst || !out->where) { out->worst = worst > out->worst ? worst : out->worst; out->where = info.name; }
+        if (worst > out->worst || !out->where) {
+            out->worst = worst > out->worst ? worst : out->worst;
+            out->where = info.name;
+        }
     }
     fg_plan_free(forward);
     fg_plan_free(both);

@@ -1,8 +1,8 @@
 /* grad.c - the reverse sweep: walk nodes backwards, ask each op for its gradient, add up.
  *
- * For a node y = f(x) and D[v] = d loss / d v:  D[x] += (dy/dx)^T D[y].  Broadcasting is undone here,
- * once: what an op returns is summed down to its input's shape.  The order of the sweep, and so of
- * every sum, follows from the graph alone (core/schedule.c), not from the order of creation.
+ * For a node y = f(x) and D[v] = d loss / d v:  D[x] += (dy/dx)^T D[y].  Broadcasting is undone
+ * here, once: what an op returns is summed down to its input's shape.  The order of the sweep, and
+ * so of every sum, follows from the graph alone (core/schedule.c), not from the order of creation.
  *
  * A scope marked for recomputation is computed again, from what enters it, just before its first
  * node is differentiated; its gradients then read the copies, so the originals die early. */
@@ -101,7 +101,8 @@ static void through_definition(sweep *w, const fg_node *node, const fg_vjp *v)
     fg_graph *g = w->g;
     const uint32_t first = g->n_nodes;
     fg_tensor out[FG_MAX_OUT] = { { 0 } };
-    for (int i = 0; i < node->n_in; i++) if (node->in[i]) w->on_path[v->in[i].id] = w->on_path[node->in[i]];
+    for (int i = 0; i < node->n_in; i++)
+        if (node->in[i]) w->on_path[v->in[i].id] = w->on_path[node->in[i]];
     node->op->code->decompose(v->in, node->attr, out);
     const uint32_t n = g->n_nodes - first;
     uint32_t *order = malloc(((size_t)n + 1) * sizeof *order);
@@ -110,13 +111,14 @@ static void through_definition(sweep *w, const fg_node *node, const fg_vjp *v)
         order[i] = first + i;
         for (int k = 0; k < g->nodes[first + i].n_in; k++)
             if (w->on_path[g->nodes[first + i].in[k]])
-                for (int o = 0; o < g->nodes[first + i].n_out; o++) w->on_path[g->nodes[first + i].out[o]] = true;
+                for (int o = 0; o < g->nodes[first + i].n_out; o++)
+                    w->on_path[g->nodes[first + i].out[o]] = true;
     }
     for (int o = 0; o < node->n_out; o++)
         if (fg_ok(out[o]) && fg_ok(v->gout[o])) w->grad[out[o].id] = v->gout[o].id;
     run_nodes(w, order, n);
     free(order);
-    for (int i = 0; i < node->n_in; i++) {               /* what a recomputed input got is its original's */
+    for (int i = 0; i < node->n_in; i++) {       /* what a recomputed input got is its original's */
         const uint32_t copy = v->in[i].id;
         if (!node->in[i] || copy == node->in[i] || !w->grad[copy]) continue;
         const fg_tensor gradient = { g, w->grad[copy] };
@@ -175,7 +177,8 @@ fg_status (fg_grad)(fg_loc at, fg_tensor loss, int n, const fg_tensor *wrt, fg_t
     if (g->status) return g->status;
     if (!fg_ok(loss)) return FG_ERR_USAGE;
     if (fg_count(loss) != 1) {
-        fg__error(g, FG_ERR_SHAPE, "grad", "loss", at, 1, &loss, "the loss must have exactly one element");
+        fg__error(g, FG_ERR_SHAPE, "grad", "loss", at, 1, &loss,
+                  "the loss must have exactly one element");
         return g->status;
     }
     const uint32_t root = g->values[loss.id].node;
@@ -204,7 +207,8 @@ fg_status (fg_grad)(fg_loc at, fg_tensor loss, int n, const fg_tensor *wrt, fg_t
     g->scope = scope;
     g->pair = FG_NO_NODE;
     for (int i = 0; i < n; i++)
-        if (!g->status && fg_ok(wrt[i]) && w.grad[wrt[i].id]) grad[i] = (fg_tensor){ g, w.grad[wrt[i].id] };
+        if (!g->status && fg_ok(wrt[i]) && w.grad[wrt[i].id])
+            grad[i] = (fg_tensor){ g, w.grad[wrt[i].id] };
     free_sweep(&w, order);
     return g->status;
 }

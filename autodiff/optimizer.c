@@ -1,9 +1,10 @@
 /* optimizer.c - clipping, decay groups and AdamW for all parameters, as nodes.
  *
- *     norm = sqrt(sum over parameters of |g|^2),  g' = g min(1, clip / (norm + 1e-6)),  AdamW as in ops.def
+ *     norm = sqrt(sum over parameters of |g|^2),  g' = g min(1, clip / (norm + 1e-6)),
+ *     AdamW as in ops.def
  *
- * Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; decay groups as in the
- * forgetting transformer's trainer: every weight and table decays, biases and gains do not. */
+ * Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; decay groups as in
+ * the forgetting transformer's trainer: every weight and table decays, biases and gains do not. */
 #include <stdlib.h>
 #include "graph.h"
 #include "ops.h"
@@ -37,11 +38,13 @@ static void update_all(fg_graph *g, const group *all, const fg_optimizer *o)
     for (int i = 0; i < all->n; i++) {
         if (!fg_ok(all->grad[i])) continue;
         const fg_param_info *p = &all->info[i];
-        const char *m_name = fg_name(g, "@adam.m.%s", p->name), *v_name = fg_name(g, "@adam.v.%s", p->name);
+        const char *m_name = fg_name(g, "@adam.m.%s", p->name);
+        const char *v_name = fg_name(g, "@adam.v.%s", p->name);
         fg_tensor m = fg_state(g, m_name, FG_F32, p->shape);
         fg_tensor v = fg_state(g, v_name, FG_F32, p->shape);
         const double decay = p->init.no_decay ? 0 : o->weight_decay;
-        FG_APPLY(adamw, FG_HERE, ((const fg_tensor[]){ all->param[i], m, v, all->grad[i], clip, lr, step }),
+        FG_APPLY(adamw, FG_HERE,
+                 ((const fg_tensor[]){ all->param[i], m, v, all->grad[i], clip, lr, step }),
                  o->beta1, o->beta2, o->eps, decay);
     }
 }
@@ -79,7 +82,8 @@ static fg_graph *update_graph(const group *all, const fg_optimizer *o)
     for (int i = 0; twin.param && twin.grad && i < all->n; i++) {
         const fg_param_info *p = &all->info[i];
         twin.param[i] = fg_param(u, p->name, p->shape, p->init);
-        if (fg_ok(all->grad[i])) twin.grad[i] = fg_state(u, fg_name(u, "@grad.%s", p->name), FG_F32, p->shape);
+        if (fg_ok(all->grad[i]))
+            twin.grad[i] = fg_state(u, fg_name(u, "@grad.%s", p->name), FG_F32, p->shape);
     }
     u->pass = FG_PASS_UPDATE;
     u->forward_at = FG_HERE;
@@ -108,8 +112,10 @@ fg_status fg_train_graph(fg_tensor loss, const fg_optimizer *o, fg_graph **updat
         g->forward_at = FG_HERE;
         for (int i = 0; o->micro_batches > 1 && i < all.n; i++) {
             if (!fg_ok(all.grad[i])) continue;
-            fg_tensor sum = fg_state(g, fg_name(g, "@grad.%s", all.info[i].name), FG_F32, all.info[i].shape);
-            FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ sum, all.grad[i] }), 1.0 / o->micro_batches);
+            fg_tensor sum = fg_state(g, fg_name(g, "@grad.%s", all.info[i].name), FG_F32,
+                                     all.info[i].shape);
+            FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ sum, all.grad[i] }),
+                     1.0 / o->micro_batches);
         }
         if (o->micro_batches > 1) {
             *update = update_graph(&all, o);

@@ -4,14 +4,15 @@
 #include "op.h"
 
 typedef struct fg_backend_ops {
-    void        *(*alloc)(fg_backend *b, size_t bytes);          /* 64-byte aligned; NULL: out of memory */
+    void        *(*alloc)(fg_backend *b, size_t bytes);   /* 64-byte aligned; NULL: out of memory */
     void         (*free)(fg_backend *b, void *p);
-    /* Host data are f32 or i32 by the tensor's dtype; the device keeps them as its backend likes. */
+    /* Host data are f32 or i32 by the tensor's dtype; the device keeps them as it likes. */
     fg_status    (*upload)(fg_backend *b, void *to, const void *from, int64_t count, fg_dtype t);
     fg_status    (*download)(fg_backend *b, void *to, const void *from, int64_t count, fg_dtype t);
     fg_status    (*clear)(fg_backend *b, void *to, size_t bytes);
-    const char  *(*unfit)(fg_backend *b, const fg_op *op, const fg_infer *c);   /* NULL, or why not */
-    size_t       (*scratch)(fg_backend *b, const fg_op *op, const fg_infer *c); /* bytes a launch needs */
+    const char  *(*unfit)(fg_backend *b, const fg_op *op, const fg_infer *c); /* NULL, or why not */
+    /* Bytes a launch needs. */
+    size_t       (*scratch)(fg_backend *b, const fg_op *op, const fg_infer *c);
     fg_status    (*launch)(fg_backend *b, const fg_op *op, const fg_exec *e);
     fg_status    (*sync)(fg_backend *b);
     void         (*close)(fg_backend *b);

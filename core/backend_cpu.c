@@ -1,7 +1,7 @@
 /* backend_cpu.c - the CPU: memory of the process, kernels called in order, threads inside kernels.
  *
- * f32 and bf16 tensors are kept as fg_real; a bf16 result is rounded to bf16 after its node, so a bf16
- * graph on the CPU is an oracle for the same graph on a GPU. */
+ * f32 and bf16 tensors are kept as fg_real; a bf16 result is rounded to bf16 after its node, so a
+ * bf16 graph on the CPU is an oracle for the same graph on a GPU. */
 #include <dlfcn.h>
 #include <omp.h>
 #include <stdarg.h>
@@ -95,7 +95,8 @@ static fg_status cpu_launch(fg_backend *b, const fg_op *op, const fg_exec *e)
     for (int o = 0; o < e->n_out; o++) {
         if (e->out_type[o] != FG_BF16) continue;
         fg_real *y = e->out[o];
-        for (int64_t i = 0, n = fg_shape_count(e->out_shape[o]); i < n; i++) y[i] = to_bf16((float)y[i]);
+        for (int64_t i = 0, n = fg_shape_count(e->out_shape[o]); i < n; i++)
+            y[i] = to_bf16((float)y[i]);
     }
     return FG_OK;
 }
@@ -105,11 +106,14 @@ static void cpu_close(fg_backend *b) { (void)b; }
 
 void fg__cpu_open(fg_backend *b)
 {
-    static const fg_backend_ops ops = { cpu_alloc, cpu_free, cpu_upload, cpu_download, cpu_clear, cpu_unfit,
-                                        cpu_scratch, cpu_launch, cpu_sync, cpu_close };
+    static const fg_backend_ops ops = {
+        cpu_alloc, cpu_free, cpu_upload, cpu_download, cpu_clear, cpu_unfit, cpu_scratch,
+        cpu_launch, cpu_sync, cpu_close,
+    };
     b->ops = &ops;
     if (b->threads <= 0) b->threads = omp_get_max_threads();
-    for (int t = 0; t < FG_DTYPE_COUNT; t++) b->size_of[t] = t == FG_I32 ? sizeof(int32_t) : sizeof(fg_real);
+    for (int t = 0; t < FG_DTYPE_COUNT; t++)
+        b->size_of[t] = t == FG_I32 ? sizeof(int32_t) : sizeof(fg_real);
 }
 
 /* Other devices live in shared objects of their own, so that one install runs on machines without
@@ -139,10 +143,13 @@ fg_backend *fg_backend_open(const char *name, int threads)
     snprintf(b->name, sizeof b->name, "%s", name);
     b->threads = threads;
     if (threads < 0 || threads > 4096)
-        fg__backend_fail(b, FG_ERR_USAGE, "%d threads: the number must be between 0 and 4096", threads);
+        fg__backend_fail(b, FG_ERR_USAGE, "%d threads: the number must be between 0 and 4096",
+                         threads);
     else if (!strcmp(name, "cpu")) fg__cpu_open(b);
     else if (!strncmp(name, "cuda", 4) && (!name[4] || name[4] == ':')) open_loaded(b, "cuda");
-    else fg__backend_fail(b, FG_ERR_USAGE, "no device is called \"%.20s\"; there are cpu, cuda and cuda:N", name);
+    else
+        fg__backend_fail(b, FG_ERR_USAGE,
+                         "no device is called \"%.20s\"; there are cpu, cuda and cuda:N", name);
     return b;
 }
 

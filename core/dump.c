@@ -40,11 +40,14 @@ static const char *attr_text(const fg_attr_field *f, const void *at, char *buf, 
 {
     buf[0] = 0;
     if (!strcmp(f->type, "int")) snprintf(buf, size, "%d", *(const int *)at);
-    else if (!strcmp(f->type, "bool")) snprintf(buf, size, "%s", *(const bool *)at ? "true" : "false");
-    else if (!strcmp(f->type, "int64_t")) snprintf(buf, size, "%lld", (long long)*(const int64_t *)at);
+    else if (!strcmp(f->type, "bool"))
+        snprintf(buf, size, "%s", *(const bool *)at ? "true" : "false");
+    else if (!strcmp(f->type, "int64_t"))
+        snprintf(buf, size, "%lld", (long long)*(const int64_t *)at);
     else if (!strcmp(f->type, "float")) snprintf(buf, size, "%.9g", (double)*(const float *)at);
     else if (!strcmp(f->type, "double")) snprintf(buf, size, "%.17g", *(const double *)at);
-    else if (!strcmp(f->type, "fg_dtype")) snprintf(buf, size, "%s", fg_dtype_name(*(const fg_dtype *)at));
+    else if (!strcmp(f->type, "fg_dtype"))
+        snprintf(buf, size, "%s", fg_dtype_name(*(const fg_dtype *)at));
     else if (!strcmp(f->type, "fg_shape")) {
         const fg_shape *s = at;
         size_t n = (size_t)snprintf(buf, size, "[");
@@ -79,7 +82,10 @@ static void value_name(const writer *w, uint32_t v, char *buf, size_t size)
     else snprintf(buf, size, "%%%u", v);
 }
 
-static const char *pass_name(fg_pass p) { return p == FG_PASS_FORWARD ? "forward" : p == FG_PASS_BACKWARD ? "backward" : "update"; }
+static const char *pass_name(fg_pass p)
+{
+    return p == FG_PASS_FORWARD ? "forward" : p == FG_PASS_BACKWARD ? "backward" : "update";
+}
 
 static void text_node(const writer *w, const fg_node *n)
 {
@@ -96,7 +102,8 @@ static void text_node(const writer *w, const fg_node *n)
     each_attr(w, n, ", ", false);
     fg__value_text(&g->values[n->out[0]], shape, sizeof shape);
     fg__scope_path(g, n->scope, path, sizeof path);
-    out(w, ") -> %s  %s:%d%s%s", shape, fg__base(n->at.file), n->at.line, path[0] ? "  " : "", path);
+    out(w, ") -> %s  %s:%d%s%s", shape, fg__base(n->at.file), n->at.line, path[0] ? "  " : "",
+        path);
     if (w->plan) {
         const fg_slot *s = &w->plan->slots[n->out[0]];
         if (s->reused) out(w, "  (%s)", s->reused);
@@ -122,7 +129,8 @@ static void text(const writer *w)
         pass = (int)g->nodes[k].pass;
         text_node(w, &g->nodes[k]);
     }
-    for (uint32_t i = 0; i < g->n_outputs; i++) out(w, "output %s = %%%u\n", g->outputs[i].name, g->outputs[i].id);
+    for (uint32_t i = 0; i < g->n_outputs; i++)
+        out(w, "output %s = %%%u\n", g->outputs[i].name, g->outputs[i].id);
     for (uint32_t i = 0; i < g->n_errors; i++) out(w, "error %s\n", g->errors[i].text);
 }
 
@@ -130,7 +138,8 @@ static void dot(const writer *w)
 {
     const fg_graph *g = w->g;
     char label[400], shape[160];
-    out(w, "digraph fox_graph {\n  rankdir=TB;\n  node [shape=box, fontname=\"sans-serif\", fontsize=10];\n");
+    out(w, "digraph fox_graph {\n  rankdir=TB;\n"
+           "  node [shape=box, fontname=\"sans-serif\", fontsize=10];\n");
     for (uint32_t v = 1; v < g->n_values; v++) {
         const fg_value *x = &g->values[v];
         if (x->kind == FG_OF_NODE || !x->name) continue;
@@ -163,15 +172,18 @@ static void json_value(const writer *w, uint32_t v)
 {
     const fg_value *x = &w->g->values[v];
     static const char *const kind[] = { "node", "input", "param", "state" };
-    out(w, "{\"id\":%u,\"kind\":\"%s\",\"dtype\":\"%s\",\"shape\":[", v, kind[x->kind], fg_dtype_name(x->type));
-    for (int i = 0; i < x->shape.rank; i++) out(w, i ? ",%lld" : "%lld", (long long)x->shape.dim[i]);
+    out(w, "{\"id\":%u,\"kind\":\"%s\",\"dtype\":\"%s\",\"shape\":[", v, kind[x->kind],
+        fg_dtype_name(x->type));
+    for (int i = 0; i < x->shape.rank; i++)
+        out(w, i ? ",%lld" : "%lld", (long long)x->shape.dim[i]);
     out(w, "]");
     if (x->kind != FG_OF_NODE && x->name) { out(w, ",\"name\":"); quoted(w, x->name); }
     if (w->plan) {
         const fg_slot *s = &w->plan->slots[v];
         out(w, ",\"root\":%u,\"bytes\":%zu", s->root, s->bytes);
         if (s->place == FG_IN_ARENA && s->root == v)
-            out(w, ",\"offset\":%zu,\"from\":%lld,\"to\":%lld", s->offset, (long long)s->from, (long long)s->to);
+            out(w, ",\"offset\":%zu,\"from\":%lld,\"to\":%lld", s->offset, (long long)s->from,
+                (long long)s->to);
     }
     out(w, "}");
 }
@@ -180,7 +192,8 @@ static void json_node(const writer *w, uint32_t k)
 {
     const fg_node *n = &w->g->nodes[k];
     const fg_cost c = fg__cost_of(w->g, n);
-    out(w, "{\"id\":%u,\"op\":\"%s\",\"pass\":\"%s\",\"scope\":%u,\"in\":[", k, n->op->name, pass_name(n->pass), n->scope);
+    out(w, "{\"id\":%u,\"op\":\"%s\",\"pass\":\"%s\",\"scope\":%u,\"in\":[", k, n->op->name,
+        pass_name(n->pass), n->scope);
     for (int i = 0; i < n->n_in; i++) out(w, i ? ",%u" : "%u", n->in[i]);
     out(w, "],\"out\":[");
     for (int o = 0; o < n->n_out; o++) out(w, o ? ",%u" : "%u", n->out[o]);
@@ -219,8 +232,10 @@ static void json(const writer *w)
     }
     out(w, "]");
     if (w->plan)
-        out(w, ",\n\"plan\":{\"arena\":%zu,\"params\":%zu,\"states\":%zu,\"inputs\":%zu,\"scratch\":%zu}",
-            w->plan->arena_bytes, w->plan->info.params, w->plan->info.states, w->plan->io_bytes, w->plan->scratch_bytes);
+        out(w, ",\n\"plan\":{\"arena\":%zu,\"params\":%zu,\"states\":%zu,\"inputs\":%zu,"
+               "\"scratch\":%zu}",
+            w->plan->arena_bytes, w->plan->info.params, w->plan->info.states, w->plan->io_bytes,
+            w->plan->scratch_bytes);
     out(w, "}\n");
 }
 

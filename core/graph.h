@@ -35,7 +35,7 @@ typedef struct {
     int n_in, n_out;
     fg_pass pass;
     bool recomputed;                     /* a second computation of its pair */
-    uint32_t pair;                       /* the forward node that this one belongs to, or FG_NO_NODE */
+    uint32_t pair;                    /* the forward node that this one belongs to, or FG_NO_NODE */
     uint32_t in[FG_MAX_IN], out[FG_MAX_OUT];   /* in: 0 where an optional input is absent */
 } fg_node;
 
@@ -57,9 +57,10 @@ struct fg_graph {
     fg_pair  *facts;   uint32_t n_facts,   cap_facts;
     fg_error *errors;  uint32_t n_errors,  cap_errors;
     uint32_t *slots;   uint32_t cap_slots, n_named;         /* hash table: full name -> value */
-    fg_mark  *params;  uint32_t n_params,  cap_params, params_of;  /* sorted, while n_values == params_of */
+    fg_mark  *params;  uint32_t n_params,  cap_params;      /* sorted */
+    uint32_t  params_of;                 /* params is right while n_values is this */
     fg_pass   pass;                      /* what is being built now */
-    fg_loc    forward_at;                /* where its forward twin was built; used unless pass is forward */
+    fg_loc    forward_at;        /* where its forward twin was built; used unless pass is forward */
     uint32_t  pair;
     fg_sequence sequence;
     fg_status status;
@@ -68,9 +69,9 @@ struct fg_graph {
     uint32_t  n_random;
 };
 
-void       *fg__alloc(fg_graph *g, size_t size);            /* zeroed, 64-byte aligned; NULL sets MEMORY */
+void       *fg__alloc(fg_graph *g, size_t size);     /* zeroed, 64-byte aligned; NULL sets MEMORY */
 char       *fg__strdup(fg_graph *g, const char *s);
-bool        fg__grow(void **array, uint32_t *cap, uint32_t n, size_t size);   /* room for one more */
+bool        fg__grow(void **array, uint32_t *cap, uint32_t n, size_t size);  /* room for one more */
 void        fg__out_of_memory(fg_graph *g);
 void        fg__scope_path(const fg_graph *g, uint32_t scope, char *buf, size_t size);
 void        fg__value_text(const fg_value *v, char *buf, size_t size);        /* "f32[2,8,768]" */
@@ -79,10 +80,11 @@ uint32_t    fg__find_name(const fg_graph *g, const char *name);
 uint32_t    fg__new_value(fg_graph *g, fg_value v);
 uint32_t    fg__new_node(fg_graph *g, fg_node n);
 const void *fg__copy_attr(fg_graph *g, const fg_op *op, const void *attr);    /* padding zeroed */
-void        fg__error(fg_graph *g, fg_status s, const char *op, const char *names, fg_loc at, int n_in,
-                      const fg_tensor *in, const char *rule);
-/* Nodes that the roots need, in an order that gcc and clang agree on: forward nodes depth first from the
- * roots, inputs in order; then the others as they were made.  A node that overwrites a value comes after
- * all other readers of it.  order has room for n_nodes; returns how many, or -1 if out of memory. */
+void        fg__error(fg_graph *g, fg_status s, const char *op, const char *names, fg_loc at,
+                      int n_in, const fg_tensor *in, const char *rule);
+/* Nodes that the roots need, in an order that gcc and clang agree on: forward nodes depth first
+ * from the roots, inputs in order; then the others as they were made.  A node that overwrites a
+ * value comes after all other readers of it.  order has room for n_nodes; returns how many, or -1
+ * if out of memory. */
 int64_t     fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, uint32_t *order);
 #endif

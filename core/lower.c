@@ -6,7 +6,8 @@
 
 void fg__infer_of(const fg_graph *g, const fg_node *n, fg_infer *c)
 {
-    *c = (fg_infer){ .graph = (fg_graph *)(uintptr_t)g, .attr = n->attr, .n_in = n->n_in, .n_out = n->n_out };
+    *c = (fg_infer){ .graph = (fg_graph *)(uintptr_t)g, .attr = n->attr, .n_in = n->n_in,
+                     .n_out = n->n_out };
     for (int i = 0; i < n->n_in; i++) {
         c->given[i] = n->in[i] != 0;
         c->in[i] = g->values[n->in[i]].shape;
@@ -23,7 +24,7 @@ typedef struct {
     fg_graph *to;
     uint32_t *value, *node;              /* from -> to */
     uint32_t *table, cap;                /* equal nodes: hash -> node of `to` + 1 */
-    bool again;                          /* a definition was put in: its nodes must be lowered too */
+    bool again;                         /* a definition was put in: its nodes must be lowered too */
 } lowering;
 
 static uint64_t mix(uint64_t h, uint64_t x)
@@ -42,8 +43,10 @@ static uint64_t node_hash(const fg_node *n)
 
 static bool node_equal(const fg_node *a, const fg_node *b)
 {
-    return a->op == b->op && a->pass == b->pass && a->n_in == b->n_in && a->recomputed == b->recomputed &&
-           !memcmp(a->in, b->in, sizeof *a->in * (size_t)a->n_in) && !memcmp(a->attr, b->attr, a->op->attr_size);
+    return a->op == b->op && a->pass == b->pass && a->n_in == b->n_in &&
+           a->recomputed == b->recomputed &&
+           !memcmp(a->in, b->in, sizeof *a->in * (size_t)a->n_in) &&
+           !memcmp(a->attr, b->attr, a->op->attr_size);
 }
 
 static int by_name(const void *a, const void *b)
@@ -56,15 +59,17 @@ static bool copy_names(lowering *w)
     const fg_graph *g = w->from;
     fg_graph *h = w->to;
     for (uint32_t s = 1; s < g->n_scopes; s++) {
-        if (!fg__grow((void **)&h->scopes, &h->cap_scopes, h->n_scopes, sizeof *h->scopes)) return false;
+        if (!fg__grow((void **)&h->scopes, &h->cap_scopes, h->n_scopes, sizeof *h->scopes))
+            return false;
         h->scopes[h->n_scopes] = g->scopes[s];
         h->scopes[h->n_scopes++].name = fg__strdup(h, g->scopes[s].name);
     }
     fg_mark *marks = malloc(g->n_values * sizeof *marks);
     uint32_t n = 0;
     for (uint32_t v = 1; marks && v < g->n_values; v++)
-        if (g->values[v].kind != FG_OF_NODE && g->values[v].name) marks[n++] = (fg_mark){ g->values[v].name, v };
-    if (n) qsort(marks, n, sizeof *marks, by_name);        /* the order of creation is the compiler's */
+        if (g->values[v].kind != FG_OF_NODE && g->values[v].name)
+            marks[n++] = (fg_mark){ g->values[v].name, v };
+    if (n) qsort(marks, n, sizeof *marks, by_name);    /* the order of creation is the compiler's */
     for (uint32_t i = 0; i < n; i++) {
         fg_value copy = g->values[marks[i].id];
         copy.name = fg__strdup(h, copy.name);
@@ -135,7 +140,8 @@ static bool lower_nodes(lowering *w, fg_backend *b)
     uint32_t *order = malloc(((size_t)g->n_nodes + 1) * sizeof *order);
     int n_roots = 0;
     for (uint32_t i = 0; roots && i < g->n_outputs; i++)
-        if (g->values[g->outputs[i].id].node != FG_NO_NODE) roots[n_roots++] = g->values[g->outputs[i].id].node;
+        if (g->values[g->outputs[i].id].node != FG_NO_NODE)
+            roots[n_roots++] = g->values[g->outputs[i].id].node;
     for (uint32_t k = 0; roots && k < g->n_nodes; k++)
         if (g->nodes[k].op->code->memory == FG_MUTATE) roots[n_roots++] = k;
     const int64_t n = roots && order ? fg__order(g, n_roots, roots, order) : -1;

@@ -39,7 +39,7 @@ typedef struct fg_exec {
     const fg_dtype *in_type, *out_type;
     const void     *in[FG_MAX_IN];
     void           *out[FG_MAX_OUT];
-    void           *scratch;             /* 64-byte aligned, as many bytes as the op's scratch() asked */
+    void           *scratch;        /* 64-byte aligned, as many bytes as the op's scratch() asked */
 } fg_exec;
 
 typedef struct fg_vjp {                  /* gin[i] stays {0} where no gradient flows */
@@ -47,7 +47,7 @@ typedef struct fg_vjp {                  /* gin[i] stays {0} where no gradient f
     int         n_in, n_out;
     fg_tensor   in[FG_MAX_IN], out[FG_MAX_OUT];
     fg_tensor   gout[FG_MAX_OUT];        /* absent where the loss does not depend on that output */
-    fg_tensor   gin[FG_MAX_IN];          /* any shape that broadcasting made: summed to in[i]'s by autodiff */
+    fg_tensor   gin[FG_MAX_IN];          /* of any shape that broadcasting made: autodiff sums it */
     bool        wants[FG_MAX_IN];
 } fg_vjp;
 
@@ -60,14 +60,14 @@ typedef enum {
 typedef struct fg_op_code {
     fg_status (*infer)(fg_infer *c);                                /* required */
     void      (*cpu)(const fg_exec *e);                             /* NULL: decomposed */
-    void      (*vjp)(fg_vjp *v);                                    /* NULL: through decompose, or none */
-    fg_cost   (*cost)(const fg_infer *c);                           /* outputs are filled; NULL: bytes only */
-    void      (*decompose)(const fg_tensor *in, const void *attr, fg_tensor *out);  /* the definition */
-    fg_tensor (*example)(fg_graph *g, int i);                       /* i-th test case, {0} past the last */
-    size_t    (*scratch)(const fg_infer *c, int threads);           /* bytes a cpu call needs; NULL: none */
+    void      (*vjp)(fg_vjp *v);                              /* NULL: through decompose, or none */
+    fg_cost   (*cost)(const fg_infer *c);                 /* outputs are filled; NULL: bytes only */
+    void      (*decompose)(const fg_tensor *in, const void *attr, fg_tensor *out); /* definition */
+    fg_tensor (*example)(fg_graph *g, int i);                /* i-th test case, {0} past the last */
+    size_t    (*scratch)(const fg_infer *c, int threads);   /* bytes a cpu call needs; NULL: none */
     fg_memory_use memory;
-    unsigned  reuse;                     /* bit i: output 0 may take input i's memory (elementwise ops) */
-    bool      no_grad;                   /* not differentiable by nature (argmax, optimizer updates) */
+    unsigned  reuse;               /* bit i: output 0 may take input i's memory (elementwise ops) */
+    bool      no_grad;                /* not differentiable by nature (argmax, optimizer updates) */
 } fg_op_code;
 
 typedef struct { const char *name, *type; size_t size, align; } fg_attr_field;
@@ -79,21 +79,22 @@ typedef struct fg_op {                   /* one line of ops.def */
     const fg_op_code *code;
 } fg_op;
 
-/* Adds a node; returns its first output, the others are fg_result(t, 1), ...  g is needed only where
- * there is no input to take it from. */
+/* Adds a node; returns its first output, the others are fg_result(t, 1), ...  g is needed only
+ * where there is no input to take it from. */
 FG_API fg_tensor fg__apply(const fg_op *op, fg_loc at, fg_graph *g, int n_in, const fg_tensor *in,
                            const void *attr);
 /* The op that made t and its inputs; NULL for inputs, parameters, states and failed tensors. */
-FG_API const fg_op *fg__producer(fg_tensor t, fg_tensor in[FG_MAX_IN], int *n_in, const void **attr);
+FG_API const fg_op *fg__producer(fg_tensor t, fg_tensor in[FG_MAX_IN], int *n_in,
+                                 const void **attr);
 /* name with the current scope's path in front, as parameters and states get it */
 FG_API const char *fg__full_name(fg_graph *g, const char *name);
 FG_API fg_status fg__fail(fg_infer *c, fg_status s, const char *fmt, ...) FG_PRINTF(3, 4);
 FG_API bool      fg__is_suffix(const fg_shape *tail, const fg_shape *of);
-FG_API int64_t   fg__last(const fg_shape *s);                      /* extent of the last axis; 1 for rank 0 */
-FG_API int64_t   fg__rows(const fg_shape *s);                      /* elements / extent of the last axis */
+FG_API int64_t   fg__last(const fg_shape *s);            /* extent of the last axis; 1 for rank 0 */
+FG_API int64_t   fg__rows(const fg_shape *s);               /* elements / extent of the last axis */
 
-/* Test inputs: parameters with N(0,1) entries, named random0, random1, ... in order of creation, and
- * integers drawn from [lo, hi).  Make them in statements of their own, one per line. */
+/* Test inputs: parameters with N(0,1) entries, named random0, random1, ... in order of creation,
+ * and integers drawn from [lo, hi).  Make them in statements of their own, one per line. */
 FG_API fg_tensor (fg_random)(fg_loc at, fg_graph *g, fg_shape s);
 FG_API fg_tensor (fg_random_int)(fg_loc at, fg_graph *g, int64_t lo, int64_t hi, fg_shape s);
 FG_API fg_tensor (fg_given_int)(fg_loc at, fg_graph *g, fg_shape s, const int32_t *values);
@@ -101,8 +102,8 @@ FG_API fg_tensor (fg_given_int)(fg_loc at, fg_graph *g, fg_shape s, const int32_
 #define fg_random_int(g, lo, hi, ...) fg_random_int(FG_HERE, g, lo, hi, FG_DIMS(__VA_ARGS__))
 #define fg_given_int(...)             fg_given_int(FG_HERE, __VA_ARGS__)
 
-/* In infer: the op's own rule.  The library adds the op's name, every input's name, dtype, shape and
- * origin, the user's line and the scope trail. */
+/* In infer: the op's own rule.  The library adds the op's name, every input's name, dtype, shape
+ * and origin, the user's line and the scope trail. */
 #define FG_REQUIRE(c, cond, status, ...) \
     do { if (!(cond)) return fg__fail(c, FG_ERR_##status, __VA_ARGS__); } while (0)
 

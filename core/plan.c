@@ -1,8 +1,8 @@
 /* plan.c - memory: which values share, where each lies, how much it takes at most.
  *
- * Values that nodes make live in one arena.  A value's memory is taken from the node that makes it to
- * the last node that reads it or a view of it; offsets are given largest first, each at the lowest
- * gap among those that live at the same time. */
+ * Values that nodes make live in one arena.  A value's memory is taken from the node that makes it
+ * to the last node that reads it or a view of it; offsets are given largest first, each at the
+ * lowest gap among those that live at the same time. */
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,8 +48,10 @@ static fg_status find_views(fg_plan *p)
         if (n->op->code->memory != FG_MUTATE) continue;
         for (int o = 0; o < n->n_out; o++) {
             if (p->slots[root_of(p, n->in[o])].place != FG_IN_STORE)
-                return fg__plan_fail(p, FG_ERR_USAGE, "%s:%d: %s: overwrites its input %d, which is neither a "
-                                     "parameter nor a state", fg__base(n->at.file), n->at.line, n->op->name, o);
+                return fg__plan_fail(p, FG_ERR_USAGE,
+                                     "%s:%d: %s: overwrites its input %d, which is neither a "
+                                     "parameter nor a state", fg__base(n->at.file), n->at.line,
+                                     n->op->name, o);
             share(p, n->out[o], n->in[o], "overwrites");
         }
     }
@@ -69,7 +71,8 @@ static void find_lives(fg_plan *p)
         for (int i = 0; i < n->n_in; i++)
             if (n->in[i]) p->slots[root_of(p, n->in[i])].to = k;
     }
-    for (uint32_t i = 0; i < g->n_outputs; i++) p->slots[root_of(p, g->outputs[i].id)].to = g->n_nodes;
+    for (uint32_t i = 0; i < g->n_outputs; i++)
+        p->slots[root_of(p, g->outputs[i].id)].to = g->n_nodes;
 }
 
 /* May node k's output 0 take the memory of its input i? */
@@ -128,7 +131,11 @@ static fg_status place_arena(fg_plan *p)
     const fg_graph *g = p->low;
     item *items = malloc(g->n_values * sizeof *items);
     uint32_t *placed = malloc(g->n_values * sizeof *placed), n = 0;
-    if (!items || !placed) { free(items); free(placed); return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory"); }
+    if (!items || !placed) {
+        free(items);
+        free(placed);
+        return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory");
+    }
     for (uint32_t v = 1; v < g->n_values; v++)
         if (p->slots[v].place == FG_IN_ARENA && p->slots[v].root == v && p->slots[v].from >= 0)
             items[n++] = (item){ v, p->slots[v].bytes, p->slots[v].from };
@@ -138,7 +145,8 @@ static fg_status place_arena(fg_plan *p)
         s->offset = lowest_gap(p, placed, i, s);
         if (s->offset + s->bytes > p->arena_bytes) p->arena_bytes = s->offset + s->bytes;
         uint32_t at = i;
-        for (; at > 0 && p->slots[placed[at - 1]].offset > s->offset; at--) placed[at] = placed[at - 1];
+        for (; at > 0 && p->slots[placed[at - 1]].offset > s->offset; at--)
+            placed[at] = placed[at - 1];
         placed[at] = items[i].id;
     }
     free(items);
@@ -165,8 +173,8 @@ static fg_status find_peak(fg_plan *p)
         char path[120];
         const fg_node *n = &g->nodes[k];
         fg__scope_path(g, n->scope, path, sizeof path);
-        snprintf(p->peak_node, sizeof p->peak_node, "%s%s%s%s", path, path[0] ? "." : "", n->op->name,
-                 n->pass == FG_PASS_BACKWARD ? " (backward)" : "");
+        snprintf(p->peak_node, sizeof p->peak_node, "%s%s%s%s", path, path[0] ? "." : "",
+                 n->op->name, n->pass == FG_PASS_BACKWARD ? " (backward)" : "");
     }
     free(change);
     return FG_OK;
@@ -199,7 +207,8 @@ fg_cost fg__cost_of(const fg_graph *g, const fg_node *n)
     if (cost.bytes > 0) return cost;
     for (int i = 0; i < c.n_in; i++)
         if (c.given[i]) cost.bytes += (double)fg_shape_count(c.in[i]) * size[c.in_type[i]];
-    for (int o = 0; o < c.n_out; o++) cost.bytes += (double)fg_shape_count(c.out[o]) * size[c.out_type[o]];
+    for (int o = 0; o < c.n_out; o++)
+        cost.bytes += (double)fg_shape_count(c.out[o]) * size[c.out_type[o]];
     return cost;
 }
 
@@ -214,7 +223,8 @@ fg_status fg__lay_out(fg_plan *p)
         fg_slot *s = &p->slots[v];
         *s = (fg_slot){ .root = v, .from = -1, .to = -1 };
         s->bytes = round_up((size_t)fg_shape_count(x->shape) * b->size_of[x->type]);
-        s->place = x->kind == FG_OF_NODE ? FG_IN_ARENA : x->kind == FG_OF_INPUT ? FG_IN_IO : FG_IN_STORE;
+        s->place = x->kind == FG_OF_NODE ? FG_IN_ARENA
+                 : x->kind == FG_OF_INPUT ? FG_IN_IO : FG_IN_STORE;
         if (x->kind == FG_OF_INPUT) { s->offset = p->io_bytes; p->io_bytes += s->bytes; }
         if (x->kind == FG_OF_PARAM) p->info.params += s->bytes;
         if (x->kind == FG_OF_STATE) p->info.states += s->bytes;
@@ -227,7 +237,8 @@ fg_status fg__lay_out(fg_plan *p)
     p->info.inputs = p->io_bytes;
     p->info.activations = p->arena_bytes;
     p->info.scratch = p->scratch_bytes;
-    p->info.total = p->info.params + p->info.states + p->io_bytes + p->arena_bytes + p->scratch_bytes;
+    p->info.total =
+        p->info.params + p->info.states + p->io_bytes + p->arena_bytes + p->scratch_bytes;
     p->info.peak_node = p->peak_node;
     p->info.nodes = g->n_nodes;
     return FG_OK;
@@ -256,8 +267,10 @@ static fg_status take_memory(fg_plan *p)
     for (int i = 0; i < 3; i++) {
         if (!*need[i].at) *need[i].at = b->ops->alloc(b, need[i].bytes);
         if (!*need[i].at)
-            return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory: %zu bytes of %s on %s (%zu in all; most are "
-                                 "alive at %s)", need[i].bytes, need[i].what, b->name, p->info.total, p->peak_node);
+            return fg__plan_fail(p, FG_ERR_MEMORY,
+                                 "out of memory: %zu bytes of %s on %s (%zu in all; most are "
+                                 "alive at %s)", need[i].bytes, need[i].what, b->name,
+                                 p->info.total, p->peak_node);
     }
     return FG_OK;
 }
@@ -270,7 +283,8 @@ static fg_status take_entries(fg_plan *p)
         if (p->slots[v].place != FG_IN_STORE || x->kind == FG_OF_NODE) continue;
         const fg_entry *there = fg__store_entry(p->store, x->name);
         if (!there && x->kind == FG_OF_PARAM)
-            return fg__plan_fail(p, FG_ERR_USAGE, "the store has no value for parameter %s", x->name);
+            return fg__plan_fail(p, FG_ERR_USAGE, "the store has no value for parameter %s",
+                                 x->name);
         p->slots[v].entry = fg__store_need(p->store, x->name, x->type, x->shape);
         if (!p->slots[v].entry) {
             fg__plan_fail(p, fg_store_status(p->store), "%s", fg_store_message(p->store));
@@ -291,7 +305,8 @@ fg_status fg__prepare(fg_plan *p)
     if (!p->execs) p->execs = calloc((size_t)g->n_nodes + 1, sizeof *p->execs);
     if (!p->shapes) p->shapes = calloc((size_t)g->n_nodes * per + 1, sizeof *p->shapes);
     if (!p->types) p->types = calloc((size_t)g->n_nodes * per + 1, sizeof *p->types);
-    if (!p->execs || !p->shapes || !p->types) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory");
+    if (!p->execs || !p->shapes || !p->types)
+        return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory");
     for (uint32_t k = 0; k < g->n_nodes; k++) {
         const fg_node *n = &g->nodes[k];
         fg_shape *shape = p->shapes + k * per;
@@ -314,7 +329,8 @@ fg_status fg__prepare(fg_plan *p)
     for (uint32_t v = 1; v < g->n_values; v++) {
         const fg_value *x = &g->values[v];
         if (!x->given) continue;
-        const fg_status s = b->ops->upload(b, place_of(p, v), x->given, fg_shape_count(x->shape), FG_I32);
+        const fg_status s = b->ops->upload(b, place_of(p, v), x->given, fg_shape_count(x->shape),
+                                           FG_I32);
         if (s) return fg__plan_fail(p, s, "%s: %s", x->name, fg_backend_message(b));
     }
     p->ready = true;
@@ -323,7 +339,8 @@ fg_status fg__prepare(fg_plan *p)
 
 void *fg__plan_data(fg_plan *p, fg_tensor t)
 {
-    if (!p || t.graph != p->graph || !t.id || t.id >= p->graph->n_values || fg__prepare(p)) return NULL;
+    if (!p || t.graph != p->graph || !t.id || t.id >= p->graph->n_values || fg__prepare(p))
+        return NULL;
     return place_of(p, p->map[t.id]);
 }
 

@@ -9,11 +9,11 @@ typedef enum { FG_IN_ARENA, FG_IN_IO, FG_IN_STORE, FG_UNUSED } fg_place;
 
 typedef struct {
     fg_place place;
-    uint32_t root;                       /* the value whose memory this one uses; itself if its own */
-    int64_t  from, to;                   /* steps between which the memory holds something (roots) */
+    uint32_t root;                     /* the value whose memory this one uses; itself if its own */
+    int64_t  from, to;                  /* steps between which the memory holds something (roots) */
     size_t   bytes, offset;              /* in the arena or the io area (roots) */
     fg_entry *entry;                     /* in the store (roots) */
-    const char *reused;                  /* why it shares its root: "view", "in place", "overwrites" */
+    const char *reused;               /* why it shares its root: "view", "in place", "overwrites" */
 } fg_slot;
 
 typedef struct {
@@ -46,11 +46,11 @@ struct fg_plan {
  * definition; nodes that nothing needs are gone, equal ones are one.  NULL if out of memory. */
 fg_graph *fg__lower(const fg_graph *g, fg_backend *b, uint32_t **map);
 void      fg__infer_of(const fg_graph *g, const fg_node *n, fg_infer *c);    /* shapes in and out */
-fg_status fg__lay_out(fg_plan *p);                                           /* slots, sizes, peak */
-fg_status fg__prepare(fg_plan *p);                                           /* memory and pointers */
+fg_status fg__lay_out(fg_plan *p);                                          /* slots, sizes, peak */
+fg_status fg__prepare(fg_plan *p);                                         /* memory and pointers */
 /* Where t's value lies on the CPU; NULL if the plan does not keep it. */
 void     *fg__plan_data(fg_plan *p, fg_tensor t);
-bool      fg__plan_keeps(const fg_plan *p, uint32_t low_id);                 /* readable after a run */
+bool      fg__plan_keeps(const fg_plan *p, uint32_t low_id);              /* readable after a run */
 fg_cost   fg__cost_of(const fg_graph *g, const fg_node *n);
 fg_status fg__plan_fail(fg_plan *p, fg_status s, const char *fmt, ...) FG_PRINTF(3, 4);
 #endif

@@ -1,6 +1,7 @@
-/* rng.h - random numbers from counters: number i of a key is a function of both alone, so any part of
- * a parameter can be made in any order on any number of threads.
- * Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox4x32-10). */
+/* rng.h - random numbers from counters: number i of a key is a function of both alone, so any part
+ * of a parameter can be made in any order on any number of threads.
+ * Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3",
+ * Philox4x32-10. */
 #ifndef FG_RNG_H
 #define FG_RNG_H
 #include <stdint.h>

@@ -37,7 +37,8 @@ fg_plan *fg_plan_new(const fg_graph *g, fg_store *s)
         fg__infer_of(p->low, n, &c);
         const char *why = s->backend->ops->unfit(s->backend, n->op, &c);
         if (why)
-            fg__plan_fail(p, FG_ERR_NO_KERNEL, "%s:%d: %s: %s", fg__base(n->at.file), n->at.line, n->op->name, why);
+            fg__plan_fail(p, FG_ERR_NO_KERNEL, "%s:%d: %s: %s", fg__base(n->at.file), n->at.line,
+                          n->op->name, why);
     }
     if (!p->status) fg__lay_out(p);
     return p;
@@ -74,8 +75,8 @@ static uint32_t find(fg_plan *p, fg_tensor t, size_t bytes, const char *act)
     const fg_value *v = &p->graph->values[t.id];
     const int64_t want = fg_shape_count(v->shape) * 4;
     if (bytes == (size_t)want) return t.id;
-    fg__plan_fail(p, FG_ERR_USAGE, "%s: %s takes %lld bytes, not %zu", act, v->name ? v->name : "the tensor",
-                  (long long)want, bytes);
+    fg__plan_fail(p, FG_ERR_USAGE, "%s: %s takes %lld bytes, not %zu", act,
+                  v->name ? v->name : "the tensor", (long long)want, bytes);
     return 0;
 }
 
@@ -86,10 +87,12 @@ fg_status fg_write(fg_plan *p, fg_tensor t, const void *data, size_t bytes)
     const uint32_t id = find(p, t, bytes, "write");
     if (!id) return p->status;
     const fg_value *v = &p->graph->values[id];
-    if (v->kind != FG_OF_INPUT) return fg__plan_fail(p, FG_ERR_USAGE, "write: only inputs can be written");
+    if (v->kind != FG_OF_INPUT)
+        return fg__plan_fail(p, FG_ERR_USAGE, "write: only inputs can be written");
     if (!p->map[id]) return FG_OK;
     fg_backend *b = p->store->backend;
-    const fg_status s = b->ops->upload(b, fg__plan_data(p, t), data, fg_shape_count(v->shape), v->type);
+    const fg_status s = b->ops->upload(b, fg__plan_data(p, t), data, fg_shape_count(v->shape),
+                                       v->type);
     return s ? fg__plan_fail(p, s, "write: %s: %s", v->name, fg_backend_message(b)) : FG_OK;
 }
 
@@ -100,10 +103,12 @@ fg_status fg_read(fg_plan *p, fg_tensor t, void *data, size_t bytes)
     const uint32_t id = find(p, t, bytes, "read");
     if (!id) return p->status;
     if (!fg__plan_keeps(p, p->map[id]))
-        return fg__plan_fail(p, FG_ERR_USAGE, "read: the tensor is not an output (fg_output keeps it)");
+        return fg__plan_fail(p, FG_ERR_USAGE,
+                             "read: the tensor is not an output (fg_output keeps it)");
     const fg_value *v = &p->graph->values[id];
     fg_backend *b = p->store->backend;
-    const fg_status s = b->ops->download(b, data, fg__plan_data(p, t), fg_shape_count(v->shape), v->type);
+    const fg_status s = b->ops->download(b, data, fg__plan_data(p, t), fg_shape_count(v->shape),
+                                         v->type);
     return s ? fg__plan_fail(p, s, "read: %s", fg_backend_message(b)) : FG_OK;
 }
 
@@ -151,9 +156,11 @@ static fg_status check_values(fg_plan *p, const fg_node *n, const fg_exec *e)
         char path[200], shape[160];
         fg__scope_path(p->low, n->scope, path, sizeof path);
         fg__value_text(v, shape, sizeof shape);
-        return fg__plan_fail(p, FG_ERR_NUMERIC, "%s:%d: %s%s: element %lld of output %d, %s, is %g%s%s",
+        return fg__plan_fail(p, FG_ERR_NUMERIC,
+                             "%s:%d: %s%s: element %lld of output %d, %s, is %g%s%s",
                              fg__base(n->at.file), n->at.line, n->op->name,
-                             n->pass == FG_PASS_BACKWARD ? " (backward)" : "", (long long)bad, o, shape,
+                             n->pass == FG_PASS_BACKWARD ? " (backward)" : "", (long long)bad, o,
+                             shape,
                              (double)value, path[0] ? "\n    in " : "", path);
     }
     return FG_OK;
@@ -170,8 +177,8 @@ fg_status fg_run(fg_plan *p)
         const double start = p->profile ? now() : 0;
         const fg_status s = b->ops->launch(b, n->op, &p->execs[k]);
         if (s)
-            return fg__plan_fail(p, s, "%s:%d: %s: %s", fg__base(n->at.file), n->at.line, n->op->name,
-                                 fg_backend_message(b));
+            return fg__plan_fail(p, s, "%s:%d: %s: %s", fg__base(n->at.file), n->at.line,
+                                 n->op->name, fg_backend_message(b));
         if (p->profile && !b->ops->sync(b)) add_timing(p, n, now() - start);
         if (p->check && check_values(p, n, &p->execs[k])) return p->status;
     }

@@ -1,8 +1,8 @@
 /* schedule.c - the order in which nodes run.
  *
  * C leaves the order of f(make(), make()) open, so gcc and clang may build one model in two orders.
- * Forward nodes are therefore ordered by the graph alone: depth first from the roots, inputs in order.
- * The backward and update nodes are made by the library, in one order, and keep it. */
+ * Forward nodes are therefore ordered by the graph alone: depth first from the roots, inputs in
+ * order.  The backward and update nodes are made by the library, in one order, and keep it. */
 #include <stdlib.h>
 #include "graph.h"
 
@@ -10,7 +10,7 @@ typedef struct {
     const fg_graph *g;
     uint8_t *mark;                       /* per node: 0 unseen, 1 open, 2 placed */
     uint32_t *stack, *order;
-    uint32_t *reader_at, *readers;       /* readers of value v: readers[reader_at[v] .. reader_at[v+1]) */
+    uint32_t *reader_at, *readers; /* readers of value v: readers[reader_at[v] .. reader_at[v+1]) */
     int64_t n;
 } walk;
 
@@ -23,7 +23,7 @@ static uint32_t before(const walk *w, uint32_t k, uint32_t *cursor)
         if (v && w->g->values[v].node != FG_NO_NODE) return w->g->values[v].node;
     }
     if (n->op->code->memory != FG_MUTATE) return FG_NO_NODE;
-    uint32_t skip = *cursor - (uint32_t)n->n_in;         /* then the other readers of what it overwrites */
+    uint32_t skip = *cursor - (uint32_t)n->n_in;  /* then the other readers of what it overwrites */
     for (int o = 0; o < n->n_out; o++)
         for (uint32_t r = w->reader_at[n->in[o]]; r < w->reader_at[n->in[o] + 1]; r++)
             if (w->readers[r] != k && skip-- == 0) { ++*cursor; return w->readers[r]; }
@@ -41,7 +41,7 @@ static bool place(walk *w, uint32_t root, uint32_t *cursor, const uint8_t *wante
         const uint32_t k = w->stack[top - 1], next = before(w, k, &cursor[k]);
         if (next == FG_NO_NODE) { w->mark[k] = 2; w->order[w->n++] = k; top--; continue; }
         if (!wanted[next] || w->mark[next] == 2) continue;
-        if (w->mark[next] == 1) continue;                /* a reader that itself needs the new value */
+        if (w->mark[next] == 1) continue;             /* a reader that itself needs the new value */
         w->mark[next] = 1;
         cursor[next] = 0;
         w->stack[top++] = next;
@@ -61,7 +61,8 @@ static bool list_readers(walk *w)
         for (int i = 0; i < g->nodes[k].n_in; i++) w->reader_at[g->nodes[k].in[i] + 2]++;
     for (uint32_t v = 1; v < g->n_values + 2; v++) w->reader_at[v] += w->reader_at[v - 1];
     for (uint32_t k = 0; k < g->n_nodes; k++)
-        for (int i = 0; i < g->nodes[k].n_in; i++) w->readers[w->reader_at[g->nodes[k].in[i] + 1]++] = k;
+        for (int i = 0; i < g->nodes[k].n_in; i++)
+            w->readers[w->reader_at[g->nodes[k].in[i] + 1]++] = k;
     return true;
 }
 
@@ -83,7 +84,8 @@ static void want(const fg_graph *g, uint32_t root, uint8_t *wanted, uint32_t *st
 int64_t fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, uint32_t *order)
 {
     const size_t n = g->n_nodes ? g->n_nodes : 1;
-    walk w = { .g = g, .order = order, .mark = calloc(n, 1), .stack = malloc(n * sizeof(uint32_t)) };
+    walk w = { .g = g, .order = order, .mark = calloc(n, 1),
+               .stack = malloc(n * sizeof(uint32_t)) };
     uint8_t *wanted = calloc(n, 1);
     uint32_t *cursor = calloc(n, sizeof *cursor);
     const bool ok = w.mark && w.stack && wanted && cursor && list_readers(&w);

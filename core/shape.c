@@ -25,7 +25,8 @@ bool fg_shape_equal(fg_shape a, fg_shape b)
 bool fg__is_suffix(const fg_shape *tail, const fg_shape *of)
 {
     return tail->rank <= of->rank &&
-           !memcmp(tail->dim, of->dim + of->rank - tail->rank, sizeof(int64_t) * (size_t)tail->rank);
+           !memcmp(tail->dim, of->dim + of->rank - tail->rank,
+                   sizeof(int64_t) * (size_t)tail->rank);
 }
 
 int64_t fg__last(const fg_shape *s) { return s->rank ? s->dim[s->rank - 1] : 1; }

@@ -1,4 +1,4 @@
-/* status.c - error texts: an op states its rule, this file adds the user's line, inputs and scopes. */
+/* status.c - error texts: an op states its rule, this file adds the user's line, inputs, scopes. */
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -79,7 +79,8 @@ void fg__error(fg_graph *g, fg_status s, const char *op, const char *names, fg_l
         char path[300];
         if (!g->scopes[sc].name[0]) continue;
         fg__scope_path(g, sc, path, sizeof path);
-        say(&p, "\n    in %s, opened at %s:%d", path, fg__base(g->scopes[sc].at.file), g->scopes[sc].at.line);
+        say(&p, "\n    in %s, opened at %s:%d", path, fg__base(g->scopes[sc].at.file),
+            g->scopes[sc].at.line);
     }
     if (!g->status) g->status = s;
     if (!fg__grow((void **)&g->errors, &g->cap_errors, g->n_errors, sizeof *g->errors)) return;

@@ -88,13 +88,17 @@ fg_entry *fg__store_need(fg_store *s, const char *name, fg_dtype t, fg_shape sha
         char have[160], want[160];
         shape_text(e->type, e->shape, have, sizeof have);
         shape_text(t, shape, want, sizeof want);
-        fg__store_fail(s, FG_ERR_SHAPE, "%s is %s in the store but %s in the graph", name, have, want);
+        fg__store_fail(s, FG_ERR_SHAPE, "%s is %s in the store but %s in the graph", name, have,
+                       want);
         return NULL;
     }
     if (s->n == s->cap) {
         const uint32_t cap = s->cap ? 2 * s->cap : 64;
         fg_entry **p = realloc(s->entries, cap * sizeof *p);
-        if (!p) { fg__store_fail(s, FG_ERR_MEMORY, "out of memory for the entry %s", name); return NULL; }
+        if (!p) {
+            fg__store_fail(s, FG_ERR_MEMORY, "out of memory for the entry %s", name);
+            return NULL;
+        }
         s->entries = p;
         s->cap = cap;
     }
@@ -131,7 +135,8 @@ static float initial(const fg_init *init, uint64_t key, int64_t i, int64_t n)
     case FG_UNIFORM:   return (float)(init->a * (2 * fg__random_uniform(key, (uint64_t)i) - 1));
     case FG_LOG_RANGE: return (float)log(1 + (double)i);
     case FG_INV_SOFTPLUS: {
-        const double t = exp(log(init->a) + fg__random_uniform(key, (uint64_t)i) * (log(init->b) - log(init->a)));
+        const double u = fg__random_uniform(key, (uint64_t)i);
+        const double t = exp(log(init->a) + u * (log(init->b) - log(init->a)));
         return (float)inverse_softplus(t > init->c ? t : init->c);
     }
     case FG_LOG_DECAY: {
@@ -150,14 +155,17 @@ fg_status fg_store_init(fg_store *s, const fg_graph *g, uint64_t seed)
     const int n_params = fg_param_count(g);
     for (int k = 0; k < n_params; k++) {
         fg_param_info p;
-        if (!fg_param_at(g, k, &p)) return fg__store_fail(s, FG_ERR_MEMORY, "out of memory for parameter names");
+        if (!fg_param_at(g, k, &p))
+            return fg__store_fail(s, FG_ERR_MEMORY, "out of memory for parameter names");
         const bool there = fg__store_entry(s, p.name) != NULL;
         fg_entry *e = fg__store_need(s, p.name, FG_F32, p.shape);
         if (!e) return s->status;
         if (there) continue;
         const int64_t n = fg_shape_count(p.shape);
         float *x = malloc((size_t)n * sizeof *x + 1);
-        if (!x) return fg__store_fail(s, FG_ERR_MEMORY, "out of memory for the first values of %s", p.name);
+        if (!x)
+            return fg__store_fail(s, FG_ERR_MEMORY, "out of memory for the first values of %s",
+                                  p.name);
         const uint64_t key = fg__random_key(seed, p.name);
         const int threads = s->backend->threads > 0 ? s->backend->threads : 1;
         const fg_init init = p.init;
@@ -175,7 +183,8 @@ fg_status fg_store_put(fg_store *s, const char *name, fg_dtype t, fg_shape shape
     if (!s) return FG_ERR_MEMORY;
     fg_entry *e = fg__store_need(s, name, t, shape);
     if (!e) return s->status;
-    const fg_status st = s->backend->ops->upload(s->backend, e->data, data, fg_shape_count(shape), t);
+    const fg_status st = s->backend->ops->upload(s->backend, e->data, data, fg_shape_count(shape),
+                                                 t);
     return st ? fg__store_fail(s, st, "%s: %s", name, fg_backend_message(s->backend)) : FG_OK;
 }
 
@@ -186,7 +195,8 @@ fg_status fg_store_get(fg_store *s, const char *name, void *data, size_t bytes)
     if (!e) return fg__store_fail(s, FG_ERR_USAGE, "the store has no entry %s", name);
     const int64_t n = fg_shape_count(e->shape);
     if (bytes != (size_t)n * 4)
-        return fg__store_fail(s, FG_ERR_USAGE, "%s has %lld bytes, not %zu", name, (long long)n * 4, bytes);
+        return fg__store_fail(s, FG_ERR_USAGE, "%s has %lld bytes, not %zu", name, (long long)n * 4,
+                              bytes);
     const fg_status st = s->backend->ops->download(s->backend, data, e->data, n, e->type);
     return st ? fg__store_fail(s, st, "%s: %s", name, fg_backend_message(s->backend)) : FG_OK;
 }
@@ -208,7 +218,8 @@ void fg_store_remove(fg_store *s, const char *prefix)
     if (!s) return;
     const uint32_t first = lower_bound(s, prefix);
     uint32_t end = first;
-    while (end < s->n && !strncmp(s->entries[end]->name, prefix, strlen(prefix))) free_entry(s, s->entries[end++]);
+    while (end < s->n && !strncmp(s->entries[end]->name, prefix, strlen(prefix)))
+        free_entry(s, s->entries[end++]);
     if (end == first) return;
     memmove(s->entries + first, s->entries + end, (s->n - end) * sizeof *s->entries);
     s->n -= end - first;

@@ -21,7 +21,7 @@ struct fg_store {
 
 fg_status fg__store_fail(fg_store *s, fg_status st, const char *fmt, ...) FG_PRINTF(3, 4);
 fg_entry *fg__store_entry(const fg_store *s, const char *name);            /* NULL if none */
-/* The entry of that name, made (zero) if it is not there; NULL with a message if it does not fit. */
+/* The entry of that name, made (zero) if not there; NULL with a message if it does not fit. */
 fg_entry *fg__store_need(fg_store *s, const char *name, fg_dtype t, fg_shape shape);
 size_t    fg__entry_bytes(const fg_store *s, const fg_entry *e);
 #endif

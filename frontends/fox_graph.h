@@ -4,9 +4,10 @@
  *     fg_tensor fg_model(fg_tensor tokens);          i32[B,T] -> logits [B,T,V]
  * or, for anything but a language model,
  *     fg_tensor fg_loss(fg_graph *g, const fg_recipe *r);     a scalar, on inputs of its own
- *     fg_status fg_feed(fg_plan *p, const fg_graph *g, const fg_recipe *r, int64_t batch, bool eval);
+ *     fg_status fg_feed(fg_plan *p, const fg_graph *g, const fg_recipe *r, int64_t batch,
+ *                       bool eval);
  * and may define
- *     void fg_configure(fg_recipe *r);               data, batch, context, steps, optimizer, schedule
+ *     void fg_configure(fg_recipe *r);      data, batch, context, steps, optimizer, schedule
  * then runs with `fox-graph run model.c`. */
 #ifndef FOX_GRAPH_H
 #define FOX_GRAPH_H

@@ -1,7 +1,7 @@
-/* fox_ops.h - one function per op.  Every function returns a tensor that has failed (and records why
- * in the graph) when its arguments do not fit; failed inputs pass through silently.
+/* fox_ops.h - one function per op.  Every function returns a tensor that has failed (and records
+ * why in the graph) when its arguments do not fit; failed inputs pass through silently.
  *
- * Letters: B batch, T positions, H heads, D width or head width, V vocabulary, "..." any leading axes.
+ * Letters: B batch, T positions, H heads, D width or head width, V vocabulary, "..." leading axes.
  * Formulas of all ops, gradients included: docs/ops.md or `fox-graph ops`. */
 #ifndef FOX_OPS_H
 #define FOX_OPS_H
@@ -59,21 +59,22 @@ FG_API fg_tensor (fg_log_sum_exp)(fg_loc at, fg_tensor x);            /* [...,D]
 FG_API fg_tensor (fg_linear)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor b);
 /* y = op(a) op(b) over the last two axes, where op transposes if asked; leading axes equal. */
 FG_API fg_tensor (fg_matmul)(fg_loc at, fg_tensor a, fg_tensor b, bool ta, bool tb);
-/* tokens: i32[...], w: [V,D], y: [...,D].  A token outside [0,V) gives a row of NaN: check before. */
+/* tokens: i32[...], w: [V,D], y: [...,D].  A token outside [0,V) gives a row of NaN. */
 FG_API fg_tensor (fg_embedding)(fg_loc at, fg_tensor tokens, fg_tensor w);
 /* Loss of every position, natural log; label -100: 0, any other outside [0,V): NaN.
- * logits: [...,V], labels: i32[...], loss: f32[...]; fg_result(loss, 1) is lse: f32[...], the natural log
- * of the softmax's denominator.  Where logits come straight from fg_linear without bias and go nowhere
- * else, they are never stored whole. */
+ * logits: [...,V], labels: i32[...], loss: f32[...]; fg_result(loss, 1) is lse: f32[...], the
+ * natural log of the softmax's denominator.  Where logits come straight from fg_linear without bias
+ * and go nowhere else, they are never stored whole. */
 FG_API fg_tensor (fg_cross_entropy)(fg_loc at, fg_tensor logits, fg_tensor labels);
 
 /* ---- norms and gates ------------------------------------------------------------------------ */
 
-/* y = x rstd w, rstd = 1/sqrt(mean(x^2) + eps); the last axis D falls in `groups` groups, each with its
- * own mean.  w: [D], or [D/groups] shared by the groups. */
+/* y = x rstd w, rstd = 1/sqrt(mean(x^2) + eps); the last axis D falls in `groups` groups, each with
+ * its own mean.  w: [D], or [D/groups] shared by the groups. */
 FG_API fg_tensor (fg_rms_norm)(fg_loc at, fg_tensor x, fg_tensor w, double eps, int64_t groups);
 /* y = rms_norm(x, w) * sigmoid(g).  g: as x. */
-FG_API fg_tensor (fg_gated_norm)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor g, double eps, int64_t groups);
+FG_API fg_tensor (fg_gated_norm)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor g, double eps,
+                                 int64_t groups);
 /* x = [g | p], halves of the last axis: y = act(g) * p. */
 typedef enum { FG_ACT_SILU, FG_ACT_SIGMOID } fg_act;
 FG_API fg_tensor (fg_swiglu)(fg_loc at, fg_tensor x, fg_act act);
@@ -85,15 +86,16 @@ FG_API fg_tensor (fg_rope)(fg_loc at, fg_tensor x, double base);
 /* y_t = a_t x_(t-1) + (1 - a_t) x_t, 0 before the first.  x: [B,T,H,D], a: [B,T,H] in (0,1). */
 FG_API fg_tensor (fg_shift_mix)(fg_loc at, fg_tensor x, fg_tensor a);
 /* Causal softmax attention with a forget gate (Lin et al. 2025, arXiv 2503.02130, eq. 4-6).
- * q: [B,T,H,D]; k, v: [B,T,Hkv,D], H a multiple of Hkv; log_f: f32[B,T,H], natural log of the gate, <= 0,
- * or absent ({0}): no gate.  window: keys that a query sees, itself included; 0: all.
- * o: [B,T,H,D]; fg_result(o, 1) is lse: f32[B,T,H], the natural log of the softmax's denominator. */
-FG_API fg_tensor (fg_forget_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v, fg_tensor log_f,
-                                       double scale, int64_t window);
+ * q: [B,T,H,D]; k, v: [B,T,Hkv,D], H a multiple of Hkv; log_f: f32[B,T,H], natural log of the gate,
+ * <= 0, or absent ({0}): no gate.  window: keys that a query sees, itself included; 0: all.
+ * o: [B,T,H,D]; fg_result(o, 1) is lse: f32[B,T,H], natural log of the softmax's denominator. */
+FG_API fg_tensor (fg_forget_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v,
+                                       fg_tensor log_f, double scale, int64_t window);
 
 /* ---- the list of all ops --------------------------------------------------------------------- */
 
-/* inputs and outputs are names between blanks ("?" after an optional one), attributes "type name, ...". */
+/* inputs and outputs are names between blanks ("?" after an optional one), attributes are
+ * "type name, ...". */
 typedef struct {
     const char *name, *inputs, *outputs, *attributes, *formula;
     bool kernel;                         /* computed by a kernel of its own on the CPU */

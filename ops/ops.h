@@ -23,8 +23,8 @@ enum {
 };
 extern const fg_op fg_op_table[FG_OP_COUNT];
 
-/* Makes a node: FG_APPLY(rms_norm, at, ((const fg_tensor[]){ x, w }), eps, groups) ties the op to its
- * own attribute struct, so a wrong attribute does not compile.  An op without attributes takes 0. */
+/* Makes a node: FG_APPLY(rms_norm, at, ((const fg_tensor[]){ x, w }), eps, groups) ties the op to
+ * its own attribute struct, so a wrong attribute does not compile.  Without attributes: 0. */
 #define FG_APPLY(op, at, in, ...) \
     fg__apply(&fg_op_table[FG_OP_##op], at, NULL, (int)(sizeof(in) / sizeof((in)[0])), in, \
               &(struct fg_attr_##op){ __VA_ARGS__ })

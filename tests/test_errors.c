@@ -1,4 +1,5 @@
-/* test_errors.c - each refusal while building says the user's line, the op, the rule and the shapes. */
+/* test_errors.c - each refusal while building says the user's line, the op, the rule and the
+ * shapes. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <string.h>
@@ -10,10 +11,14 @@ static void expect(const fg_graph *g, fg_status s, int line, const char *text)
 {
     snprintf(want, sizeof want, "test_errors.c:%d: %s", line, text);
     cr_expect_eq(fg_graph_status(g), s, "status %d, wanted %d", (int)fg_graph_status(g), (int)s);
-    cr_expect(!strncmp(fg_graph_message(g), want, strlen(want)), "got:    %s\nwanted: %s", fg_graph_message(g), want);
+    cr_expect(!strncmp(fg_graph_message(g), want, strlen(want)), "got:    %s\nwanted: %s",
+              fg_graph_message(g), want);
 }
 
-static fg_tensor f32(fg_graph *g, const char *name, int64_t a, int64_t b) { return fg_input(g, name, FG_F32, FG_DIMS(a, b)); }
+static fg_tensor f32(fg_graph *g, const char *name, int64_t a, int64_t b)
+{
+    return fg_input(g, name, FG_F32, FG_DIMS(a, b));
+}
 
 Test(errors, shapes_that_do_not_broadcast)
 {
@@ -21,7 +26,8 @@ Test(errors, shapes_that_do_not_broadcast)
     fg_tensor a = f32(g, "a", 2, 3), b = f32(g, "b", 2, 4);
     fg_add(a, b);
     expect(g, FG_ERR_SHAPE, __LINE__ - 1, "add: ");
-    cr_expect(strstr(fg_graph_message(g), "f32[2,3]") && strstr(fg_graph_message(g), "f32[2,4]"), "%s", fg_graph_message(g));
+    cr_expect(strstr(fg_graph_message(g), "f32[2,3]") && strstr(fg_graph_message(g), "f32[2,4]"),
+              "%s", fg_graph_message(g));
     fg_graph_free(g);
 }
 
@@ -32,7 +38,8 @@ Test(errors, a_linear_layer_of_the_wrong_width)
     fg_tensor w = fg_param(g, "w", FG_DIMS(10, 512), ((fg_init){ .kind = FG_ZEROS }));
     fg_linear(x, w, ((fg_tensor){ 0 }));
     expect(g, FG_ERR_SHAPE, __LINE__ - 1, "linear: ");
-    cr_expect(strstr(fg_graph_message(g), "512") && strstr(fg_graph_message(g), "768"), "%s", fg_graph_message(g));
+    cr_expect(strstr(fg_graph_message(g), "512") && strstr(fg_graph_message(g), "768"), "%s",
+              fg_graph_message(g));
     fg_graph_free(g);
 }
 
@@ -43,8 +50,10 @@ Test(errors, a_block_names_the_users_line_and_the_librarys)
     fox_config c = fox_pro_config(256, 768, 1, 5);
     fox_block(x, &c);
     expect(g, FG_ERR_SHAPE, __LINE__ - 1, "");
-    cr_expect(strstr(fg_graph_message(g), "width 768 does not divide into 5 heads"), "%s", fg_graph_message(g));
-    cr_expect(strstr(fg_graph_message(g), "by ") && strstr(fg_graph_message(g), "opened at"), "%s", fg_graph_message(g));
+    cr_expect(strstr(fg_graph_message(g), "width 768 does not divide into 5 heads"), "%s",
+              fg_graph_message(g));
+    cr_expect(strstr(fg_graph_message(g), "by ") && strstr(fg_graph_message(g), "opened at"), "%s",
+              fg_graph_message(g));
     fg_graph_free(g);
 }
 
@@ -53,9 +62,10 @@ Test(errors, independent_mistakes_are_all_found)
     fg_graph *g = fg_graph_new();
     fg_tensor x = f32(g, "x", 4, 8);
     for (int i = 0; i < 3; i++) {
-        fg_tensor bad = fg_param(g, fg_name(g, "gain%d", i), FG_DIMS(5), ((fg_init){ .kind = FG_ONES }));
+        fg_tensor bad = fg_param(g, fg_name(g, "gain%d", i), FG_DIMS(5),
+                                 ((fg_init){ .kind = FG_ONES }));
         fg_tensor y = fg_rms_norm(x, bad, 1e-6, 1);
-        y = fg_exp(y);                                   /* follows from the error: not reported again */
+        y = fg_exp(y);                              /* follows from the error: not reported again */
         x = fg_add(x, y);
     }
     cr_expect_eq(fg_graph_errors(g), 3, "%d errors", fg_graph_errors(g));
@@ -69,7 +79,8 @@ Test(errors, two_parameters_of_one_name)
     fg_scope_push(g, "layer");
     fg_param(g, "w", FG_DIMS(2), ((fg_init){ .kind = FG_ZEROS }));
     fg_param(g, "w", FG_DIMS(2), ((fg_init){ .kind = FG_ZEROS }));
-    expect(g, FG_ERR_USAGE, __LINE__ - 1, "param: \"layer.w\" is already the name of a value made at test_errors.c");
+    expect(g, FG_ERR_USAGE, __LINE__ - 1,
+           "param: \"layer.w\" is already the name of a value made at test_errors.c");
     fg_graph_free(g);
 }
 
@@ -125,7 +136,8 @@ Test(errors, a_setting_that_is_no_number)
     fg_graph *g = fg_graph_new();
     fg_graph_set(g, "layers", "many");
     cr_expect_eq(fg_setting_int(g, "layers", 4), 4);
-    cr_expect(strstr(fg_graph_message(g), "layers=many is not an integer"), "%s", fg_graph_message(g));
+    cr_expect(strstr(fg_graph_message(g), "layers=many is not an integer"), "%s",
+              fg_graph_message(g));
     fg_graph_free(g);
 }
 
@@ -155,7 +167,8 @@ Test(errors, devices_that_are_not_there)
 {
     fg_backend *b = fg_backend_open("tpu", 0);
     cr_expect_eq(fg_backend_status(b), FG_ERR_USAGE);
-    cr_expect_str_eq(fg_backend_message(b), "no device is called \"tpu\"; there are cpu, cuda and cuda:N");
+    cr_expect_str_eq(fg_backend_message(b),
+                     "no device is called \"tpu\"; there are cpu, cuda and cuda:N");
     fg_store *s = fg_store_new(b);
     cr_expect_eq(fg_store_status(s), FG_ERR_USAGE);
     fg_store_free(s);

@@ -1,5 +1,5 @@
-/* test_f64_ops.c - every op, every example, in double: the kernel equals its definition, and gradients
- * equal central differences. */
+/* test_f64_ops.c - every op, every example, in double: the kernel equals its definition, and
+ * gradients equal central differences. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdio.h>
@@ -47,7 +47,8 @@ static void check_gradient(const char *what, fg_graph *g, fg_tensor y, fg_backen
     fg_store *s = fg_store_new(b);
     cr_assert_eq(fg_store_init(s, g, 7), FG_OK, "%s", fg_store_message(s));
     fg_gradcheck_result r;
-    const fg_status st = fg_gradcheck(loss, s, 0, getenv("FG_TEST_OP") ? put_line : NULL, stderr, &r);
+    const fg_status st = fg_gradcheck(loss, s, 0, getenv("FG_TEST_OP") ? put_line : NULL, stderr,
+                                      &r);
     cr_assert_eq(st, FG_OK, "%s: gradcheck: %s; %s", what, fg_status_text(st), fg_graph_message(g));
     cr_expect_lt(r.worst, 1e-6, "%s: gradient of %s is off by %.1e", what, r.where, r.worst);
     fg_store_free(s);
@@ -65,7 +66,8 @@ static void compare(const char *what, int o, const fg_real *x, const fg_real *y,
     for (int64_t i = 0; i < n; i++) {
         const double a = (double)x[i], d = (double)y[i];
         cr_assert(a == d || fabs(a - d) <= 1e-12 * (1 + fabs(d)),
-                  "%s: output %d, element %lld: kernel %.15g, definition %.15g", what, o, (long long)i, a, d);
+                  "%s: output %d, element %lld: kernel %.15g, definition %.15g", what, o,
+                  (long long)i, a, d);
     }
 }
 
@@ -89,7 +91,8 @@ static void check_definition(const char *what, fg_graph *g, uint32_t k, fg_backe
         if (!fg_ok(def[o])) continue;
         cr_assert(fg_shape_equal(g->values[n.out[o]].shape, fg_shape_of(def[o])),
                   "%s: output %d: the definition has another shape", what, o);
-        compare(what, o, fg__plan_data(p, (fg_tensor){ g, n.out[o] }), fg__plan_data(p, def[o]), fg_count(def[o]));
+        compare(what, o, fg__plan_data(p, (fg_tensor){ g, n.out[o] }), fg__plan_data(p, def[o]),
+                fg_count(def[o]));
     }
     fg_plan_free(p);
     fg_store_free(s);
@@ -140,7 +143,8 @@ Test(ops, every_op_has_an_example_or_is_a_gradient_or_an_update)
 {
     for (int i = 0; i < FG_OP_COUNT; i++) {
         const fg_op *op = &fg_op_table[i];
-        const bool gradient = ends(op->name, "_grad") || ends(op->name, "_dx") || ends(op->name, "_dw");
+        const bool gradient = ends(op->name, "_grad") || ends(op->name, "_dx") ||
+            ends(op->name, "_dw");
         if (op->code->memory == FG_MUTATE || op->code->no_grad || gradient) continue;
         cr_expect(op->code->example != NULL, "%s has no example", op->name);
     }

@@ -1,5 +1,5 @@
-/* test_oom.c - every allocation of building, differentiating, planning and running failed in turn: no
- * crash, no leak (under the sanitizer build), and a clear status each time. */
+/* test_oom.c - every allocation of building, differentiating, planning and running failed in turn:
+ * no crash, no leak (under the sanitizer build), and a clear status each time. */
 #include <criterion/criterion.h>
 #include <stdlib.h>
 #include "fox_graph.h"
@@ -57,7 +57,7 @@ done:
 
 Test(oom, every_allocation_failed_in_turn)
 {
-    cr_assert_eq(everything(), FG_OK);                   /* one-time allocations of libraries happen here */
+    cr_assert_eq(everything(), FG_OK);           /* one-time allocations of libraries happen here */
     long n = 1;
     for (;; n++) {
         left = n;
