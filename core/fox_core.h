@@ -119,8 +119,8 @@ FG_API const char *fg_version(void);                       /* "0.1.0" */
 FG_API fg_graph   *fg_graph_new(void);                     /* NULL only if out of memory */
 FG_API void        fg_graph_free(fg_graph *g);             /* NULL is fine */
 FG_API fg_status   fg_graph_status(const fg_graph *g);     /* the first error's, or FG_OK */
-FG_API const char *fg_graph_message(const fg_graph *g);    /* the first error: line, op, rule, shapes */
-FG_API int         fg_graph_errors(const fg_graph *g);     /* how many independent errors were found */
+FG_API const char *fg_graph_message(const fg_graph *g);    /* the first: line, op, rule, shapes */
+FG_API int         fg_graph_errors(const fg_graph *g);     /* independent errors that were found */
 FG_API const char *fg_graph_error(const fg_graph *g, int i);
 
 /* A value given from outside at every run.  The name gets the scope's path in front. */
@@ -129,8 +129,8 @@ FG_API fg_tensor (fg_input)(fg_loc at, fg_graph *g, const char *name, fg_dtype t
  * full name is an error (share one by passing the tensor around). */
 FG_API fg_tensor (fg_param)(fg_loc at, fg_graph *g, const char *name, fg_shape s, fg_init init);
 /* A lasting value that is not trained (moments, caches), zero at first; made twice under one full
- * name with the same dtype and shape it is the same value.  "@cache.k" made in the scope "layers.0" is
- * "@cache.layers.0.k": one prefix for all states of a kind. */
+ * name with the same dtype and shape it is the same value.  "@cache.k" made in the scope "layers.0"
+ * is "@cache.layers.0.k": one prefix for all states of a kind. */
 FG_API fg_tensor (fg_state)(fg_loc at, fg_graph *g, const char *name, fg_dtype t, fg_shape s);
 /* Keeps t's value after a run so that fg_read can fetch it by tensor or by name. */
 FG_API fg_tensor (fg_output)(fg_loc at, fg_tensor t, const char *name);
@@ -139,8 +139,9 @@ FG_API void      (fg_scope_push)(fg_loc at, fg_graph *g, const char *name);
 FG_API void        fg_scope_pop(fg_graph *g);
 /* What the current scope computes is computed again in the backward pass instead of kept. */
 FG_API void        fg_scope_recompute(fg_graph *g);
-/* For builders: fail with your own words, as an op would.  Returns a failed tensor shaped like x. */
-FG_API fg_tensor (fg_fail)(fg_loc at, fg_tensor x, fg_status s, const char *fmt, ...) FG_PRINTF(4, 5);
+/* For builders: fail with your own words, as an op would.  The failed tensor is shaped like x. */
+FG_API fg_tensor (fg_fail)(fg_loc at, fg_tensor x, fg_status s, const char *fmt, ...)
+    FG_PRINTF(4, 5);
 #define fg_input(...)      fg_input(FG_HERE, __VA_ARGS__)
 #define fg_param(...)      fg_param(FG_HERE, __VA_ARGS__)
 #define fg_state(...)      fg_state(FG_HERE, __VA_ARGS__)
@@ -150,35 +151,36 @@ FG_API fg_tensor (fg_fail)(fg_loc at, fg_tensor x, fg_status s, const char *fmt,
 
 FG_API fg_shape    fg_shape_of(fg_tensor t);               /* rank 0 if absent */
 FG_API fg_dtype    fg_dtype_of(fg_tensor t);
-FG_API int64_t     fg_dim(fg_tensor t, int axis);          /* negative axes count from the end; 0 if none */
+FG_API int64_t     fg_dim(fg_tensor t, int axis);          /* axis < 0: from the end; 0 if none */
 FG_API int64_t     fg_count(fg_tensor t);
 FG_API bool        fg_ok(fg_tensor t);                     /* there and not failed */
 FG_API bool        fg_absent(fg_tensor t);
-FG_API fg_tensor   fg_result(fg_tensor t, int k);          /* the k-th output of the op that made t */
-FG_API const char *fg_name(fg_graph *g, const char *fmt, ...) FG_PRINTF(2, 3); /* lives as long as g */
+FG_API fg_tensor   fg_result(fg_tensor t, int k);          /* k-th output of the op that made t */
+FG_API const char *fg_name(fg_graph *g, const char *fmt, ...) FG_PRINTF(2, 3);  /* lives as g */
 
 /* What the sequence-mixing ops (attention, token shift, rotary, convolution, scans) must know about
  * the tokens of this graph.  They look it up themselves, so a model is written once and serves
  * training, packed documents, padded batches and decoding with a cache. */
 typedef struct {
-    fg_tensor first;     /* i32[B,T]: for each token, the absolute position of the first token that it
-                            may see: its document's start, or the end of the left padding.
+    fg_tensor first;     /* i32[B,T]: for each token, the absolute position of the first token that
+                            it may see: its document's start, or the end of the left padding.
                             first > own position marks padding: such rows give 0.  Absent: 0. */
-    fg_tensor past;      /* i32[1]: how many tokens the caches hold already; token t stands at absolute
-                            position past + t.  Absent: no caches. */
+    fg_tensor past;      /* i32[1]: how many tokens the caches hold already; token t stands at
+                            absolute position past + t.  Absent: no caches. */
     int64_t   capacity;  /* tokens a cache can hold */
 } fg_sequence;
 FG_API void        fg_graph_sequence(fg_graph *g, fg_sequence s);
 FG_API fg_sequence fg_sequence_of(const fg_graph *g);
 
-/* Settings: numbers that a model reads and a user may change without editing it (--set KEY=VALUE). */
+/* Settings: numbers that a model reads, and a user may change without editing it (--set K=V). */
 FG_API fg_status   fg_graph_set(fg_graph *g, const char *key, const char *value);
 FG_API int64_t     fg_setting_int(fg_graph *g, const char *key, int64_t otherwise);
 FG_API double      fg_setting_real(fg_graph *g, const char *key, double otherwise);
 FG_API const char *fg_setting_text(fg_graph *g, const char *key, const char *otherwise);
-FG_API const char *fg_graph_unused_setting(const fg_graph *g, int i);   /* i-th key nobody read, or NULL */
-FG_API const char *fg_graph_asked_setting(const fg_graph *g, int i);    /* i-th key the model asked for, given
-                                                                           or not, or NULL */
+/* The i-th key that nobody read, or NULL. */
+FG_API const char *fg_graph_unused_setting(const fg_graph *g, int i);
+/* The i-th key that the model asked for, given or not, or NULL. */
+FG_API const char *fg_graph_asked_setting(const fg_graph *g, int i);
 
 /* Facts about the model that travel with it (the fields of config.json); value is JSON text. */
 FG_API fg_status   fg_graph_set_fact(fg_graph *g, const char *key, const char *json);
@@ -189,7 +191,8 @@ FG_API bool        fg_graph_fact_at(const fg_graph *g, int i, const char **key, 
 typedef struct { const char *name; fg_shape shape; fg_init init; fg_tensor tensor; } fg_param_info;
 FG_API int         fg_param_count(const fg_graph *g);
 FG_API bool        fg_param_at(const fg_graph *g, int i, fg_param_info *out);
-FG_API fg_tensor   fg_find(const fg_graph *g, const char *full_name);   /* input, parameter, state or output */
+/* An input, parameter, state or output. */
+FG_API fg_tensor   fg_find(const fg_graph *g, const char *full_name);
 
 /* ---- running -------------------------------------------------------------------------------- */
 
@@ -209,14 +212,15 @@ FG_API const char *fg_store_message(const fg_store *s);
 FG_API void        fg_store_clear_error(fg_store *s);
 /* Makes every parameter of g that the store lacks, from its init and the seed. */
 FG_API fg_status   fg_store_init(fg_store *s, const fg_graph *g, uint64_t seed);
-FG_API fg_status   fg_store_put(fg_store *s, const char *name, fg_dtype t, fg_shape shape, const void *data);
+FG_API fg_status   fg_store_put(fg_store *s, const char *name, fg_dtype t, fg_shape shape,
+                                const void *data);
 FG_API fg_status   fg_store_get(fg_store *s, const char *name, void *data, size_t bytes);
-FG_API fg_status   fg_store_zero(fg_store *s, const char *prefix);  /* zeroes every entry so named */
+FG_API fg_status   fg_store_zero(fg_store *s, const char *prefix);  /* every entry so named */
 /* Forgets and frees every entry so named; no plan that uses one of them may run again. */
 FG_API void        fg_store_remove(fg_store *s, const char *prefix);
 FG_API int         fg_store_count(const fg_store *s);
 typedef struct { const char *name; fg_dtype type; fg_shape shape; bool state; } fg_store_entry;
-FG_API bool        fg_store_at(const fg_store *s, int i, fg_store_entry *out);      /* sorted by name */
+FG_API bool        fg_store_at(const fg_store *s, int i, fg_store_entry *out);  /* sorted by name */
 FG_API bool        fg_store_find(const fg_store *s, const char *name, fg_store_entry *out);
 
 /* Files in the safetensors format.  Save writes every entry whose name has the prefix that it then
@@ -235,12 +239,13 @@ FG_API void        fg_file_close(fg_file *f);
 FG_API fg_status   fg_file_status(const fg_file *f);       /* of opening */
 FG_API const char *fg_file_message(const fg_file *f);      /* of the last failure */
 FG_API int         fg_file_count(const fg_file *f);
-FG_API bool        fg_file_at(const fg_file *f, int i, fg_file_entry *out);         /* sorted by name */
+FG_API bool        fg_file_at(const fg_file *f, int i, fg_file_entry *out);     /* sorted by name */
 FG_API bool        fg_file_find(const fg_file *f, const char *name, fg_file_entry *out);
 /* One entry's values as float (FG_F32) or int32_t (FG_I32); bytes must be 4 * elements.  F32 F16
  * BF16 I64 I32 U16 U8 BOOL are read; an integer that does not fit, or a float asked for as integer,
  * is an error. */
-FG_API fg_status   fg_file_read(fg_file *f, const char *name, fg_dtype as, void *data, size_t bytes);
+FG_API fg_status   fg_file_read(fg_file *f, const char *name, fg_dtype as, void *data,
+                                size_t bytes);
 /* Writes arrays of float (FG_F32) or int32_t (FG_I32) to a new file, synced and renamed over the
  * old. */
 typedef struct { const char *name; fg_dtype type; fg_shape shape; const void *data; } fg_array;
@@ -254,14 +259,15 @@ typedef struct {
     double flops, bytes;                                          /* of one run */
 } fg_plan_info;
 
-/* Lowers, orders and lays out g.  NULL only if out of memory; else ask fg_plan_status.  The store must
- * hold g's parameters by the time of the first run; states are made here.  Borrows both. */
+/* Lowers, orders and lays out g.  NULL only if out of memory; else ask fg_plan_status.  The store
+ * must hold g's parameters by the time of the first run; states are made here.  Borrows both. */
 FG_API fg_plan    *fg_plan_new(const fg_graph *g, fg_store *s);
 FG_API void        fg_plan_free(fg_plan *p);
 FG_API fg_status   fg_plan_status(const fg_plan *p);
 FG_API const char *fg_plan_message(const fg_plan *p);
 FG_API fg_plan_info fg_plan_describe(const fg_plan *p);
-FG_API fg_status   fg_write(fg_plan *p, fg_tensor input, const void *data, size_t bytes);  /* f32 or i32 */
+/* Data are float or int32_t. */
+FG_API fg_status   fg_write(fg_plan *p, fg_tensor input, const void *data, size_t bytes);
 FG_API fg_status   fg_read(fg_plan *p, fg_tensor output, void *data, size_t bytes);
 FG_API fg_status   fg_run(fg_plan *p);
 /* Seconds spent in each node kind since the plan was made (needs FG_PROFILE=1 or this switch). */
@@ -273,7 +279,8 @@ typedef enum { FG_STAGE_BUILT, FG_STAGE_LOWERED, FG_STAGE_PLANNED } fg_stage;
 typedef enum { FG_DUMP_TEXT, FG_DUMP_DOT, FG_DUMP_JSON } fg_dump_format;
 typedef void (*fg_put)(void *to, const char *text);        /* receives pieces of text in order */
 FG_API fg_status   fg_graph_dump(const fg_graph *g, fg_dump_format f, fg_put put, void *to);
-FG_API fg_status   fg_plan_dump(const fg_plan *p, fg_stage stage, fg_dump_format f, fg_put put, void *to);
+FG_API fg_status   fg_plan_dump(const fg_plan *p, fg_stage stage, fg_dump_format f, fg_put put,
+                                void *to);
 
 #ifdef __cplusplus
 }

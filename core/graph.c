@@ -30,7 +30,12 @@ void fg_graph_free(fg_graph *g)
     if (!g) return;
     for (fg_block *b = g->arena, *next; b; b = next) { next = b->next; free(b); }
     free(g->values); free(g->nodes); free(g->scopes); free(g->outputs);
-    free(g->settings); free(g->asked); free(g->facts); free(g->errors); free(g->slots); free(g->params);
+    free(g->settings);
+    free(g->asked);
+    free(g->facts);
+    free(g->errors);
+    free(g->slots);
+    free(g->params);
     free(g);
 }
 
@@ -46,7 +51,8 @@ const char *fg_version(void)
 static uint32_t slot_of(const fg_graph *g, const char *name)
 {
     uint32_t i = (uint32_t)fg__hash(name) & (g->cap_slots - 1);
-    while (g->slots[i] && strcmp(g->values[g->slots[i]].name, name)) i = (i + 1) & (g->cap_slots - 1);
+    while (g->slots[i] && strcmp(g->values[g->slots[i]].name, name))
+        i = (i + 1) & (g->cap_slots - 1);
     return i;
 }
 
@@ -81,8 +87,8 @@ void fg__scope_path(const fg_graph *g, uint32_t s, char *buf, size_t size)
     snprintf(buf + n, size - n, "%s%s", dot, g->scopes[s].name);
 }
 
-/* The scope's path in front; a state "@kind.rest" becomes "@kind.path.rest", so that all states of one
- * kind have one prefix. */
+/* The scope's path in front; a state "@kind.rest" becomes "@kind.path.rest", so that all states of
+ * one kind have one prefix. */
 const char *fg__full_name(fg_graph *g, const char *name)
 {
     char path[700];
@@ -161,8 +167,8 @@ static fg_tensor named(fg_loc at, fg_graph *g, fg_value v, const char *name, con
         return (fg_tensor){ g, before };
     if (before) {
         char rule[500];
-        snprintf(rule, sizeof rule, "\"%.200s\" is already the name of a value made at %s:%d", v.name,
-                 fg__base(g->values[before].at.file), g->values[before].at.line);
+        snprintf(rule, sizeof rule, "\"%.200s\" is already the name of a value made at %s:%d",
+                 v.name, fg__base(g->values[before].at.file), g->values[before].at.line);
         fg__error(g, FG_ERR_USAGE, maker, "", at, 0, NULL, rule);
         v.name = NULL;
         v.failed = true;
@@ -196,7 +202,10 @@ fg_tensor (fg_output)(fg_loc at, fg_tensor t, const char *name)
             return t;
         }
     const char *copy = fg__strdup(g, name);
-    if (!copy || !GROW(g->outputs, g->n_outputs, g->cap_outputs)) { fg__out_of_memory(g); return t; }
+    if (!copy || !GROW(g->outputs, g->n_outputs, g->cap_outputs)) {
+        fg__out_of_memory(g);
+        return t;
+    }
     g->outputs[g->n_outputs++] = (fg_mark){ copy, t.id };
     return t;
 }
@@ -205,9 +214,15 @@ static bool valid(fg_tensor t) { return t.graph && t.id && t.id < t.graph->n_val
 
 bool        fg_ok(fg_tensor t) { return valid(t) && !t.graph->values[t.id].failed; }
 bool        fg_absent(fg_tensor t) { return !t.graph; }
-fg_shape    fg_shape_of(fg_tensor t) { return valid(t) ? t.graph->values[t.id].shape : (fg_shape){ 0 }; }
+fg_shape    fg_shape_of(fg_tensor t)
+{
+    return valid(t) ? t.graph->values[t.id].shape : (fg_shape){ 0 };
+}
 fg_dtype    fg_dtype_of(fg_tensor t) { return valid(t) ? t.graph->values[t.id].type : FG_F32; }
-int64_t     fg_count(fg_tensor t) { return valid(t) ? fg_shape_count(t.graph->values[t.id].shape) : 0; }
+int64_t     fg_count(fg_tensor t)
+{
+    return valid(t) ? fg_shape_count(t.graph->values[t.id].shape) : 0;
+}
 
 int64_t fg_dim(fg_tensor t, int axis)
 {
@@ -229,7 +244,8 @@ const fg_op *fg__producer(fg_tensor t, fg_tensor in[FG_MAX_IN], int *n_in, const
 {
     if (!fg_ok(t) || t.graph->values[t.id].node == FG_NO_NODE) return NULL;
     const fg_node *n = &t.graph->nodes[t.graph->values[t.id].node];
-    for (int i = 0; i < n->n_in; i++) in[i] = n->in[i] ? (fg_tensor){ t.graph, n->in[i] } : (fg_tensor){ 0 };
+    for (int i = 0; i < n->n_in; i++)
+        in[i] = n->in[i] ? (fg_tensor){ t.graph, n->in[i] } : (fg_tensor){ 0 };
     *n_in = n->n_in;
     if (attr) *attr = n->attr;
     return n->op;
@@ -258,8 +274,10 @@ fg_tensor (fg_random_int)(fg_loc at, fg_graph *g, int64_t lo, int64_t hi, fg_sha
     const int64_t n = fg_shape_count(s);
     int32_t *values = fg__alloc(g, (size_t)n * sizeof *values + 1);
     if (!values) return (fg_tensor){ g, 0 };
-    for (int64_t i = 0; i < n; i++)
-        values[i] = (int32_t)(lo + (int64_t)(fg__random_uniform(g->n_random, (uint64_t)i) * (double)(hi - lo)));
+    for (int64_t i = 0; i < n; i++) {
+        const double u = fg__random_uniform(g->n_random, (uint64_t)i);
+        values[i] = (int32_t)(lo + (int64_t)(u * (double)(hi - lo)));
+    }
     return (fg_given_int)(at, g, s, values);
 }
 
@@ -295,14 +313,18 @@ static fg_pair *find_pair(fg_pair *p, uint32_t n, const char *key)
     return NULL;
 }
 
-static fg_status put_pair(fg_graph *g, fg_pair **list, uint32_t *n, uint32_t *cap, const char *key, const char *value)
+static fg_status put_pair(fg_graph *g, fg_pair **list, uint32_t *n, uint32_t *cap, const char *key,
+                          const char *value)
 {
     fg_pair *p = find_pair(*list, *n, key);
     const char *copy = fg__strdup(g, value);
     if (!copy) return FG_ERR_MEMORY;
     if (p) { p->value = copy; return FG_OK; }
     const char *name = fg__strdup(g, key);
-    if (!name || !fg__grow((void **)list, cap, *n, sizeof **list)) { fg__out_of_memory(g); return FG_ERR_MEMORY; }
+    if (!name || !fg__grow((void **)list, cap, *n, sizeof **list)) {
+        fg__out_of_memory(g);
+        return FG_ERR_MEMORY;
+    }
     (*list)[(*n)++] = (fg_pair){ name, copy, false };
     return FG_OK;
 }
@@ -390,7 +412,8 @@ bool fg_graph_fact_at(const fg_graph *g, int i, const char **key, const char **j
 int fg_param_count(const fg_graph *g)
 {
     int n = 0;
-    for (uint32_t i = 1; g && i < g->n_values; i++) n += g->values[i].kind == FG_OF_PARAM && g->values[i].name;
+    for (uint32_t i = 1; g && i < g->n_values; i++)
+        n += g->values[i].kind == FG_OF_PARAM && g->values[i].name;
     return n;
 }
 
@@ -463,22 +486,26 @@ static bool optional(const char *names, int i)
 }
 
 /* After an error, values that go on with the likeliest shape, so that the next independent error is
- * found too.  Where a value in good order of the same shape took part (a residual), the doubt ends. */
-static fg_tensor guessed(fg_graph *g, const fg_infer *c, bool inferred, int n_in, const fg_tensor *in)
+ * found too.  Where a good value of the same shape took part (a residual), the doubt ends. */
+static fg_tensor guessed(fg_graph *g, const fg_infer *c, bool inferred, int n_in,
+                         const fg_tensor *in)
 {
     bool healed = false;
     for (int i = 0; inferred && i < n_in; i++)
-        healed |= fg_ok(in[i]) && g->values[in[i].id].kind != FG_OF_PARAM && fg_shape_equal(c->in[i], c->out[0]);
+        healed |= fg_ok(in[i]) && g->values[in[i].id].kind != FG_OF_PARAM &&
+                  fg_shape_equal(c->in[i], c->out[0]);
     uint32_t first = 0;
     for (int i = 0; i < c->n_out; i++) {
-        const fg_value v = { .type = c->out_type[i], .shape = c->out[i], .node = FG_NO_NODE, .failed = !healed };
+        const fg_value v = { .type = c->out_type[i], .shape = c->out[i], .node = FG_NO_NODE,
+                             .failed = !healed };
         const uint32_t id = fg__new_value(g, v);
         if (!i) first = id;
     }
     return (fg_tensor){ g, first };
 }
 
-fg_tensor fg__apply(const fg_op *op, fg_loc at, fg_graph *g, int n_in, const fg_tensor *in, const void *attr)
+fg_tensor fg__apply(const fg_op *op, fg_loc at, fg_graph *g, int n_in, const fg_tensor *in,
+                    const void *attr)
 {
     for (int i = 0; i < n_in && !g; i++) g = in[i].graph;
     fg_tensor none = { g, 0 };
@@ -491,9 +518,13 @@ fg_tensor fg__apply(const fg_op *op, fg_loc at, fg_graph *g, int n_in, const fg_
     if (!op->code) snprintf(rule, sizeof rule, "this op is not part of the library");
     for (int i = 0; i < n_in; i++) {
         c.given[i] = in[i].graph != NULL;
-        if (!c.given[i] && !optional(op->ins, i)) snprintf(rule, sizeof rule, "input %d is missing", i);
+        if (!c.given[i] && !optional(op->ins, i))
+            snprintf(rule, sizeof rule, "input %d is missing", i);
         if (!c.given[i]) continue;
-        if (in[i].graph != g) { snprintf(rule, sizeof rule, "input %d belongs to another graph", i); continue; }
+        if (in[i].graph != g) {
+            snprintf(rule, sizeof rule, "input %d belongs to another graph", i);
+            continue;
+        }
         if (!valid(in[i])) return none;
         doubt |= g->values[in[i].id].failed;
         c.in[i] = g->values[in[i].id].shape;
@@ -512,12 +543,13 @@ fg_tensor fg__apply(const fg_op *op, fg_loc at, fg_graph *g, int n_in, const fg_
     if (s && !doubt) fg__error(g, s, op->name, op->ins, at, n_in, in, g->rule);
     if (s || doubt) return guessed(g, &c, !s, n_in, in);
 
-    fg_node n = { .op = op, .attr = fg__copy_attr(g, op, attr), .at = at, .scope = g->scope, .n_in = n_in,
-                  .n_out = c.n_out, .pass = g->pass, .pair = g->pair };
+    fg_node n = { .op = op, .attr = fg__copy_attr(g, op, attr), .at = at, .scope = g->scope,
+                  .n_in = n_in, .n_out = c.n_out, .pass = g->pass, .pair = g->pair };
     if (!n.attr) return none;
     for (int i = 0; i < n_in; i++) n.in[i] = in[i].id;
     for (int i = 0; i < n.n_out; i++) {
-        const fg_value v = { .type = c.out_type[i], .shape = c.out[i], .node = g->n_nodes, .out = i };
+        const fg_value v = { .type = c.out_type[i], .shape = c.out[i], .node = g->n_nodes,
+                             .out = i };
         n.out[i] = fg__new_value(g, v);
         if (!n.out[i]) return none;
     }

@@ -42,7 +42,8 @@ bool fg_op_at(int i, fg_op_info *out)
     if (i < 0 || i >= FG_OP_COUNT) return false;
     const fg_op *op = &fg_op_table[i];
     *out = (fg_op_info){ .name = op->name, .inputs = op->ins, .outputs = op->outs,
-                         .attributes = attributes[i] + (attributes[i][0] ? 2 : 0), .formula = op->formula };
+                         .attributes = attributes[i] + (attributes[i][0] ? 2 : 0),
+                         .formula = op->formula };
     if (op->code) {
         out->kernel = op->code->cpu != NULL || op->code->memory == FG_VIEW;
         out->definition = op->code->decompose != NULL;

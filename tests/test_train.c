@@ -262,9 +262,9 @@ Test(train, a_stop_saves_and_can_be_resumed_even_within_an_update_s_evaluation)
     remove_all();
 }
 
-/* Gradients differ by the rounding of their sums alone, some 1e-8.  AdamW divides by sqrt(v) + eps, so
- * that eps = 1e-3 and lr = 1e-2 leave 1e-7 an update of that; the usual eps would let the sign of a
- * gradient that is all rounding decide. */
+/* Gradients differ by the rounding of their sums alone, some 1e-8.  AdamW divides by sqrt(v) + eps,
+ * so that eps = 1e-3 and lr = 1e-2 leave 1e-7 an update of that; the usual eps would let the sign
+ * of a gradient that is all rounding decide. */
 Test(train, four_micro_batches_are_one_batch)
 {
     fg_recipe r = recipe(3);
