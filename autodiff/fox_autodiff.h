@@ -20,9 +20,8 @@ typedef struct {
 
 /* One update of all parameters, as nodes.  Two ways, by micro_batches:
  *   1: the graph of loss gets gradients, norm, clipping and AdamW; one run is one step.
- *   more: the graph of loss gets gradients added to states "@grad.NAME": zero these
- *   (fg_store_zero), run
- *      it micro_batches times, then run `update` (another graph, made here) once.
+ *   more: the graph of loss adds its gradients to states "@grad.NAME": zero these (fg_store_zero),
+ *      run it micro_batches times, then run `update` (another graph, made here) once.
  * Inputs made: "lr" f32[1] and "step" f32[1] (1 at the first update).  Outputs made: "loss" f32[]
  * on the loss graph, "grad_norm" f32[1] (before clipping) where the update is.  States:
  * "@adam.m.NAME", "@adam.v.NAME".  A gradient norm that is not finite updates nothing. */
