@@ -73,16 +73,13 @@ static void must_save(int64_t step)
     cr_assert_eq(save(step), FG_OK, "%s", message);
 }
 
-/* Loads the newest into a store that has other values and says which step it is; -1 if there is
- * none or its parts are not of one step. */
-static int64_t load_newest(void)
+/* Loads a checkpoint into a store that has other values and says which step it is; -1 if it cannot
+ * be loaded or its parts are not of one step. */
+static int64_t load_from(const char *path)
 {
-    char path[1024];
     float x[6], m[6];
     int32_t count;
     fg_train_state t;
-    if (fg_checkpoint_find_newest(run, path, message) || !path[0])
-        return -1;
     fg_store *s = store_at(1000);
     fg_status status = fg_checkpoint_load(path, s, &t, message);
     fg_store_get(s, "model.a.weight", x, sizeof x);
@@ -94,6 +91,33 @@ static int64_t load_newest(void)
     fg_train_state_free(&t);
     fg_store_free(s);
     return step;
+}
+
+static int64_t load_newest(void)
+{
+    char path[1024];
+    if (fg_checkpoint_find_newest(run, path, message) || !path[0])
+        return -1;
+    return load_from(path);
+}
+
+/* How many folders have DONE; all of them must load. */
+static int whole_folders(void)
+{
+    int n = 0;
+    struct dirent *item;
+    DIR *d = opendir(run);
+    while ((item = readdir(d))) {
+        char path[400], done[410];
+        snprintf(path, sizeof path, "%s/%s", run, item->d_name);
+        snprintf(done, sizeof done, "%s/DONE", path);
+        if (access(done, F_OK) == 0) {
+            cr_expect(load_from(path) > 0, "%s: %s", path, message);
+            n++;
+        }
+    }
+    closedir(d);
+    return n;
 }
 
 static int entries_of(const char *path)
@@ -500,6 +524,7 @@ static void kill_at_every_operation(int64_t before, int64_t after)
         cr_assert(found == before || found == after, "killed at operation %ld: %lld, %s", k,
                   (long long)found, message);
         cr_assert(status || found == after);
+        cr_assert(whole_folders() > 0);
         must_save(after);
         cr_assert_eq(fg_checkpoint_prune(run, 1, message), FG_OK, "%s", message);
         cr_assert_eq(load_newest(), after);
