@@ -543,6 +543,32 @@ Test(checkpoint, a_kill_while_a_step_is_saved_again_leaves_a_whole_checkpoint)
     kill_at_every_operation(2, 2);
 }
 
+/* Files that are younger than DONE come first in the listing of some file systems. */
+Test(checkpoint, deleting_begins_with_DONE)
+{
+    int status = 1;
+    for (long k = 1; status; k++) {
+        char path[300];
+        cr_assert(k < 100);
+        must_save(1);
+        must_save(2);
+        snprintf(path, sizeof path, "%s/step-000000001/config.json", run);
+        put_file(path, "{}");
+        pid_t child = fork();
+        if (child == 0) {
+            faults_arm(FAULT_EXIT, k);
+            _exit(fg_checkpoint_prune(run, 1, message) != FG_OK);
+        }
+        cr_assert(waitpid(child, &status, 0) == child && WIFEXITED(status));
+        status = WEXITSTATUS(status);
+        cr_assert(status == 0 || status == 77);
+        snprintf(path, sizeof path, "%s/step-000000001/DONE", run);
+        bool whole = access(path, F_OK) == 0;
+        *strrchr(path, '/') = '\0';
+        cr_assert(!whole || entries_of(path) == 5, "operation %ld: DONE is not the first to go", k);
+    }
+}
+
 Test(checkpoint, each_failing_file_operation_is_reported_and_leaves_a_whole_checkpoint)
 {
     bool came = true;
