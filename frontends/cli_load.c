@@ -218,6 +218,7 @@ static void compiler_line(command_line *l, const char *include, const char *path
     add_all(l, getenv("FOX_CFLAGS"));
     if (output) {
         add(l, "-shared");
+        add(l, "-Wl,-Bsymbolic");        /* a copy of fox.c means its own functions */
         add(l, "-o");
         add(l, output);
     }

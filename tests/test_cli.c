@@ -572,3 +572,29 @@ Test(cli, logits_losses_and_gradients_are_the_official_ones)
     cr_assert_gt(n, 20);
     fg_file_close(reference);
 }
+
+/* ---- the models of the tree ------------------------------------------------------------------ */
+
+Test(cli, every_model_file_of_the_tree_can_be_run_from_another_folder)
+{
+    static const char *const files[] = { "fox.c", "transformer.c", "examples/perceptron.c",
+        "examples/fox_llama_ops.c", "examples/fox_pro_tiny.c", "examples/transformer_tiny.c" };
+    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+        char line[1000];
+        snprintf(line, sizeof line, "cp " SOURCE_DIR "/models/%s copy.c && fox-graph check copy.c",
+                 files[i]);
+        expect(line, 0);
+    }
+    expect("cp " SOURCE_DIR "/models/catalog.c copy.c && "
+           "fox-graph check copy.c --set preset=fox-llama-125m", 0);
+}
+
+Test(cli, an_edited_copy_of_a_library_model_is_what_runs)
+{
+    answer a = ask("sed 's/\"q_proj\"/\"query\"/' " SOURCE_DIR "/models/fox.c >copy.c && "
+                   "fox-graph dump copy.c --set layers=1");
+    cr_expect_eq(a.status, 0, "%s", a.err);
+    cr_expect_not_null(strstr(a.out, "attn.query.weight"));
+    cr_expect_null(strstr(a.out, "attn.q_proj.weight"));
+    done(a);
+}
