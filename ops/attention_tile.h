@@ -1,63 +1,63 @@
-/* attention_tile.h - what forget_attention.c and forget_attention_grad.c share: sizes, gates, masks,
- * and products of small matrices that lie in cache.
+/* attention_tile.h - what forget_attention.c and forget_attention_grad.c share: sizes, gates,
+ * masks, and products of small matrices that lie in cache.
  *
- * Queries and keys fall in blocks of FG_TILE, aligned to absolute position 0, so that what a query gets
- * depends neither on T nor on how a sequence is cut in chunks.  A tile is one block of queries against
- * one block of keys, stored as s[key][query]: the lanes of a vector are queries, so maxima and sums over
- * keys never cross lanes, and a tile is ready for both products that follow.
+ * Queries and keys fall in blocks of FG_TILE, aligned to absolute position 0, so that what a query
+ * gets depends neither on T nor on how a sequence is cut in chunks.  A tile is one block of queries
+ * against one block of keys, stored as s[key][query]: the lanes of a vector are queries, so maxima
+ * and sums over keys never cross lanes, and a tile is ready for both products that follow.
  *
  * The bias b_ij = log_f_(j+1) + ... + log_f_i is never a difference of long sums (no cancellation):
- *   in one block     summed up key by key, backwards from the query           (fg__tile_bias)
- *   across blocks    head_i + between + tail_j: head_i from the start of i's block to i, tail_j after j
- *                    to the end of j's block, between in double over the whole blocks in the middle
+ *   in one block    summed up key by key, backwards from the query           (fg__tile_mask)
+ *   across blocks   head_i + between + tail_j: head_i from the start of i's block to i, tail_j from
+ *                   j + 1 to the end of j's block, between over the blocks in the middle, in double
  * log_f is clamped to at least -100, where e^log_f is 0 for every purpose and sums stay finite. */
 #ifndef FG_ATTENTION_TILE_H
 #define FG_ATTENTION_TILE_H
 #include "vec.h"
 
 #define FG_TILE      64
-#define FG_TILE_ROWS 6                   /* rows of a register block; with 2 vectors it fills 12 of 16 registers */
+#define FG_TILE_ROWS 6                   /* rows of a register block, 2 vectors wide */
 #define FG_LOG_F_MIN (-100)
 
 #ifdef FG_DOUBLE
-#define FG_EXP_MIN (-708)                /* e^x is not subnormal from here on */
+#define FG_EXP_MIN (-708)                /* e^x is normal from here on */
 #else
-#define FG_EXP_MIN (-87)
+#define FG_EXP_MIN (-88)
 #endif
 
 static inline int64_t fg__least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t fg__most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t fg__round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-/* e^x for x <= 88, and 0 below FG_EXP_MIN: a weight that small never counts beside the row's greatest,
- * which is near 1, and subnormals are slow. */
+/* e^x for x <= 88, and 0 below FG_EXP_MIN: a weight that small never counts beside the row's
+ * greatest, which is near 1, and subnormals are slow.  float: within 2 ulp; a polynomial of degree
+ * 6 for |r| <= ln(2)/2, interpolated at the Chebyshev points (1.1e-8), and 2^n made of bits, where
+ * n = -127 makes 0. */
 static inline fg_vec fg__weight(fg_vec x)
 {
-    const fg_vint under = (fg_vint)(x < fg_vset(FG_EXP_MIN));
 #ifdef FG_DOUBLE
-    fg_vec p = fg_vexp(x);
+    return fg_vselect((fg_vint)(x < fg_vset(FG_EXP_MIN)), fg_vset(0), fg_vexp(x));
 #else
     x = fg_vmax(fg_vset(FG_EXP_MIN), x);                 /* this order keeps NaN */
-    const fg_vec magic = fg_vset(12582912.0f);
+    const fg_vec magic = fg_vset(12582912.0f);           /* 1.5 * 2^23 rounds to an integer */
     const fg_vec n = fg_vfma(x, fg_vset(1.44269504088896341f), magic) - magic;
     fg_vec r = fg_vfma(n, fg_vset(-0.693359375f), x);
     r = fg_vfma(n, fg_vset(2.12194440e-4f), r);
-    fg_vec p = fg_vset(1.9875691500e-4f);
-    p = fg_vfma(p, r, fg_vset(1.3981999507e-3f));
-    p = fg_vfma(p, r, fg_vset(8.3334519073e-3f));
-    p = fg_vfma(p, r, fg_vset(4.1665795894e-2f));
-    p = fg_vfma(p, r, fg_vset(1.6666665459e-1f));
-    p = fg_vfma(p, r, fg_vset(5.0000001201e-1f));
+    fg_vec p = fg_vset(0.0013926213f);
+    p = fg_vfma(p, r, fg_vset(0.0083632031f));
+    p = fg_vfma(p, r, fg_vset(0.041666556f));
+    p = fg_vfma(p, r, fg_vset(0.16666576f));
+    p = fg_vfma(p, r, fg_vset(0.5f));
     p = fg_vfma(p, r * r, r) + 1;
-    p = p * (fg_vec)((__builtin_convertvector(n, fg_vint) + 127) << 23);
+    return p * (fg_vec)((__builtin_convertvector(n, fg_vint) + 127) << 23);
 #endif
-    return fg_vselect(under, fg_vset(0), p);
 }
 
 /* ---- products ------------------------------------------------------------------------------- */
 
-/* c[r][n] = sum_k a[r,k] b[k][n], r in [r0,r1), n in [n0,n1), k in [k0,k1); a[r,k] = a[r*a_row + k*a_col];
- * n0 and n1 are multiples of FG_LANES.  c starts at 0, at start[r], or at what it holds (add).
+/* c[r][n] = sum_k a[r,k] b[k][n], r in [r0,r1), n in [n0,n1), k in [k0,k1);
+ * a[r,k] = a[r * a_row + k * a_col]; n0 and n1 are multiples of FG_LANES.  c starts at 0, at
+ * start[r], or at what it holds (add).
  * The other half of a tile on the diagonal is skipped, to the width of a register block:
  *   FG_K_UP_TO_R     only k <= r counts           FG_K_FROM_R   only k >= r counts
  *   FG_R_UP_TO_N     only r <= n is needed, or read by the products above */
@@ -73,8 +73,8 @@ typedef struct {
 } fg__product;
 
 __attribute__((always_inline))
-static inline void fg__product_block(const fg__product *p, int rows, int vecs, int64_t r0, int64_t n0,
-                                     int64_t k0, int64_t k1)
+static inline void fg__product_block(const fg__product *p, int rows, int vecs, int64_t r0,
+                                     int64_t n0, int64_t k0, int64_t k1)
 {
     const int64_t a_row = p->a_row, a_col = p->a_col, b_row = p->b_row;
     const fg_real *a = p->a + r0 * a_row + k0 * a_col, *b = p->b + k0 * b_row + n0;
@@ -108,7 +108,8 @@ static void fg__multiply(const fg__product *p)
     const int64_t wide = 2 * FG_LANES;
     for (int64_t n = p->n0; n < p->n1; n += wide) {
         const bool two = n + wide <= p->n1;
-        const int64_t r1 = p->part == FG_R_UP_TO_N ? fg__least(p->r1, n + wide + FG_TILE_ROWS - 1) : p->r1;
+        const int64_t r1 =
+            p->part == FG_R_UP_TO_N ? fg__least(p->r1, n + wide + FG_TILE_ROWS - 1) : p->r1;
         for (int64_t r = p->r0; r < r1; r += FG_TILE_ROWS) {
             const int64_t k0 = p->part == FG_K_FROM_R ? fg__most(p->k0, r) : p->k0;
             const int64_t k1 = p->part == FG_K_UP_TO_R ? fg__least(p->k1, r + FG_TILE_ROWS) : p->k1;
@@ -163,7 +164,7 @@ static inline void *fg__cut(char *base, size_t *used, int64_t count, size_t size
 /* ---- gates ---------------------------------------------------------------------------------- */
 
 typedef struct {
-    fg_real *head, *tail;                /* [B,H,blocks*FG_TILE], as explained on top; NULL without gate */
+    fg_real *head, *tail;                /* [B,H,blocks*FG_TILE], as explained on top */
     fg_real *tail_max;                   /* [B,H,blocks] */
     double  *total;                      /* [B,H,blocks]: sum of log_f over a block */
     fg_real *k_norm;                     /* [B,Hkv,blocks]: greatest |k_j| of a block */
@@ -181,7 +182,10 @@ static inline fg__gates fg__gates_cut(char *base, size_t *used, const fg__sizes 
     return g;
 }
 
-static inline fg_real fg__clamped(fg_real log_f) { return log_f < FG_LOG_F_MIN ? FG_LOG_F_MIN : log_f; }
+static inline fg_real fg__clamped(fg_real log_f)
+{
+    return log_f < FG_LOG_F_MIN ? FG_LOG_F_MIN : log_f;
+}
 
 static inline fg_real fg__dot(const fg_real *a, const fg_real *b, int64_t n)
 {
@@ -210,10 +214,12 @@ static void fg__gates_fill(fg__gates *g, const fg__sizes *z, const fg_real *k, c
         const int64_t n = fg__least(FG_TILE, z->keys - j0);
         for (int64_t h = 0; log_f && h < z->H; h++) {
             const int64_t row = (b * z->H + h) * z->blocks + block;
-            fg_real *head = g->head + row * FG_TILE, *tail = g->tail + row * FG_TILE, most = -INFINITY;
+            fg_real *head = g->head + row * FG_TILE, *tail = g->tail + row * FG_TILE,
+                    most = -INFINITY;
             const fg_real *f = log_f + (b * z->N + j0) * z->H + h;
             double sum = 0;
-            for (int64_t j = 0; j < n; j++) head[j] = (fg_real)(sum += (double)fg__clamped(f[j * z->H]));
+            for (int64_t j = 0; j < n; j++)
+                head[j] = (fg_real)(sum += (double)fg__clamped(f[j * z->H]));
             g->total[row] = sum;
             sum = 0;
             for (int64_t j = n - 1; j >= 0; j--) {
@@ -249,8 +255,9 @@ typedef struct {
     fg_real log_f[FG_TILE];              /* of this block's own positions, clamped */
 } fg__queries;
 
-static void fg__queries_fill(fg__queries *w, const fg__sizes *z, const fg__gates *g, int64_t b, int64_t h,
-                             int64_t block, const fg_real *q, const fg_real *log_f, const int32_t *first)
+static void fg__queries_fill(fg__queries *w, const fg__sizes *z, const fg__gates *g, int64_t b,
+                             int64_t h, int64_t block, const fg_real *q, const fg_real *log_f,
+                             const int32_t *first)
 {
     const int64_t p0 = block * FG_TILE, wide = 2 * FG_LANES;
     w->b = b, w->h = h, w->block = block;
@@ -282,41 +289,48 @@ static void fg__queries_fill(fg__queries *w, const fg__sizes *z, const fg__gates
             w->log_f[i] = fg__clamped(log_f[(b * z->N + p0 + i) * z->H + h]);
 }
 
-/* What the bias of a tile to the left of the diagonal owes to the query alone: head_i + between; 0 for
- * queries that see no key of it (their gates may belong to others, and be NaN). */
-static inline void fg__tile_rows(const fg__queries *w, int64_t block, double between, bool gate, fg_real *r)
+/* What the bias of a tile to the left of the diagonal owes to the query alone: head_i + between; 0
+ * for queries that see no key of it (their gates may belong to others, and be NaN). */
+static inline void fg__tile_rows(const fg__queries *w, int64_t block, double between, bool gate,
+                                 fg_real *r)
 {
     const int64_t end = (block + 1) * FG_TILE;
     for (int64_t i = w->n0; i < w->n1; i++)
-        r[i] = gate && w->low[i] < end ? (fg_real)((double)w->head[i] + between) : 0;
+        r[i] = gate ? (fg_real)((double)w->head[i] + between) : 0;
+    for (int64_t i = w->n0; i < w->n1 && w->low_max >= end; i++) if (w->low[i] >= end) r[i] = 0;
 }
 
 /* No score of the tile reaches floor + FG_EXP_MIN, so every weight in it is exactly 0: by
  * |q.k| <= |q| |k| and the greatest bias.  False where anything is NaN. */
-static inline bool fg__faded(const fg__sizes *z, const fg__gates *g, const fg__queries *w, int64_t block,
-                             double between, bool gate, double floor)
+static inline bool fg__faded(const fg__sizes *z, const fg__gates *g, const fg__queries *w,
+                             int64_t block, double between, bool gate, double floor)
 {
     const int64_t kv = w->h / (z->H / z->Hkv);
-    double most = w->q_norm * (double)g->k_norm[(w->b * z->Hkv + kv) * z->blocks + block] * 1.001 + 0.001;
-    if (gate) most += w->head_max + between + (double)g->tail_max[(w->b * z->H + w->h) * z->blocks + block];
+    double most =
+        w->q_norm * (double)g->k_norm[(w->b * z->Hkv + kv) * z->blocks + block] * 1.001 + 0.001;
+    const int64_t head = (w->b * z->H + w->h) * z->blocks + block;
+    if (gate) most += w->head_max + between + (double)g->tail_max[head];
     return most < floor + FG_EXP_MIN - 1;
 }
 
-/* Adds the bias within a block (on the diagonal) and turns the scores that a query may not see into -inf.
- * s: rows [j0,j1) of a tile whose keys begin at key0, lanes [w->n0,w->n1).  On the diagonal lanes reach
- * only FG_TILE_ROWS - 1 keys beyond themselves: no product reads further. */
-static void fg__tile_mask(const fg__queries *w, fg_real *s, int64_t block, int64_t j0, int64_t j1, bool gate)
+/* Adds the bias within a block (on the diagonal) and turns the scores that a query may not see into
+ * -inf.  s: rows [j0,j1) of a tile whose keys begin at key0, lanes [w->n0,w->n1).  On the diagonal
+ * lanes reach only FG_TILE_ROWS - 1 keys beyond themselves: no product reads further. */
+static void fg__tile_mask(const fg__queries *w, fg_real *s, int64_t block, int64_t j0, int64_t j1,
+                          bool gate)
 {
     const bool diagonal = block == w->block;
     const int64_t key0 = block * FG_TILE, wide = 2 * FG_LANES;
     fg_real low[FG_TILE], lane[FG_TILE];
     for (int64_t i = 0; i < FG_TILE; i++) {
-        low[i] = (fg_real)(w->low[i] > key0 + FG_TILE ? FG_TILE + 1 : fg__most(w->low[i] - key0, -1));
+        low[i] =
+            (fg_real)(w->low[i] > key0 + FG_TILE ? FG_TILE + 1 : fg__most(w->low[i] - key0, -1));
         lane[i] = (fg_real)(diagonal ? i : FG_TILE);
     }
     for (int64_t n = w->n0; n < w->n1; n += FG_LANES) {
         const fg_vec from = fg_vload(low + n), to = fg_vload(lane + n);
-        const int64_t end = diagonal ? fg__least(j1, n / wide * wide + wide + FG_TILE_ROWS - 1) : j1;
+        const int64_t end =
+            diagonal ? fg__least(j1, n / wide * wide + wide + FG_TILE_ROWS - 1) : j1;
         fg_vec bias = { 0 };
         for (int64_t j = end - 1; j >= j0; j--) {
             const fg_vec at = fg_vset((fg_real)j);
@@ -333,17 +347,27 @@ static void fg__tile_mask(const fg__queries *w, fg_real *s, int64_t block, int64
 }
 
 /* Rows [r0,r1) of x, each `row` elements apart, to rows of width Dp filled up with 0. */
-static inline void fg__copy_rows(const fg_real *x, int64_t row, int64_t r0, int64_t r1, int64_t D, int64_t Dp,
-                                 fg_real *to)
+static inline void fg__copy_rows(const fg_real *x, int64_t row, int64_t r0, int64_t r1, int64_t D,
+                                 int64_t Dp, fg_real *to)
 {
     for (int64_t r = r0; r < r1; r++) {
-        memcpy(to + r * Dp, x + r * row, (size_t)D * sizeof *x);
-        for (int64_t d = D; d < Dp; d++) to[r * Dp + d] = 0;
+        const fg_real *from = x + r * row;
+        fg_real *at = to + r * Dp;
+        int64_t d = 0;
+        for (; d + FG_LANES <= D; d += FG_LANES) fg_vstore(at + d, fg_vload(from + d));
+        if (d < D) fg_vstore(at + d, fg_vload_n(from + d, D - d));
     }
 }
+/* to = scale * x, n elements, x padded to whole vectors */
+static inline void fg__put_row(const fg_real *x, fg_real scale, int64_t n, fg_real *to)
+{
+    int64_t d = 0;
+    for (; d + FG_LANES <= n; d += FG_LANES) fg_vstore(to + d, fg_vload(x + d) * fg_vset(scale));
+    if (d < n) fg_vstore_n(to + d, fg_vload(x + d) * fg_vset(scale), n - d);
+}
 /* to[d][i] = scale * x_i[d] for i in [i0,i1), 0 for the other lanes of [n0,n1). */
-static inline void fg__copy_transposed(const fg_real *x, int64_t row, const fg__queries *w, int64_t D,
-                                       fg_real scale, fg_real *to)
+static inline void fg__copy_transposed(const fg_real *x, int64_t row, const fg__queries *w,
+                                       int64_t D, fg_real scale, fg_real *to)
 {
     for (int64_t d = 0; d < D; d++) {
         for (int64_t i = w->n0; i < w->i0; i++) to[d * FG_TILE + i] = 0;
@@ -353,7 +377,7 @@ static inline void fg__copy_transposed(const fg_real *x, int64_t row, const fg__
         for (int64_t d = 0; d < D; d++) to[d * FG_TILE + i] = scale * x[i * row + d];
 }
 
-/* Pairs (query, key) that the causal rule and the window let meet; with a cache all that it can hold. */
+/* Pairs (query, key) that the causal rule and the window let meet; with a cache all it can hold. */
 static inline double fg__pairs(int64_t M, int64_t N, int64_t window, bool cache)
 {
     const double m = (double)M, w = (double)(window && window < N ? window : N);

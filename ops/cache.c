@@ -1,16 +1,16 @@
-/* cache.c - what a layer remembers of earlier tokens while decoding: rows appended to a state, and the
- * last row kept in one.
+/* cache.c - what a layer remembers of earlier tokens while decoding: rows appended to a state, and
+ * the last row kept in one.
  *
- *     cache_write   cache[b, past + t] = x[b, t]        cache: [B,C,...]   x: [B,T,...]   past: i32[1]
- *     cache_last    last[b] = x[b, T - 1]               last:  [B,...]
+ *     cache_write   cache[b, past + t] = x[b, t]    cache: [B,C,...]   x: [B,T,...]   past: i32[1]
+ *     cache_last    last[b] = x[b, T - 1]           last:  [B,...]
  *
- * Rows that would lie outside the cache are dropped; whoever sets past sees to it that past + T <= C.
+ * Rows that would lie outside the cache are dropped; whoever sets past keeps past + T <= C.
  * Both overwrite a state and have no gradient: caches are for inference. */
 #include <string.h>
 #include "internal.h"
 
-/* A layer may call one builder twice in a scope: the second call's states are cache.k.1 and so on, in
- * the order of building, so every graph of a model finds its own. */
+/* A layer may call one builder twice in a scope: the second call's states are cache.k.1 and so on,
+ * in the order of building, so every graph of a model finds its own. */
 static const char *unused_name(fg_graph *g, const char *what)
 {
     const char *name = fg_name(g, "@cache.%s", what);
@@ -23,10 +23,12 @@ fg_tensor fg__cache(fg_loc at, fg_tensor x, const char *what, fg_sequence s)
 {
     if (!fg_ok(x)) return x;
     fg_shape shape = fg_shape_of(x);
-    if (s.capacity < 1) return (fg_fail)(at, x, FG_ERR_USAGE, "past is given, but the caches' capacity is %lld",
-                                         (long long)s.capacity);
+    if (s.capacity < 1)
+        return (fg_fail)(at, x, FG_ERR_USAGE, "past is given, but the caches' capacity is %lld",
+                         (long long)s.capacity);
     if (shape.rank > 1) shape.dim[1] = s.capacity;
-    const fg_tensor cache = (fg_state)(at, x.graph, unused_name(x.graph, what), fg_dtype_of(x), shape);
+    const fg_tensor cache =
+        (fg_state)(at, x.graph, unused_name(x.graph, what), fg_dtype_of(x), shape);
     const fg_tensor in[] = { cache, x, s.past };
     return FG_APPLY(cache_write, at, in, 0);
 }
@@ -45,13 +47,28 @@ fg_tensor fg__cache_last(fg_loc at, fg_tensor last, fg_tensor x)
     return FG_APPLY(cache_last, at, in, 0);
 }
 
+fg_status fg__check_sequence(fg_infer *c, int first, int past)
+{
+    const fg_shape *x = &c->in[0];
+    FG_REQUIRE(c, !c->given[first]
+               || (c->in_type[first] == FG_I32
+                   && fg_shape_equal(c->in[first], FG_DIMS(x->dim[0], x->dim[1]))), SHAPE,
+               "first must be i32[B,T] = i32[%lld,%lld]", (long long)x->dim[0],
+               (long long)x->dim[1]);
+    FG_REQUIRE(c, !c->given[past]
+               || (c->in_type[past] == FG_I32 && fg_shape_count(c->in[past]) == 1), SHAPE,
+               "past must be i32[1]");
+    return FG_OK;
+}
+
 /* ---- cache_write ---------------------------------------------------------------------------- */
 
 /* cache and x agree in every axis from `axis` on, and in B. */
 static bool agree(const fg_shape *a, int axis_a, const fg_shape *b, int axis_b)
 {
     if (a->rank - axis_a != b->rank - axis_b || a->dim[0] != b->dim[0]) return false;
-    for (int i = 0; axis_a + i < a->rank; i++) if (a->dim[axis_a + i] != b->dim[axis_b + i]) return false;
+    for (int i = 0; axis_a + i < a->rank; i++)
+        if (a->dim[axis_a + i] != b->dim[axis_b + i]) return false;
     return true;
 }
 
@@ -60,10 +77,12 @@ static fg_status infer_write(fg_infer *c)
     const fg_shape *cache = &c->in[0], *x = &c->in[1];
     FG_REQUIRE(c, cache->rank >= 2 && x->rank >= 2 && agree(cache, 2, x, 2), SHAPE,
                "cache must be [B,C,...] and x [B,T,...], alike but for axis 1");
-    FG_REQUIRE(c, x->dim[1] <= cache->dim[1], SHAPE, "x has %lld positions, the cache room for %lld",
-               (long long)x->dim[1], (long long)cache->dim[1]);
+    FG_REQUIRE(c, x->dim[1] <= cache->dim[1], SHAPE,
+               "x has %lld positions, the cache room for %lld", (long long)x->dim[1],
+               (long long)cache->dim[1]);
     FG_REQUIRE(c, c->in_type[0] == c->in_type[1], DTYPE, "cache and x must have one dtype");
-    FG_REQUIRE(c, c->in_type[2] == FG_I32 && fg_shape_count(c->in[2]) == 1, SHAPE, "past must be i32[1]");
+    FG_REQUIRE(c, c->in_type[2] == FG_I32 && fg_shape_count(c->in[2]) == 1, SHAPE,
+               "past must be i32[1]");
     c->out[0] = *cache;
     return FG_OK;
 }
@@ -71,14 +90,16 @@ static fg_status infer_write(fg_infer *c)
 static void write_cpu(const fg_exec *e)
 {
     const fg_shape *cache = &e->in_shape[0], *x = &e->in_shape[1];
-    const int64_t B = x->dim[0], C = cache->dim[1], T = x->dim[1], past = *(const int32_t *)e->in[2];
+    const int64_t B = x->dim[0], C = cache->dim[1], T = x->dim[1],
+                  past = *(const int32_t *)e->in[2];
     const int64_t t0 = past < 0 ? -past : 0, t1 = past + T > C ? C - past : T;
     if (!B || t0 >= t1) return;
     const size_t row = (size_t)(fg_shape_count(*x) / B / T) * fg__cpu_size(e->in_type[0]);
     char *to = e->out[0];
     const char *from = e->in[1];
     for (int64_t b = 0; b < B; b++)
-        memcpy(to + (size_t)(b * C + past + t0) * row, from + (size_t)(b * T + t0) * row, (size_t)(t1 - t0) * row);
+        memcpy(to + (size_t)(b * C + past + t0) * row, from + (size_t)(b * T + t0) * row,
+               (size_t)(t1 - t0) * row);
 }
 
 static fg_cost write_cost(const fg_infer *c)
@@ -87,15 +108,16 @@ static fg_cost write_cost(const fg_infer *c)
 }
 
 const fg_op_code fg_code_cache_write = {
-    .infer = infer_write, .cpu = write_cpu, .cost = write_cost, .memory = FG_MUTATE, .no_grad = true,
+    .infer = infer_write, .cpu = write_cpu, .cost = write_cost,
+    .memory = FG_MUTATE, .no_grad = true,
 };
 
 /* ---- cache_last ----------------------------------------------------------------------------- */
 
 static fg_status infer_last(fg_infer *c)
 {
-    FG_REQUIRE(c, c->in[0].rank >= 1 && c->in[1].rank >= 2 && agree(&c->in[0], 1, &c->in[1], 2), SHAPE,
-               "x must be [B,T,...] and last [B,...], alike but for x's axis 1");
+    FG_REQUIRE(c, c->in[0].rank >= 1 && c->in[1].rank >= 2 && agree(&c->in[0], 1, &c->in[1], 2),
+               SHAPE, "x must be [B,T,...] and last [B,...], alike but for x's axis 1");
     FG_REQUIRE(c, c->in[1].dim[1] > 0, SHAPE, "x has no positions");
     FG_REQUIRE(c, c->in_type[0] == c->in_type[1], DTYPE, "last and x must have one dtype");
     c->out[0] = c->in[0];
@@ -106,7 +128,8 @@ static void last_cpu(const fg_exec *e)
 {
     const fg_shape *x = &e->in_shape[1];
     const int64_t B = x->dim[0], T = x->dim[1];
-    const size_t row = B ? (size_t)(fg_shape_count(e->in_shape[0]) / B) * fg__cpu_size(e->in_type[0]) : 0;
+    const size_t row =
+        B ? (size_t)(fg_shape_count(e->in_shape[0]) / B) * fg__cpu_size(e->in_type[0]) : 0;
     char *to = e->out[0];
     const char *from = e->in[1];
     for (int64_t b = 0; row && b < B; b++)

@@ -6,22 +6,24 @@
  * q, o: [B,M,H,D]   k, v: [B,N,Hkv,D], H a multiple of Hkv   log_f: f32[B,N,H] or absent: no gate
  * lse: f32[B,M,H]   first: i32[B,M]   past: i32[1]; without past M = N
  *
- * Query row t stands at p = past + t and sees keys j with max(first_t, p - window + 1) <= j <= p.  A row
- * with first_t > p is padding: o = 0, lse = -inf.
+ * Query row t stands at p = past + t and sees keys j with max(first_t, p - window + 1) <= j <= p.
+ * A row with first_t > p is padding: o = 0, lse = -inf.
  * Source: Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate", eq. 4-6,
- * arXiv 2503.02130.  The tiled sum with a running maximum is that of Dao et al. 2022, "FlashAttention".
+ * arXiv 2503.02130.  The tiled sum with a running maximum is that of Dao et al. 2022,
+ * "FlashAttention".
  * Memory beyond inputs and outputs: O(B H N + threads), never M x N.
  *
- * Tiles walk from the diagonal to the left, so the running maximum is nearly final at once, and tiles
- * whose weights have all faded to 0 are passed over: that changes no bit, and a head that forgets fast
- * costs little.  Few queries against a cache go key by key instead (few_queries). */
+ * Tiles walk from the diagonal to the left, so the running maximum is nearly final at once, and
+ * tiles whose weights have all faded to 0 are passed over: that changes no bit, and a head that
+ * forgets fast costs little.  Few queries against a cache go key by key instead (few_queries). */
 #include <math.h>
 #include <omp.h>
 #include "attention_tile.h"
 #include "internal.h"
 
 #define FEW   8                          /* fewer queries than this against a cache: few_queries */
-#define CHUNK 256                        /* keys of one task there */
+#define CHUNK 64                         /* keys of one task there */
+#define SLACK 8                          /* e^8 times as many keys as memory holds is no overflow */
 
 fg_tensor (fg_forget_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v, fg_tensor log_f,
                                 double scale, int64_t window)
@@ -39,27 +41,29 @@ fg_tensor (fg_forget_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v
 static fg_status infer(fg_infer *c)
 {
     const struct fg_attr_forget_attention *a = c->attr;
-    const fg_shape *q = &c->in[0], *k = &c->in[1], *v = &c->in[2], *f = &c->in[3], *first = &c->in[4];
+    const fg_shape *q = &c->in[0], *k = &c->in[1], *v = &c->in[2], *f = &c->in[3];
     FG_REQUIRE(c, q->rank == 4 && k->rank == 4, SHAPE, "q must be [B,T,H,D], k and v [B,T,Hkv,D]");
     FG_REQUIRE(c, fg_shape_equal(*k, *v), SHAPE, "k and v must have one shape");
     FG_REQUIRE(c, q->dim[0] == k->dim[0] && q->dim[3] == k->dim[3], SHAPE,
-               "q and k must agree in B and D: q has %lld and %lld, k %lld and %lld", (long long)q->dim[0],
-               (long long)q->dim[3], (long long)k->dim[0], (long long)k->dim[3]);
+               "q and k must agree in B and D: q has %lld and %lld, k %lld and %lld",
+               (long long)q->dim[0], (long long)q->dim[3], (long long)k->dim[0],
+               (long long)k->dim[3]);
     FG_REQUIRE(c, k->dim[2] > 0 && q->dim[2] % k->dim[2] == 0, SHAPE,
-               "q's %lld heads must be a multiple of k's %lld", (long long)q->dim[2], (long long)k->dim[2]);
+               "q's %lld heads must be a multiple of k's %lld", (long long)q->dim[2],
+               (long long)k->dim[2]);
     FG_REQUIRE(c, c->given[5] ? q->dim[1] <= k->dim[1] : q->dim[1] == k->dim[1], SHAPE,
                "q has %lld positions, k %lld", (long long)q->dim[1], (long long)k->dim[1]);
-    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && c->in_type[1] == c->in_type[0] && c->in_type[2] == c->in_type[0],
+    FG_REQUIRE(c,
+               fg__is_real(c->in_type[0]) && c->in_type[1] == c->in_type[0]
+                   && c->in_type[2] == c->in_type[0],
                DTYPE, "q, k and v must have one dtype, f32 or bf16");
-    FG_REQUIRE(c, !c->given[3] || fg_shape_equal(*f, FG_DIMS(k->dim[0], k->dim[1], q->dim[2])), SHAPE,
+    FG_REQUIRE(c, !c->given[3] || fg_shape_equal(*f, FG_DIMS(k->dim[0], k->dim[1], q->dim[2])),
+               SHAPE,
                "log_f must be [B,T,H] = [%lld,%lld,%lld], one gate per query head and position",
                (long long)k->dim[0], (long long)k->dim[1], (long long)q->dim[2]);
     FG_REQUIRE(c, !c->given[3] || c->in_type[3] == FG_F32, DTYPE,
                "log_f must be f32: its running sum loses too much in bf16");
-    FG_REQUIRE(c, !c->given[4] || (c->in_type[4] == FG_I32 && fg_shape_equal(*first, FG_DIMS(q->dim[0], q->dim[1]))),
-               SHAPE, "first must be i32[B,T] = i32[%lld,%lld]", (long long)q->dim[0], (long long)q->dim[1]);
-    FG_REQUIRE(c, !c->given[5] || (c->in_type[5] == FG_I32 && fg_shape_count(c->in[5]) == 1), SHAPE,
-               "past must be i32[1]");
+    if (fg__check_sequence(c, 4, 5)) return FG_ERR_SHAPE;
     FG_REQUIRE(c, a->window >= 0, USAGE, "window is %lld; it must be positive, or 0 for all keys",
                (long long)a->window);
     c->out[0] = *q;
@@ -89,28 +93,41 @@ static work *work_cut(char *base, size_t *used, const fg__sizes *z)
 }
 
 /* Scores of keys [j0,j1) to weights e^(s - max), lane by lane; keep: what the sums so far are worth
- * under the new maximum. */
+ * under the new maximum.  max follows the greatest score only when that is SLACK ahead: sums stay
+ * far from overflow, o need hardly ever be scaled, and the last division makes good for all. */
 static void softmax_tile(work *u, int64_t j0, int64_t j1, bool diagonal)
 {
     const int64_t wide = 2 * FG_LANES;
-    for (int64_t n = u->w.n0; n < u->w.n1; n += FG_LANES) {
-        const int64_t end = diagonal ? fg__least(j1, n / wide * wide + wide + FG_TILE_ROWS - 1) : j1;
-        const fg_vec rows = fg_vload(u->rows + n), before = fg_vload(u->max + n);
+    for (int64_t n = u->w.n0; n < u->w.n1; n += wide) {
+        const int64_t end = diagonal ? fg__least(j1, n + wide + FG_TILE_ROWS - 1) : j1;
+        fg_vec less[2], sum[2] = { { 0 }, { 0 } };
+        fg_vec most[2] = { fg_vset(-INFINITY), fg_vset(-INFINITY) };
         fg_real *s = u->s + n;
-        fg_vec most = fg_vset(-INFINITY), sum = { 0 };
-        for (int64_t j = j0; j < end; j++) most = fg_vmax(fg_vload(s + j * FG_TILE), most);
-        most = fg_vmax(most + rows, before);
-        /* no key yet: any finite pivot will do */
-        const fg_vec pivot = fg_vselect((fg_vint)(most == fg_vset(-INFINITY)), fg_vset(0), most);
-        const fg_vec keep = fg__weight(before - pivot), less = pivot - rows;
-        for (int64_t j = j0; j < end; j++) {
-            const fg_vec p = fg__weight(fg_vload(s + j * FG_TILE) - less);
-            sum = sum + p;
-            fg_vstore(s + j * FG_TILE, p);
+        for (int64_t j = j0; j < end; j++)
+            for (int v = 0; v < 2; v++)
+                most[v] = fg_vmax(fg_vload(s + j * FG_TILE + v * FG_LANES), most[v]);
+        for (int v = 0; v < 2; v++) {
+            const int64_t at = n + v * FG_LANES;
+            const fg_vec before = fg_vload(u->max + at), rows = fg_vload(u->rows + at),
+                         now = most[v] + rows;
+            const fg_vec max = fg_vselect((fg_vint)(now > before + SLACK), now, before);
+            /* no key yet: any finite pivot will do */
+            const fg_vec pivot = fg_vselect((fg_vint)(max == fg_vset(-INFINITY)), fg_vset(0), max);
+            less[v] = pivot - rows;
+            fg_vstore(u->max + at, max);
+            fg_vstore(u->keep + at, fg__weight(before - pivot));
         }
-        fg_vstore(u->max + n, most);
-        fg_vstore(u->keep + n, keep);
-        fg_vstore(u->sum + n, fg_vfma(fg_vload(u->sum + n), keep, sum));
+        for (int64_t j = j0; j < end; j++)
+            for (int v = 0; v < 2; v++) {
+                fg_real *at = s + j * FG_TILE + v * FG_LANES;
+                const fg_vec p = fg__weight(fg_vload(at) - less[v]);
+                sum[v] = sum[v] + p;
+                fg_vstore(at, p);
+            }
+        for (int v = 0; v < 2; v++) {
+            fg_real *at = u->sum + n + v * FG_LANES;
+            fg_vstore(at, fg_vfma(fg_vload(at), fg_vload(u->keep + n + v * FG_LANES), sum[v]));
+        }
     }
 }
 
@@ -126,7 +143,8 @@ static void accumulate(const fg__sizes *z, work *u, int64_t j0, int64_t j1, bool
                                  .c = u->o, .c_row = z->Dp, .add = !diagonal });
 }
 
-static void tile(const fg_exec *e, const fg__sizes *z, const fg__gates *g, work *u, int64_t block, double between)
+static void tile(const fg_exec *e, const fg__sizes *z, const fg__gates *g, work *u, int64_t block,
+                 double between)
 {
     const fg__queries *w = &u->w;
     const bool diagonal = block == w->block, gate = e->in[3];
@@ -174,8 +192,8 @@ static void block_of_queries(const fg_exec *e, const fg__sizes *z, const fg__gat
     for (int64_t i = w->i0; i < w->i1; i++) {
         const int64_t r = (b * z->M + block * FG_TILE + i - z->past) * z->H + h;
         const bool sees = w->low[i] != INT64_MAX;
-        const fg_real less = 1 / u->sum[i];
-        for (int64_t d = 0; d < z->D; d++) o[r * z->D + d] = sees ? u->o[i * z->Dp + d] * less : 0;
+        if (sees) fg__put_row(u->o + i * z->Dp, 1 / u->sum[i], z->D, o + r * z->D);
+        else memset(o + r * z->D, 0, (size_t)z->D * sizeof *o);
         lse[r] = sees ? u->max[i] + fg_log1(u->sum[i]) : (fg_real)-INFINITY;
     }
 }
@@ -203,96 +221,172 @@ static void tiles(const fg_exec *e, const fg__sizes *z)
 
 /* ---- few queries, many keys ----------------------------------------------------------------- */
 
-/* One task: CHUNK keys of one key head against every query that uses it.  What it finds for a query
- * goes to part: D sums of weighted values, the sum of weights, the maximum. */
+/* One task: CHUNK keys of a sequence, all heads at once, so that the cache is read from front to
+ * back.  What it finds for a row (h,t) of q goes to part: D sums of weighted values, the sum of
+ * weights, the maximum; few_join puts the chunks together. */
 typedef struct {
-    fg_real *bias;                       /* [B,N,H]: log_f_(j+1) + ... + log_f_past, for j < past */
-    fg_real *part;                       /* [B,H,M,chunks,Dp + 2] */
-    int64_t chunks;
+    int64_t chunks, row;                 /* row: elements of one part, Dp + 2 */
+    double  *later;                      /* [B,chunks,H]: log_f summed over the chunks behind */
+    fg_real *part;                       /* [B,chunks,H,M,row] */
 } few;
+typedef struct {                         /* a thread's own */
+    fg_real *s;                          /* [H,M,CHUNK]: scores, then weights */
+    fg_real *bias;                       /* [H,CHUNK]: log_f_(j+1) + ... + log_f_past */
+    double  *sum;                        /* [H] */
+} few_work;
 
 static few few_cut(char *base, size_t *used, const fg__sizes *z)
 {
-    few f;
-    f.chunks = (z->N + CHUNK - 1) / CHUNK;
-    f.bias = fg__cut(base, used, z->B * z->N * z->H, sizeof(fg_real));
-    f.part = fg__cut(base, used, z->B * z->H * z->M * f.chunks * (z->Dp + 2), sizeof(fg_real));
+    few f = { .chunks = (z->N + CHUNK - 1) / CHUNK, .row = z->Dp + 2 };
+    f.later = fg__cut(base, used, z->B * f.chunks * z->H, sizeof *f.later);
+    f.part = fg__cut(base, used, z->B * f.chunks * z->H * z->M * f.row, sizeof *f.part);
     return f;
 }
 
-static void few_bias(const fg__sizes *z, const few *f, const fg_real *log_f, double *sum, int64_t b)
+static few_work few_work_cut(char *base, size_t *used, const fg__sizes *z)
 {
-    for (int64_t h = 0; h < z->H; h++) sum[h] = 0;
-    for (int64_t j = fg__least(z->past, z->keys - 1); j >= 0; j--)
+    few_work w;
+    w.s = fg__cut(base, used, z->H * z->M * CHUNK, sizeof *w.s);
+    w.bias = fg__cut(base, used, z->H * CHUNK, sizeof *w.bias);
+    w.sum = fg__cut(base, used, z->H, sizeof *w.sum);
+    return w;
+}
+
+/* Adds log_f of keys j1 - 1 down to j0, as far as they are at most past, to sum[h]; what the sum
+ * was before key j goes to bias, if that is wanted. */
+static void few_gates(const fg__sizes *z, const fg_real *log_f, int64_t j0, int64_t j1, double *sum,
+                      fg_real *bias)
+{
+    for (int64_t j = fg__least(j1, z->past + 1) - 1; j >= j0; j--)
         for (int64_t h = 0; h < z->H; h++) {
-            f->bias[(b * z->N + j) * z->H + h] = (fg_real)sum[h];
-            sum[h] += (double)fg__clamped(log_f[(b * z->N + j) * z->H + h]);
+            if (bias) bias[h * CHUNK + j - j0] = (fg_real)sum[h];
+            sum[h] += (double)fg__clamped(log_f[j * z->H + h]);
         }
 }
 
-static void few_part(const fg_exec *e, const fg__sizes *z, const few *f, int64_t b, int64_t h, int64_t t,
-                     int64_t j0, int64_t j1, fg_real *part)
+/* later: each chunk's own sum, then summed up from behind. */
+static void few_later(const fg_exec *e, const fg__sizes *z, const few *f, int64_t chunks)
 {
-    const fg_real *k = e->in[1], *v = e->in[2], *log_f = e->in[3];
-    const fg_real *q = (const fg_real *)e->in[0] + ((b * z->M + t) * z->H + h) * z->D;
-    const int64_t kv = h / (z->H / z->Hkv), row = z->Hkv * z->D;
-    fg_real s[CHUNK + FG_VEC_BYTES / sizeof(fg_real)];
+    const fg_real *log_f = e->in[3];
+    for (int64_t i = 0; i < z->B * f->chunks * z->H; i++) f->later[i] = 0;
+#pragma omp parallel for schedule(static) num_threads(e->threads)
+    for (int64_t i = 0; i < z->B * (chunks - 1); i++) {
+        const int64_t b = i / (chunks - 1), c = i % (chunks - 1) + 1;
+        few_gates(z, log_f + b * z->N * z->H, c * CHUNK, fg__least(c * CHUNK + CHUNK, z->keys),
+                  f->later + (b * f->chunks + c - 1) * z->H, NULL);
+    }
+    for (int64_t b = 0; b < z->B; b++)
+        for (int64_t c = chunks - 2; c >= 0; c--)
+            for (int64_t h = 0; h < z->H; h++)
+                f->later[(b * f->chunks + c) * z->H + h] +=
+                    f->later[(b * f->chunks + c + 1) * z->H + h];
+}
+
+/* Sum of log_f over (max(j, past), past + t]. */
+static double few_late(const fg__sizes *z, const fg_real *log_f, int64_t h, int64_t j, int64_t t)
+{
+    double sum = 0;
+    for (int64_t i = fg__most(j, z->past) + 1; i <= z->past + t; i++)
+        sum += (double)fg__clamped(log_f[i * z->H + h]);
+    return sum;
+}
+
+static void few_scores(const fg_exec *e, const fg__sizes *z, const few_work *w, int64_t b,
+                       int64_t j0, int64_t j1)
+{
+    const int64_t group = z->H / z->Hkv;
+    const fg_real *q = (const fg_real *)e->in[0] + b * z->M * z->H * z->D;
+    const fg_real *k = (const fg_real *)e->in[1] + (b * z->N + j0) * z->Hkv * z->D;
+    for (int64_t j = 0; j < j1 - j0; j++)
+        for (int64_t kv = 0; kv < z->Hkv; kv++, k += z->D)
+            for (int64_t h = kv * group; h < (kv + 1) * group; h++)
+                for (int64_t t = 0; t < z->M; t++)
+                    w->s[(h * z->M + t) * CHUNK + j] = fg__dot(q + (t * z->H + h) * z->D, k, z->D);
+}
+
+/* Scores of row (h,t) to weights; what the row does not see gets 0. */
+static void few_weights(const fg_exec *e, const fg__sizes *z, const few_work *w, int64_t b,
+                        int64_t h, int64_t t, int64_t j0, int64_t j1, fg_real *part)
+{
+    const fg_real *log_f = e->in[3] ? (const fg_real *)e->in[3] + b * z->N * z->H : NULL;
+    const int32_t *first = e->in[4];
+    const int64_t p = z->past + t;
+    int64_t low = first ? fg__most(0, first[b * z->M + t]) : 0;
+    if (p - low >= z->window) low = p - z->window + 1;
+    fg_real *s = w->s + (h * z->M + t) * CHUNK;
+    const fg_real late = log_f ? (fg_real)few_late(z, log_f, h, z->past, t) : 0;
+    for (int64_t j = 0; j < CHUNK; j++) {
+        const int64_t at = j0 + j;
+        if (at >= j1 || at < low || at > p) { s[j] = -INFINITY; continue; }
+        s[j] *= (fg_real)z->scale;
+        if (log_f)
+            s[j] += at <= z->past ? w->bias[h * CHUNK + j] + late
+                                  : (fg_real)few_late(z, log_f, h, at, t);
+    }
     fg_vec most = fg_vset(-INFINITY), sum = { 0 };
-    double late = 0;                                         /* log_f_(past+1) + ... + log_f_(past+t) */
-    for (int64_t i = z->past + 1; log_f && i <= z->past + t; i++)
-        late += (double)fg__clamped(log_f[(b * z->N + i) * z->H + h]);
-    for (int64_t j = j0; j < j1; j++) {
-        fg_real x = (fg_real)z->scale * fg__dot(q, k + ((b * z->N + j) * z->Hkv + kv) * z->D, z->D);
-        if (log_f && j <= z->past) {
-            x += (fg_real)((double)f->bias[(b * z->N + j) * z->H + h] + late);
-        } else if (log_f) {
-            double rest = 0;
-            for (int64_t i = j + 1; i <= z->past + t; i++)
-                rest += (double)fg__clamped(log_f[(b * z->N + i) * z->H + h]);
-            x += (fg_real)rest;
-        }
-        s[j - j0] = x;
-    }
-    const int64_t n = j1 - j0, padded = fg__round_up(n, FG_LANES);
-    for (int64_t j = n; j < padded; j++) s[j] = -INFINITY;
-    for (int64_t j = 0; j < padded; j += FG_LANES) most = fg_vmax(fg_vload(s + j), most);
-    const fg_real top = n ? fg_vgreatest(most) : (fg_real)-INFINITY;
-    const fg_real pivot = top > (fg_real)-INFINITY ? top : 0;
-    for (int64_t j = 0; j < padded; j += FG_LANES) {
-        const fg_vec p = fg__weight(fg_vload(s + j) - fg_vset(pivot));
-        sum = sum + p;
-        fg_vstore(s + j, p);
-    }
-    for (int64_t d = 0; d < z->Dp; d++) part[d] = 0;
-    for (int64_t d = 0; d < z->D; d += 4 * FG_LANES) {
-        const int64_t left = fg__least(4 * FG_LANES, z->D - d);
-        fg_vec o[4] = { { 0 } };
-        const fg_real *x = v + ((b * z->N + j0) * z->Hkv + kv) * z->D + d;
-        for (int64_t j = 0; j < n; j++, x += row) {
-            const fg_vec p = fg_vset(s[j]);
-            if (left == 4 * FG_LANES) {
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) o[i] = fg_vfma(p, fg_vload(x + i * FG_LANES), o[i]);
-            } else {
-                for (int64_t i = 0; i * FG_LANES < left; i++)
-                    o[i] = fg_vfma(p, fg_vload_n(x + i * FG_LANES, fg__least(FG_LANES, left - i * FG_LANES)), o[i]);
-            }
-        }
-        for (int64_t i = 0; i * FG_LANES < left; i++) fg_vstore(part + d + i * FG_LANES, o[i]);
+    for (int64_t j = 0; j < CHUNK; j += FG_LANES) most = fg_vmax(fg_vload(s + j), most);
+    const fg_real top = fg_vgreatest(most), pivot = top > (fg_real)-INFINITY ? top : 0;
+    for (int64_t j = 0; j < CHUNK; j += FG_LANES) {
+        const fg_vec x = fg__weight(fg_vload(s + j) - fg_vset(pivot));
+        sum = sum + x;
+        fg_vstore(s + j, x);
     }
     part[z->Dp] = fg_vsum(sum);
     part[z->Dp + 1] = top;
 }
 
-static void few_join(const fg__sizes *z, int64_t chunks, const fg_real *part, fg_real *o, fg_real *lse)
+/* o += p_0 v_0 + ... + p_3 v_3 for four keys; n of them are there, the rows `row` apart. */
+static inline void few_values(const fg_real *p, int64_t n, const fg_real *v, int64_t row, int64_t D,
+                              fg_real *o)
 {
-    const int64_t row = z->Dp + 2;
+    for (int64_t d = 0; d < D; d += FG_LANES) {
+        const int64_t m = fg__least(FG_LANES, D - d);
+        fg_vec sum = fg_vload(o + d);
+        for (int64_t i = 0; i < n; i++) {
+            const fg_vec x =
+                m == FG_LANES ? fg_vload(v + i * row + d) : fg_vload_n(v + i * row + d, m);
+            sum = fg_vfma(fg_vset(p[i]), x, sum);
+        }
+        fg_vstore(o + d, sum);
+    }
+}
+
+static void few_chunk(const fg_exec *e, const fg__sizes *z, const few *f, const few_work *w,
+                      int64_t b, int64_t c)
+{
+    const int64_t j0 = c * CHUNK, j1 = fg__least(j0 + CHUNK, z->keys), group = z->H / z->Hkv,
+                  row = z->Hkv * z->D;
+    fg_real *part = f->part + (b * f->chunks + c) * z->H * z->M * f->row;
+    if (e->in[3]) {
+        const fg_real *log_f = (const fg_real *)e->in[3] + b * z->N * z->H;
+        for (int64_t h = 0; h < z->H; h++) w->sum[h] = f->later[(b * f->chunks + c) * z->H + h];
+        few_gates(z, log_f, j0, j1, w->sum, w->bias);
+    }
+    few_scores(e, z, w, b, j0, j1);
+    for (int64_t i = 0; i < z->H * z->M; i++) {
+        few_weights(e, z, w, b, i / z->M, i % z->M, j0, j1, part + i * f->row);
+        for (int64_t d = 0; d < z->Dp; d++) part[i * f->row + d] = 0;
+    }
+    const fg_real *v = (const fg_real *)e->in[2] + (b * z->N + j0) * row;
+    for (int64_t j = 0; j < j1 - j0; j += 4)
+        for (int64_t i = 0; i < z->H * z->M; i++) {
+            const fg_real *from = v + j * row + i / z->M / group * z->D;
+            if (j + 4 <= j1 - j0)
+                few_values(w->s + i * CHUNK + j, 4, from, row, z->D, part + i * f->row);
+            else few_values(w->s + i * CHUNK + j, j1 - j0 - j, from, row, z->D, part + i * f->row);
+        }
+}
+
+static void few_join(const fg__sizes *z, const few *f, int64_t chunks, const fg_real *part,
+                     fg_real *o, fg_real *lse)
+{
+    const int64_t step = z->H * z->M * f->row;
     fg_real most = -INFINITY, sum = 0;
     for (int64_t c = 0; c < chunks; c++)
-        if (!(part[c * row + z->Dp + 1] <= most)) most = part[c * row + z->Dp + 1];
+        if (!(part[c * step + z->Dp + 1] <= most)) most = part[c * step + z->Dp + 1];
     for (int64_t d = 0; d < z->D; d++) o[d] = 0;
     for (int64_t c = 0; c < chunks; c++) {
-        const fg_real *p = part + c * row;
+        const fg_real *p = part + c * step;
         if (p[z->Dp + 1] == (fg_real)-INFINITY) continue;
         const fg_real keep = fg__weight(fg_vset(p[z->Dp + 1] - most))[0];
         sum += keep * p[z->Dp];
@@ -304,32 +398,24 @@ static void few_join(const fg__sizes *z, int64_t chunks, const fg_real *part, fg
 
 static void few_queries(const fg_exec *e, const fg__sizes *z)
 {
-    size_t used = 0;
+    size_t used = 0, each = 0;
     const few f = few_cut(e->scratch, &used, z);
-    double *sums = fg__cut(e->scratch, &used, z->B * z->H, sizeof *sums);
-    const int64_t chunks = (z->keys + CHUNK - 1) / CHUNK, group = z->H / z->Hkv, rows = z->B * z->H * z->M;
-    const int32_t *first = e->in[4];
-    if (e->in[3]) {
-#pragma omp parallel for schedule(static) num_threads(e->threads)
-        for (int64_t b = 0; b < z->B; b++) few_bias(z, &f, e->in[3], sums + b * z->H, b);
-    }
-#pragma omp parallel for schedule(dynamic) num_threads(e->threads)
-    for (int64_t task = 0; task < z->B * z->Hkv * chunks; task++) {
-        const int64_t b = task / chunks / z->Hkv, kv = task / chunks % z->Hkv, c = task % chunks;
-        for (int64_t i = 0; i < group * z->M; i++) {
-            const int64_t h = kv * group + i / z->M, t = i % z->M, p = z->past + t;
-            int64_t low = first ? fg__most(0, first[b * z->M + t]) : 0;
-            if (p - low >= z->window) low = p - z->window + 1;
-            const int64_t j0 = fg__most(c * CHUNK, low);
-            const int64_t j1 = fg__most(j0, fg__least(fg__least(c * CHUNK + CHUNK, p + 1), z->keys));
-            few_part(e, z, &f, b, h, t, j0, j1, f.part + (((b * z->H + h) * z->M + t) * f.chunks + c) * (z->Dp + 2));
+    const int64_t chunks = (z->keys + CHUNK - 1) / CHUNK;
+    few_work_cut(NULL, &each, z);
+    if (e->in[3]) few_later(e, z, &f, chunks);
+#pragma omp parallel num_threads(e->threads)
+    {
+        size_t mine = used + each * (size_t)omp_get_thread_num();
+        const few_work w = few_work_cut(e->scratch, &mine, z);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < z->B * chunks; i++) few_chunk(e, z, &f, &w, i / chunks, i % chunks);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < z->B * z->H * z->M; i++) {
+            const int64_t b = i / z->M / z->H, h = i / z->M % z->H, t = i % z->M,
+                          to = (b * z->M + t) * z->H + h;
+            few_join(z, &f, chunks, f.part + (b * f.chunks * z->H * z->M + h * z->M + t) * f.row,
+                     (fg_real *)e->out[0] + to * z->D, (fg_real *)e->out[1] + to);
         }
-    }
-#pragma omp parallel for schedule(static) num_threads(e->threads)
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t b = r / z->M / z->H, h = r / z->M % z->H, t = r % z->M, to = (b * z->M + t) * z->H + h;
-        few_join(z, chunks, f.part + r * f.chunks * (z->Dp + 2), (fg_real *)e->out[0] + to * z->D,
-                 (fg_real *)e->out[1] + to);
     }
 }
 
@@ -337,8 +423,8 @@ static void cpu(const fg_exec *e)
 {
     const struct fg_attr_forget_attention *a = e->attr;
     const int32_t *past = e->in[5];
-    const fg__sizes z = fg__attention_sizes(&e->in_shape[0], &e->in_shape[1], past ? past[0] : 0, a->scale,
-                                            a->window);
+    const fg__sizes z = fg__attention_sizes(&e->in_shape[0], &e->in_shape[1], past ? past[0] : 0,
+                                            a->scale, a->window);
     if (past && z.M < FEW) few_queries(e, &z);
     else tiles(e, &z);
 }
@@ -349,7 +435,7 @@ static size_t scratch(const fg_infer *c, int threads)
     size_t used = 0;
     if (c->given[5] && z.M < FEW) {
         few_cut(NULL, &used, &z);
-        fg__cut(NULL, &used, z.B * z.H, sizeof(double));
+        for (int i = 0; i < threads; i++) few_work_cut(NULL, &used, &z);
     } else {
         fg__gates_cut(NULL, &used, &z);
         for (int i = 0; i < threads; i++) work_cut(NULL, &used, &z);
@@ -363,15 +449,16 @@ static void vjp(fg_vjp *v)
     const struct fg_attr_forget_attention *a = v->attr;
     fg_tensor go = v->gout[0];
     if (!fg_absent(v->in[5])) {
-        v->gin[0] = fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
+        v->gin[0] =
+            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
         return;
     }
     if (fg_absent(go)) {
         go = fg_fill(v->out[0].graph, fg_shape_of(v->out[0]), 0);
         go = fg_cast(go, fg_dtype_of(v->out[0]));
     }
-    const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3], v->out[0], v->out[1],
-                             v->in[4] };
+    const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3],
+                             v->out[0], v->out[1], v->in[4] };
     const fg_tensor g = FG_APPLY(forget_attention_grad, FG_HERE, in, a->scale, a->window);
     for (int i = 0; i < 3; i++) v->gin[i] = fg_result(g, i);
     if (!fg_absent(v->in[3])) v->gin[3] = fg_result(g, 3);
@@ -393,7 +480,8 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
 {
     const struct fg_attr_forget_attention *a = attr;
     fg_graph *g = in[0].graph;
-    const int64_t B = fg_dim(in[0], 0), M = fg_dim(in[0], 1), H = fg_dim(in[0], 2), N = fg_dim(in[1], 1);
+    const int64_t B = fg_dim(in[0], 0), M = fg_dim(in[0], 1), H = fg_dim(in[0], 2),
+                  N = fg_dim(in[1], 1);
     const fg_tensor q = heads_first(in[0], H), k = heads_first(in[1], H), v = heads_first(in[2], H);
     fg_tensor s = fg_matmul(q, k, false, true);
     s = fg_cast(s, FG_F32);
@@ -423,8 +511,8 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
     out[1] = fg_permute(lse, FG_DIMS(0, 2, 1));
 }
 
-/* Two products of D multiply-adds for each pair that may meet; documents are not known here, and with
- * a cache every key counts. */
+/* Two products of D multiply-adds for each pair that may meet; documents are not known here, and
+ * with a cache every key counts. */
 static fg_cost cost(const fg_infer *c)
 {
     const struct fg_attr_forget_attention *a = c->attr;
@@ -461,6 +549,6 @@ static fg_tensor example(fg_graph *g, int i)
 }
 
 const fg_op_code fg_code_forget_attention = {
-    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose, .example = example,
-    .scratch = scratch,
+    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
+    .example = example, .scratch = scratch,
 };

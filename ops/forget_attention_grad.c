@@ -6,22 +6,24 @@
  *     gq_i     = scale sum_j ds_ij k_j,   gk_j = scale sum_i ds_ij q_i,   gv_j = sum_i p_ij go_i
  *     glog_f_t = sum over pairs j < t <= i of ds_ij = sum_(m>=t) (sum_j ds_mj - sum_i ds_im)
  *
- * go, gq: as q   gk, gv: as k   glse: as lse, or absent: 0   glog_f: as log_f (zeros if that is absent)
- * Source: as forget_attention; the flow over tiles is that of Dao et al. 2022, "FlashAttention".
+ * go, gq: as q   gk, gv: as k   glse: as lse, or absent: 0   glog_f: as log_f (zeros if that is
+ * absent) Source: as forget_attention; the flow over tiles is that of Dao et al. 2022,
+ * "FlashAttention".
  *
- * The gate's gradient takes the sums over rows as well as over columns.  In exact arithmetic a row sums to
- * glse_i; rounding leaves a residue, and the long sum over m would make a random walk of those residues,
- * which with a short memory drowns the few pairs that count.  Taken from the same ds, the two sums cancel.
- * Sums over more than a tile are in double.  Where log_f is below the clamp its gradient is 0.
+ * The gate's gradient takes the sums over rows as well as over columns.  In exact arithmetic a row
+ * sums to glse_i; rounding leaves a residue, and the long sum over m would make a random walk of
+ * those residues, which with a short memory drowns the few pairs that count.  Taken from the same
+ * ds, the two sums cancel. Sums over more than a tile are in double.  Where log_f is below the
+ * clamp its gradient is 0.
  *
- * A task is a key head, with all query heads that share it, and every parts-th block of queries.  Its gk,
- * gv and column sums are its own; they are added up in order afterwards. */
+ * A task is a key head, with all query heads that share it, and every parts-th block of queries.
+ * Its gk, gv and column sums are its own; they are added up in order afterwards. */
 #include <math.h>
 #include <omp.h>
 #include "attention_tile.h"
 #include "internal.h"
 
-#define TASKS     16                     /* blocks of queries are dealt out until there are so many tasks */
+#define TASKS     16                     /* blocks of queries are dealt out to this many tasks */
 #define PARTS_MAX 4                      /* but no further: each part holds its own gk and gv */
 
 enum { GO, GLSE, Q, K, V, LOG_F, O, LSE, FIRST };
@@ -85,7 +87,8 @@ static work *work_cut(char *base, size_t *used, const fg__sizes *z)
     return w;
 }
 
-/* p: scores to weights; ds: go.v to p (go.v - delta); sums of ds over keys to row, over queries to column. */
+/* p: scores to weights; ds: go.v to p (go.v - delta); sums of ds over keys to row, over queries to
+ * column. */
 static void weights_tile(work *u, int64_t j0, int64_t j1, bool diagonal, double *column)
 {
     const fg__queries *w = &u->w;
@@ -110,7 +113,8 @@ static void weights_tile(work *u, int64_t j0, int64_t j1, bool diagonal, double 
     for (int64_t i = w->i0; i < w->i1; i++) u->row[i] += (double)row[i];
 }
 
-static void add_rows(const fg_real *x, int64_t r0, int64_t r1, int64_t D, int64_t Dp, fg_real *to, int64_t row)
+static void add_rows(const fg_real *x, int64_t r0, int64_t r1, int64_t D, int64_t Dp, fg_real *to,
+                     int64_t row)
 {
     for (int64_t r = r0; r < r1; r++)
         for (int64_t d = 0; d < D; d += FG_LANES) {
@@ -121,8 +125,8 @@ static void add_rows(const fg_real *x, int64_t r0, int64_t r1, int64_t D, int64_
         }
 }
 
-static void tile(const fg_exec *e, const fg__sizes *z, const totals *t, work *u, int64_t block, double between,
-                 fg_real *gk, fg_real *gv, double *column)
+static void tile(const fg_exec *e, const fg__sizes *z, const totals *t, work *u, int64_t block,
+                 double between, fg_real *gk, fg_real *gv, double *column)
 {
     const fg__queries *w = &u->w;
     const bool diagonal = block == w->block, gate = e->in[LOG_F];
@@ -134,8 +138,9 @@ static void tile(const fg_exec *e, const fg__sizes *z, const totals *t, work *u,
     fg__copy_rows((const fg_real *)e->in[K] + from, row, j0, j1, z->D, z->Dp, u->k);
     fg__copy_rows((const fg_real *)e->in[V] + from, row, j0, j1, z->D, z->Dp, u->v);
     fg__product s = { .r0 = j0, .r1 = j1, .n0 = w->n0, .n1 = w->n1, .k1 = z->D,
-                      .part = diagonal ? FG_R_UP_TO_N : FG_WHOLE, .a = u->k, .a_row = z->Dp, .a_col = 1,
-                      .b = u->qt, .b_row = FG_TILE, .c = u->p, .c_row = FG_TILE, .start = tail };
+                      .part = diagonal ? FG_R_UP_TO_N : FG_WHOLE,
+                      .a = u->k, .a_row = z->Dp, .a_col = 1, .b = u->qt, .b_row = FG_TILE,
+                      .c = u->p, .c_row = FG_TILE, .start = tail };
     fg__multiply(&s);
     s.a = u->v, s.b = u->got, s.c = u->ds, s.start = NULL;
     fg__multiply(&s);
@@ -144,11 +149,13 @@ static void tile(const fg_exec *e, const fg__sizes *z, const totals *t, work *u,
     weights_tile(u, j0, j1, diagonal, column + key0);
     fg__multiply(&(fg__product){ .r0 = w->n0, .r1 = w->n1, .n1 = z->Dp, .k0 = j0, .k1 = j1,
                                  .part = diagonal ? FG_K_UP_TO_R : FG_WHOLE,
-                                 .a = u->ds, .a_row = 1, .a_col = FG_TILE, .b = u->k, .b_row = z->Dp,
+                                 .a = u->ds, .a_row = 1, .a_col = FG_TILE,
+                                 .b = u->k, .b_row = z->Dp,
                                  .c = u->gq, .c_row = z->Dp, .add = !diagonal });
     fg__product g = { .r0 = j0, .r1 = j1, .n1 = z->Dp, .k0 = w->i0, .k1 = w->i1,
-                      .part = diagonal ? FG_K_FROM_R : FG_WHOLE, .a = u->ds, .a_row = FG_TILE, .a_col = 1,
-                      .b = u->q, .b_row = z->Dp, .c = u->gk, .c_row = z->Dp };
+                      .part = diagonal ? FG_K_FROM_R : FG_WHOLE,
+                      .a = u->ds, .a_row = FG_TILE, .a_col = 1, .b = u->q, .b_row = z->Dp,
+                      .c = u->gk, .c_row = z->Dp };
     fg__multiply(&g);
     g.a = u->p, g.b = u->go, g.c = u->gv;
     fg__multiply(&g);
@@ -168,17 +175,20 @@ static void rows_fill(const fg_exec *e, const fg__sizes *z, work *u)
         for (int64_t d = 0; d < z->Dp; d++) q[d] = go[d] = 0;
         u->lse[i] = u->delta[i] = 0;
         if (!sees) continue;
-        for (int64_t d = 0; d < z->D; d++) q[d] = (fg_real)z->scale * ((const fg_real *)e->in[Q])[r * z->D + d];
+        for (int64_t d = 0; d < z->D; d++)
+            q[d] = (fg_real)z->scale * ((const fg_real *)e->in[Q])[r * z->D + d];
         memcpy(go, (const fg_real *)e->in[GO] + r * z->D, (size_t)z->D * sizeof *go);
         u->lse[i] = lse[r];
-        u->delta[i] = fg__dot(go, (const fg_real *)e->in[O] + r * z->D, z->D) - (glse ? glse[r] : 0);
+        u->delta[i] =
+            fg__dot(go, (const fg_real *)e->in[O] + r * z->D, z->D) - (glse ? glse[r] : 0);
     }
     fg__copy_transposed(u->q, z->Dp, w, z->D, 1, u->qt);
     fg__copy_transposed(u->go, z->Dp, w, z->D, 1, u->got);
 }
 
-static void block_of_queries(const fg_exec *e, const fg__sizes *z, const totals *t, work *u, int64_t b, int64_t h,
-                             int64_t block, fg_real *gk, fg_real *gv, double *column)
+static void block_of_queries(const fg_exec *e, const fg__sizes *z, const totals *t, work *u,
+                             int64_t b, int64_t h, int64_t block, fg_real *gk, fg_real *gv,
+                             double *column)
 {
     const fg__queries *w = &u->w;
     fg__queries_fill(&u->w, z, &t->g, b, h, block, e->in[Q], e->in[LOG_F], e->in[FIRST]);
@@ -189,7 +199,8 @@ static void block_of_queries(const fg_exec *e, const fg__sizes *z, const totals 
         for (int64_t i = w->i0; i < w->i1; i++)
             if (w->low[i] != INT64_MAX && !((double)u->lse[i] >= floor)) floor = (double)u->lse[i];
         for (int64_t j = block; j >= w->low_min / FG_TILE; j--) {
-            if (e->in[LOG_F] && j < block - 1) between += t->g.total[(b * z->H + h) * z->blocks + j + 1];
+            if (e->in[LOG_F] && j < block - 1)
+                between += t->g.total[(b * z->H + h) * z->blocks + j + 1];
             if (j < block && fg__faded(z, &t->g, w, j, between, e->in[LOG_F], floor)) continue;
             tile(e, z, t, u, j, between, gk, gv, column);
         }
@@ -198,14 +209,14 @@ static void block_of_queries(const fg_exec *e, const fg__sizes *z, const totals 
     for (int64_t i = w->i0; i < w->i1; i++) {
         const int64_t p = block * FG_TILE + i, r = (b * z->M + p) * z->H + h;
         const bool sees = w->low[i] != INT64_MAX;
-        for (int64_t d = 0; d < z->D; d++)
-            gq[r * z->D + d] = sees ? (fg_real)z->scale * u->gq[i * z->Dp + d] : 0;
+        if (sees) fg__put_row(u->gq + i * z->Dp, (fg_real)z->scale, z->D, gq + r * z->D);
+        else memset(gq + r * z->D, 0, (size_t)z->D * sizeof *gq);
         t->row[(b * z->H + h) * z->N + p] = u->row[i];
     }
 }
 
-static void task(const fg_exec *e, const fg__sizes *z, const totals *t, work *u, int64_t b, int64_t kv,
-                 int64_t part)
+static void task(const fg_exec *e, const fg__sizes *z, const totals *t, work *u, int64_t b,
+                 int64_t kv, int64_t part)
 {
     const int64_t group = z->H / z->Hkv, size = z->B * z->N * z->Hkv * z->D;
     fg_real *gk = part ? t->gk + (part - 1) * size : e->out[1];
@@ -222,7 +233,8 @@ static void task(const fg_exec *e, const fg__sizes *z, const totals *t, work *u,
     }
 }
 
-static void gate_gradient(const fg_exec *e, const fg__sizes *z, const totals *t, int64_t b, int64_t h)
+static void gate_gradient(const fg_exec *e, const fg__sizes *z, const totals *t, int64_t b,
+                          int64_t h)
 {
     const fg_real *log_f = e->in[LOG_F];
     const int64_t head = b * z->H + h;
@@ -240,7 +252,8 @@ static void gate_gradient(const fg_exec *e, const fg__sizes *z, const totals *t,
 static void cpu(const fg_exec *e)
 {
     const struct fg_attr_forget_attention_grad *a = e->attr;
-    const fg__sizes z = fg__attention_sizes(&e->in_shape[Q], &e->in_shape[K], 0, a->scale, a->window);
+    const fg__sizes z =
+        fg__attention_sizes(&e->in_shape[Q], &e->in_shape[K], 0, a->scale, a->window);
     size_t used = 0, each = 0;
     totals t = totals_cut(e->scratch, &used, &z);
     work_cut(NULL, &each, &z);
@@ -284,9 +297,11 @@ static fg_cost cost(const fg_infer *c)
     const double pairs = fg__pairs(q->dim[1], q->dim[1], a->window, false);
     const double rows = (double)(q->dim[0] * q->dim[2]);
     double elements = 0;
-    for (int i = 0; i < c->n_in; i++) elements += c->given[i] ? (double)fg_shape_count(c->in[i]) : 0;
+    for (int i = 0; i < c->n_in; i++)
+        elements += c->given[i] ? (double)fg_shape_count(c->in[i]) : 0;
     for (int i = 0; i < c->n_out; i++) elements += (double)fg_shape_count(c->out[i]);
-    return (fg_cost){ .flops = 10 * rows * pairs * (double)q->dim[3], .bytes = elements * (double)sizeof(float) };
+    return (fg_cost){ .flops = 10 * rows * pairs * (double)q->dim[3],
+                      .bytes = elements * (double)sizeof(float) };
 }
 
 const fg_op_code fg_code_forget_attention_grad = {

@@ -62,7 +62,10 @@ fg_tensor fg__lse_grad(fg_tensor glse, fg_tensor logits, fg_tensor lse);
 /* fg_rms_norm(a + b, w, eps, 1) with fg_result(y, 1) = a + b. */
 fg_tensor fg__add_rms_norm(fg_loc at, fg_tensor a, fg_tensor b, fg_tensor w, double eps);
 
-/* ---- cache.c: states of the current scope, "@cache.WHAT", or "@cache.WHAT.1", ... if taken ------ */
+/* Refuses inputs first and past of x = input 0, [B,T,...], unless absent or i32[B,T] and i32[1]. */
+fg_status fg__check_sequence(fg_infer *c, int first, int past);
+
+/* ---- cache.c: states of the current scope, "@cache.WHAT", or "@cache.WHAT.1", ... if taken --- */
 
 /* x [B,T,...] written at s.past of a state [B,s.capacity,...]: the whole cache. */
 fg_tensor fg__cache(fg_loc at, fg_tensor x, const char *what, fg_sequence s);

@@ -6,18 +6,20 @@
  * x, y: [B,T,H,D], D even   first: i32[B,T]   past: i32[1]   inverse: turns back by a
  * position = past + t - first_(b,t), or past + t in padding (first > past + t).
  * Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv
- * 2104.09864; channels paired by halves as in GPT-NeoX and in the official FoX code, which rounds base^(-2i/D)
- * and a to f32: far into a sequence our angles, taken in double, are the more exact ones.
+ * 2104.09864; channels paired by halves as in GPT-NeoX and in the official FoX code, which rounds
+ * base^(-2i/D) and a to f32: far into a sequence our angles, taken in double, are the more exact
+ * ones.
  *
- * cos and sin of p = 64 m + r come from those of 64 m and of r by the addition theorem, in double: about
- * 64 + T/64 calls of the C library a channel instead of T, and the same bits however a sequence is cut. */
+ * cos and sin of p = 64 m + r come from those of 64 m and of r by the addition theorem, in double:
+ * about 64 + T/64 calls of the C library a channel instead of T, and the same bits however a
+ * sequence is cut. */
 #include <math.h>
 #include <omp.h>
 #include "vec.h"
 #include "internal.h"
 
 #define RUN 64                           /* positions that share the angles of their first */
-#define FEW 16                           /* with fewer rows the table over r costs more than it saves */
+#define FEW 16                           /* rows for which the table over r pays */
 
 fg_tensor (fg_rope)(fg_loc at, fg_tensor x, double base)
 {
@@ -33,10 +35,7 @@ static fg_status infer(fg_infer *c)
     FG_REQUIRE(c, x->rank == 4 && x->dim[3] % 2 == 0, SHAPE, "x must be [B,T,H,D] with D even");
     FG_REQUIRE(c, fg__is_real(c->in_type[0]), DTYPE, "x must be f32 or bf16");
     FG_REQUIRE(c, a->base > 0, USAGE, "base is %g; it must be positive", a->base);
-    FG_REQUIRE(c, !c->given[1] || (c->in_type[1] == FG_I32 && fg_shape_equal(c->in[1], FG_DIMS(x->dim[0], x->dim[1]))),
-               SHAPE, "first must be i32[B,T] = i32[%lld,%lld]", (long long)x->dim[0], (long long)x->dim[1]);
-    FG_REQUIRE(c, !c->given[2] || (c->in_type[2] == FG_I32 && fg_shape_count(c->in[2]) == 1), SHAPE,
-               "past must be i32[1]");
+    if (fg__check_sequence(c, 1, 2)) return FG_ERR_SHAPE;
     c->out[0] = *x;
     return FG_OK;
 }
@@ -55,7 +54,8 @@ static void turn(const fg_real *x, const fg_real *c, int64_t half, fg_real *y)
     const fg_real *s = c + half;
     int64_t i = 0;
     for (; i + FG_LANES <= half; i += FG_LANES) {
-        const fg_vec a = fg_vload(x + i), b = fg_vload(x + half + i), cv = fg_vload(c + i), sv = fg_vload(s + i);
+        const fg_vec a = fg_vload(x + i), b = fg_vload(x + half + i), cv = fg_vload(c + i),
+                     sv = fg_vload(s + i);
         fg_vstore(y + i, fg_vfma(a, cv, -(b * sv)));
         fg_vstore(y + half + i, fg_vfma(a, sv, b * cv));
     }
@@ -86,7 +86,8 @@ static void cpu(const fg_exec *e)
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < B * runs; task++) {
         const int64_t b = task / runs, t0 = task % runs * RUN, t1 = t0 + RUN < T ? t0 + RUN : T;
-        double *start = table + table_size(D) + own_size(D) * (size_t)omp_get_thread_num(), *own = start + D;
+        double *start = table + table_size(D) + own_size(D) * (size_t)omp_get_thread_num(),
+               *own = start + D;
         fg_real *c = (fg_real *)(own + D);
         int64_t at = -1;
         for (int64_t t = t0; t < t1; t++) {

@@ -2,11 +2,12 @@
  *
  *     y_t = a_t x_(t-1) + (1 - a_t) x_t
  *
- * x, y: [B,T,H,D]   a: [B,T,H], in (0,1)   first: i32[B,T]   past: i32[1]   prev: [B,H,D], x before row 0
- * Row t stands at position p = past + t.  x_(t-1) counts as 0 where p - 1 < first_t (0 if absent), that is
- * for a document's first token; padding rows (first_t > p) give 0.
- * Source: Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate", arXiv 2503.02130,
- * the KV-shift of section 3; x is the projection before shifting, and that is what decoding keeps. */
+ * x, y: [B,T,H,D]   a: [B,T,H], in (0,1)   first: i32[B,T]   past: i32[1]   prev: [B,H,D], x before
+ * row 0 Row t stands at position p = past + t.  x_(t-1) counts as 0 where p - 1 < first_t (0 if
+ * absent), that is for a document's first token; padding rows (first_t > p) give 0.
+ * Source: Lin et al. 2025, "Forgetting Transformer: Softmax Attention with a Forget Gate", arXiv
+ * 2503.02130, the KV-shift of section 3; x is the projection before shifting, and that is what
+ * decoding keeps. */
 #include "vec.h"
 #include "internal.h"
 
@@ -28,14 +29,13 @@ static fg_status infer(fg_infer *c)
     FG_REQUIRE(c, fg_shape_equal(c->in[1], FG_DIMS(x->dim[0], x->dim[1], x->dim[2])), SHAPE,
                "a must be [B,T,H] = [%lld,%lld,%lld], one gate per head and position",
                (long long)x->dim[0], (long long)x->dim[1], (long long)x->dim[2]);
-    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && fg__is_real(c->in_type[1]), DTYPE, "x and a must be f32 or bf16");
-    FG_REQUIRE(c, !c->given[2] || (c->in_type[2] == FG_I32 && fg_shape_equal(c->in[2], FG_DIMS(x->dim[0], x->dim[1]))),
-               SHAPE, "first must be i32[B,T] = i32[%lld,%lld]", (long long)x->dim[0], (long long)x->dim[1]);
-    FG_REQUIRE(c, !c->given[3] || (c->in_type[3] == FG_I32 && fg_shape_count(c->in[3]) == 1), SHAPE,
-               "past must be i32[1]");
-    FG_REQUIRE(c, !c->given[4] || fg_shape_equal(c->in[4], FG_DIMS(x->dim[0], x->dim[2], x->dim[3])), SHAPE,
-               "prev must be [B,H,D] = [%lld,%lld,%lld]", (long long)x->dim[0], (long long)x->dim[2],
-               (long long)x->dim[3]);
+    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && fg__is_real(c->in_type[1]), DTYPE,
+               "x and a must be f32 or bf16");
+    if (fg__check_sequence(c, 2, 3)) return FG_ERR_SHAPE;
+    FG_REQUIRE(c,
+               !c->given[4] || fg_shape_equal(c->in[4], FG_DIMS(x->dim[0], x->dim[2], x->dim[3])),
+               SHAPE, "prev must be [B,H,D] = [%lld,%lld,%lld]", (long long)x->dim[0],
+               (long long)x->dim[2], (long long)x->dim[3]);
     c->out[0] = *x;
     return FG_OK;
 }
@@ -88,7 +88,8 @@ static void cpu(const fg_exec *e)
 static void vjp(fg_vjp *v)
 {
     if (!fg_absent(v->in[3])) {
-        v->gin[0] = fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
+        v->gin[0] =
+            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
         return;
     }
     const fg_tensor in[] = { v->gout[0], v->in[0], v->in[1], v->in[2] };
@@ -158,7 +159,8 @@ static fg_tensor example(fg_graph *g, int i)
 }
 
 const fg_op_code fg_code_shift_mix = {
-    .infer = infer, .cpu = cpu, .vjp = vjp, .decompose = decompose, .cost = cost, .example = example,
+    .infer = infer, .cpu = cpu, .vjp = vjp, .decompose = decompose, .cost = cost,
+    .example = example,
 };
 
 /* ---- shift_mix_grad ------------------------------------------------------------------------- */
@@ -205,7 +207,8 @@ static void grad_cpu(const fg_exec *e)
             const fg_real keep = is == PAD ? 0 : 1 - a[gate], pass = next ? a[gate + H] : 0;
             for (int64_t i = 0; i < D; i++)
                 gx[at + i] = keep * gy[at + i] + (next ? pass * gy[later + i] : 0);
-            ga[gate] = is == PAD ? 0 : gate_gradient(gy + at, is == INSIDE ? x + at - H * D : NULL, x + at, D);
+            const fg_real *before = is == INSIDE ? x + at - H * D : NULL;
+            ga[gate] = is == PAD ? 0 : gate_gradient(gy + at, before, x + at, D);
         }
     }
 }
@@ -216,4 +219,6 @@ static fg_cost grad_cost(const fg_infer *c)
     return (fg_cost){ .flops = 6 * n, .bytes = (double)sizeof(float) * (3 * n + 2 * heads) };
 }
 
-const fg_op_code fg_code_shift_mix_grad = { .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost };
+const fg_op_code fg_code_shift_mix_grad = {
+    .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost,
+};
