@@ -4,7 +4,6 @@
  * dashed: the n-gram baseline.  A long run is thinned: neighbouring training points are averaged,
  * at most 1000 stay. */
 #include <errno.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,20 +32,22 @@ static void add(picture *p, curve *c, double x, double y)
 
 static void read_line(picture *p, const char *line)
 {
-    json_t *o = json_loads(line, 0, NULL);
-    const char *kind = json_string_value(json_object_get(o, "kind"));
-    const json_t *loss = json_object_get(o, "loss"), *ngram = json_object_get(o, "ngram_loss");
-    const json_t *tokens = json_object_get(o, "tokens");
+    fg_json *json = NULL;
+    char ignored[200];
+    double tokens, loss;
 
-    if (kind && json_is_number(loss) && json_is_number(tokens)) {
-        if (!strcmp(kind, "train"))
-            add(p, &p->train, json_number_value(tokens), json_number_value(loss));
-        else if (!strcmp(kind, "eval"))
-            add(p, &p->eval, json_number_value(tokens), json_number_value(loss));
-        if (json_is_number(ngram))
-            p->ngram = json_number_value(ngram);
+    if (fg_json_parse(line, strlen(line), fg__metric_rules, &json, ignored) != FG_OK)
+        return;
+    const fg_json_value *o = fg_json_root(json), *kind = fg_json_get(o, "kind");
+    if (kind && kind->kind == FG_JSON_TEXT && fg_json_number(fg_json_get(o, "tokens"), &tokens) &&
+        fg_json_number(fg_json_get(o, "loss"), &loss)) {
+        if (!strcmp(kind->u.text, "train"))
+            add(p, &p->train, tokens, loss);
+        else if (!strcmp(kind->u.text, "eval"))
+            add(p, &p->eval, tokens, loss);
+        fg_json_number(fg_json_get(o, "ngram_loss"), &p->ngram);
     }
-    json_decref(o);
+    fg_json_free(json);
 }
 
 static void thin(curve *c)

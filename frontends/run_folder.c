@@ -10,13 +10,13 @@
 #include <dirent.h>
 #include <errno.h>
 #include <inttypes.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/utsname.h>
 #include <unistd.h>
+#include "text_file.h"
 #include "training.h"
 
 enum { PATH = 1200 };
@@ -166,65 +166,101 @@ static void utc(char text[32])
     strftime(text, 32, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &t));
 }
 
-static fg_status write_json(const fg__folder *f, const char *name, json_t *o,
+static fg_status write_text(const fg__folder *f, const char *name, fg__text *t,
                             char message[FG_MESSAGE])
 {
-    char path[PATH], whole[PATH + 8];
-    fg_status s = FG_OK;
+    char path[PATH], words[400] = "";
+    fg_status s = t->failed ? FG_ERR_MEMORY : FG_OK;
 
     path_in(f, name, path);
-    snprintf(whole, sizeof whole, "%s.part", path);
-    errno = 0;
-    if (!o || json_dump_file(o, whole, JSON_INDENT(2)) != 0 || rename(whole, path) != 0)
-        s = fg__say(message, FG_ERR_IO, "%s: %s", path,
-                    errno ? strerror(errno) : "cannot be written");
-    json_decref(o);
-    return s;
+    if (s == FG_OK)
+        s = fg__text_replace(path, t->text, t->n, words);
+    free(t->text);
+    return s == FG_OK ? s : fg__say(message, s, "%s", words[0] ? words : fg_status_text(s));
 }
 
-static json_t *recipe_json(const fg_recipe *r)
+/* text as a JSON string; bytes that are not UTF-8 become question marks. */
+static void add_string(fg__text *t, const char *text)
 {
-    json_t *o = json_object();
+    const bool utf8 = fg_text_is_utf8(text);
+    fg__text_add(t, "\"");
+    for (; *text; text++) {
+        const unsigned char c = (unsigned char)*text;
+        if (c < 32 || c == 127)
+            fg__text_add(t, "\\u%04x", c);
+        else if (c == '"' || c == '\\')
+            fg__text_add(t, "\\%c", c);
+        else
+            fg__text_add(t, "%c", c < 128 || utf8 ? c : '?');
+    }
+    fg__text_add(t, "\"");
+}
+
+/* A line "key": of an object, after a comma where it is not the first. */
+static void add_key(fg__text *t, int i, const char *indent, const char *key)
+{
+    fg__text_add(t, "%s\n%s", i ? "," : "", indent);
+    add_string(t, key);
+    fg__text_add(t, ": ");
+}
+
+static void add_recipe(fg__text *t, const fg_recipe *r)
+{
     char text[1100];
     const char *key;
 
+    fg__text_add(t, "{");
     for (int i = 0; (key = fg_recipe_key(i)); i++) {
-        char *end;
         fg_recipe_get(r, key, text, sizeof text);
-        const long long whole = strtoll(text, &end, 10);
+        add_key(t, i, "    ", key);
         if (!strcmp(key, "data") || !strcmp(key, "eval_data"))
-            json_object_set_new(o, key, json_string(text));
-        else if (!*end)
-            json_object_set_new(o, key, json_integer(whole));
+            add_string(t, text);
         else
-            json_object_set_new(o, key, json_real(strtod(text, NULL)));
+            fg__text_add(t, "%s", text);
     }
-    return o;
+    fg__text_add(t, "\n  }");
 }
 
-static json_t *settings_json(const fg_setting *settings, int n)
+static void add_settings(fg__text *t, const fg_setting *settings, int n)
 {
-    json_t *o = json_object();
-    for (int i = 0; i < n; i++)
-        json_object_set_new(o, settings[i].key, json_string(settings[i].value));
-    return o;
+    fg__text_add(t, "{");
+    for (int i = 0; i < n; i++) {
+        add_key(t, i, "    ", settings[i].key);
+        add_string(t, settings[i].value);
+    }
+    fg__text_add(t, n ? "\n  }" : "}");
+}
+
+static void add_facts(fg__text *t, const fg_graph *g)
+{
+    const char *key, *json;
+    int n = 0;
+
+    fg__text_add(t, "{");
+    for (; fg_graph_fact_at(g, n, &key, &json); n++) {
+        add_key(t, n, "    ", key);
+        fg__text_add(t, "%s", json);
+    }
+    fg__text_add(t, n ? "\n  }" : "}");
 }
 
 static fg_status write_config(fg__folder *f, const struct fg_model *m, const fg_recipe *r,
                               const fg_graph *g, const fg_train_options *o,
                               char message[FG_MESSAGE])
 {
-    json_t *root = json_object(), *facts = json_object();
-    const char *key, *value;
-
-    for (int i = 0; fg_graph_fact_at(g, i, &key, &value); i++)
-        json_object_set_new(facts, key, json_loads(value, JSON_DECODE_ANY, NULL));
-    json_object_set_new(root, "model", m->name ? json_string(m->name) : json_null());
-    json_object_set_new(root, "recipe", recipe_json(r));
-    json_object_set_new(root, "settings", settings_json(m->settings, m->n_settings));
-    json_object_set_new(root, "origin", settings_json(o->origins, o->n_origins));
-    json_object_set_new(root, "facts", facts);
-    return write_json(f, "config.json", root, message);
+    fg__text t = { 0 };
+    fg__text_add(&t, "{\n  \"model\": ");
+    add_string(&t, m->name ? m->name : "");
+    fg__text_add(&t, ",\n  \"recipe\": ");
+    add_recipe(&t, r);
+    fg__text_add(&t, ",\n  \"settings\": ");
+    add_settings(&t, m->settings, m->n_settings);
+    fg__text_add(&t, ",\n  \"origin\": ");
+    add_settings(&t, o->origins, o->n_origins);
+    fg__text_add(&t, ",\n  \"facts\": ");
+    add_facts(&t, g);
+    fg__text_add(&t, "\n}\n");
+    return write_text(f, "config.json", &t, message);
 }
 
 /* The processor's name as the kernel gives it; "" if it does not. */
@@ -244,26 +280,32 @@ static void processor(char name[128])
 
 static fg_status write_env(fg__folder *f, const fg_train_options *o, char message[FG_MESSAGE])
 {
-    json_t *root = json_object();
+    fg__text t = { 0 };
     struct utsname u;
     char when[32], cpu[128];
+    const bool known = uname(&u) == 0;
+    const struct { const char *key, *value; } facts[] = {
+        { "fox_graph", fg_version() },
+        { "started", when },
+        { "backend", o->backend ? fg_backend_name(o->backend) : "" },
+        { "system", known ? u.sysname : "" },
+        { "release", known ? u.release : "" },
+        { "machine", known ? u.machine : "" },
+        { "processor", cpu },
+        { "compiler", __VERSION__ }
+    };
+    const int n = sizeof facts / sizeof facts[0];
 
     utc(when);
     processor(cpu);
-    json_object_set_new(root, "fox_graph", json_string(fg_version()));
-    json_object_set_new(root, "started", json_string(when));
-    if (o->backend) {
-        json_object_set_new(root, "backend", json_string(fg_backend_name(o->backend)));
-        json_object_set_new(root, "threads", json_integer(fg_backend_threads(o->backend)));
+    fg__text_add(&t, "{");
+    for (int i = 0; i < n; i++) {
+        add_key(&t, i, "  ", facts[i].key);
+        add_string(&t, facts[i].value);
     }
-    if (uname(&u) == 0) {
-        json_object_set_new(root, "system", json_string(u.sysname));
-        json_object_set_new(root, "release", json_string(u.release));
-        json_object_set_new(root, "machine", json_string(u.machine));
-    }
-    json_object_set_new(root, "processor", json_string(cpu));
-    json_object_set_new(root, "compiler", json_string(__VERSION__));
-    return write_json(f, "env.json", root, message);
+    add_key(&t, n, "  ", "threads");
+    fg__text_add(&t, "%d\n}\n", o->backend ? fg_backend_threads(o->backend) : 0);
+    return write_text(f, "env.json", &t, message);
 }
 
 static void init_text(const fg_init *n, char text[96])
@@ -341,12 +383,19 @@ fg_status fg__folder_describe(fg__folder *f, const struct fg_model *m, const fg_
 /* The step of a line of metrics.jsonl, -1 if it is not a whole one. */
 static int64_t step_of(const char *line, bool *eval)
 {
-    json_t *o = strchr(line, '\n') ? json_loads(line, 0, NULL) : NULL;
-    const json_t *step = json_object_get(o, "step");
-    const char *kind = json_string_value(json_object_get(o, "kind"));
-    const int64_t n = json_is_integer(step) ? json_integer_value(step) : -1;
-    *eval = kind && !strcmp(kind, "eval");
-    json_decref(o);
+    fg_json *json = NULL;
+    char ignored[200];
+    int64_t n = -1;
+
+    *eval = false;
+    if (!strchr(line, '\n') || fg_json_parse(line, strlen(line), fg__metric_rules, &json, ignored))
+        return -1;
+    const fg_json_value *step = fg_json_get(fg_json_root(json), "step");
+    const fg_json_value *kind = fg_json_get(fg_json_root(json), "kind");
+    if (step && step->kind == FG_JSON_WHOLE)
+        n = step->u.whole;
+    *eval = kind && kind->kind == FG_JSON_TEXT && !strcmp(kind->u.text, "eval");
+    fg_json_free(json);
     return n;
 }
 

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdarg.h>
 #include <time.h>
+#include "fox_json.h"
 #include "fox_train.h"
 
 /* ---- messages ------------------------------------------------------------------------------- */
@@ -53,6 +54,9 @@ fg_status fg__evaluator_run(fg__evaluator *e, const volatile sig_atomic_t *stop,
                             fg_eval_result *out, double *by_position, char message[FG_MESSAGE]);
 
 /* ---- run folder ------------------------------------------------------------------------------ */
+
+/* What a line of metrics.jsonl may be: one object of plain values. */
+static const fg_json_rules fg__metric_rules = { 2, 64, false };
 
 typedef struct fg__folder fg__folder;
 /* Makes dir, or takes one that holds a run if resume or force allow it; force empties it. */

@@ -160,6 +160,25 @@ static bool has(const char *dir, const char *name)
     return stat(path, &st) == 0 && st.st_size > 0;
 }
 
+static char *contents(const char *dir, const char *name)
+{
+    char path[128], *text = calloc(1, 1 << 20);
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    FILE *in = fopen(path, "r");
+    cr_assert(in && fread(text, 1, (1 << 20) - 1, in) > 0);
+    fclose(in);
+    return text;
+}
+
+static json_t *json_of(const char *dir, const char *name)
+{
+    char *text = contents(dir, name);
+    json_t *o = json_loads(text, 0, NULL);
+    cr_assert(o, "%s is not JSON: %s", name, text);
+    free(text);
+    return o;
+}
+
 /* ---- claims ---------------------------------------------------------------------------------- */
 
 Test(train, loss_falls_below_the_text_s_own_letters)
@@ -182,6 +201,17 @@ Test(train, loss_falls_below_the_text_s_own_letters)
                                          "loss.svg", "ckpt/step-000000150/model.safetensors" };
     for (size_t i = 0; i < sizeof files / sizeof files[0]; i++)
         cr_expect(has(dir, files[i]), "%s is missing", files[i]);
+    static const char *const marks[] = { "id=\"train\"", "id=\"eval\"", "id=\"ngram\"",
+                                         ">tokens<" };
+    char *picture = contents(dir, "loss.svg");
+    for (size_t i = 0; i < sizeof marks / sizeof marks[0]; i++)
+        cr_expect(strstr(picture, marks[i]), "the loss curve lacks %s", marks[i]);
+    free(picture);
+    json_t *config = json_of(dir, "config.json"), *env = json_of(dir, "env.json");
+    cr_expect_eq(json_real_value(json_object_get(json_object_get(config, "recipe"), "lr")), 0.01);
+    cr_expect_eq(json_integer_value(json_object_get(env, "threads")), 2);
+    json_decref(config);
+    json_decref(env);
     close_place(p);
     remove_all();
 }
