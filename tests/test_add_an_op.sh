@@ -61,7 +61,9 @@ run() {
 }
 make_test() { run cmake --build "$build" --target test_f64_ops --parallel 2; }
 
-run cmake -S "$tree" -B "$build" -DCMAKE_C_COMPILER="$cc" -DCMAKE_BUILD_TYPE=Debug
+launcher=$(command -v ccache || true)
+run cmake -S "$tree" -B "$build" -DCMAKE_C_COMPILER="$cc" -DCMAKE_BUILD_TYPE=Debug \
+    -DCMAKE_C_COMPILER_LAUNCHER="$launcher"
 make_test
 ! grep "$op.*warning" "$scratch/log" || die "the page's code gives warnings"
 FG_TEST_OP=$op "$build/test_f64_ops" || die "$op fails its test"
