@@ -13,6 +13,9 @@
  * "FlashAttention".
  * Memory beyond inputs and outputs: O(B H N + threads), never M x N.
  *
+ * q and gates that are not finite stay with the queries that see them.  k and v must be finite: a
+ * weight of 0 does not keep a NaN of v from the other queries of its tile.
+ *
  * Tiles walk from the diagonal to the left, so the running maximum is nearly final at once, and
  * tiles whose weights have all faded to 0 are passed over: that changes no bit, and a head that
  * forgets fast costs little.  Few queries against a cache go key by key instead (few_queries). */
@@ -154,7 +157,7 @@ static void tile(const fg_exec *e, const fg__sizes *z, const fg__gates *g, work 
     if (!diagonal) {
         double floor = INFINITY;
         for (int64_t i = w->i0; i < w->i1; i++)
-            if (w->low[i] != INT64_MAX && !((double)u->max[i] >= floor)) floor = (double)u->max[i];
+            if (w->low[i] != INT64_MAX && (double)u->max[i] < floor) floor = (double)u->max[i];
         if (fg__faded(z, g, w, block, between, gate, floor)) return;
     }
     fg__copy_rows((const fg_real *)e->in[1] + from, row, j0, j1, z->D, z->Dp, u->k);

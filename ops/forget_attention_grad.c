@@ -197,7 +197,7 @@ static void block_of_queries(const fg_exec *e, const fg__sizes *z, const totals 
         double between = 0, floor = INFINITY;
         rows_fill(e, z, u);
         for (int64_t i = w->i0; i < w->i1; i++)
-            if (w->low[i] != INT64_MAX && !((double)u->lse[i] >= floor)) floor = (double)u->lse[i];
+            if (w->low[i] != INT64_MAX && (double)u->lse[i] < floor) floor = (double)u->lse[i];
         for (int64_t j = block; j >= w->low_min / FG_TILE; j--) {
             if (e->in[LOG_F] && j < block - 1)
                 between += t->g.total[(b * z->H + h) * z->blocks + j + 1];
