@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include "cli.h"
@@ -69,18 +70,27 @@ static void close_line(progress *p)
     p->open_line = false;
 }
 
+/* Columns of the terminal on stderr; 80 if it does not say. */
+static int columns(void)
+{
+    struct winsize w;
+    return ioctl(STDERR_FILENO, TIOCGWINSZ, &w) || w.ws_col < 20 ? 80 : w.ws_col;
+}
+
 static void print_update(progress *p, const fg_event *e)
 {
-    char rate[32], flops[32], spent[32], left[32];
+    char rate[32], flops[32], spent[32], left[32], line[400];
     const double now = cli_now();
     if (p->terminal && !line_wanted && now - p->drawn < 0.1 && e->step < e->steps) return;
     if (!p->terminal && !line_wanted && !e->logged) return;
-    if (p->terminal) fputs("\r\033[K", stderr);
-    fprintf(stderr,
-            "step %lld/%lld  loss %.4f (%.4f)  grad %.3g  lr %.3g  %s tok/s  %sFLOP/s  %s, %s left",
-            (long long)e->step, (long long)e->steps, e->loss, e->smooth_loss, e->grad_norm, e->lr,
-            cli_amount(rate, e->tokens_per_s), cli_amount(flops, e->flops_per_s),
-            clock_text(spent, e->seconds), clock_text(left, e->seconds_left));
+    snprintf(line, sizeof line,
+             "step %lld/%lld  loss %.4f (%.4f)  grad %.3g  lr %.3g  "
+             "%s tok/s  %sFLOP/s  %s, %s left",
+             (long long)e->step, (long long)e->steps, e->loss, e->smooth_loss, e->grad_norm, e->lr,
+             cli_amount(rate, e->tokens_per_s), cli_amount(flops, e->flops_per_s),
+             clock_text(spent, e->seconds), clock_text(left, e->seconds_left));
+    if (p->terminal) fprintf(stderr, "\r\033[K%.*s", columns() - 1, line);
+    else fputs(line, stderr);
     if (!p->terminal || line_wanted) fputc('\n', stderr);
     p->open_line = p->terminal && !line_wanted;
     p->drawn = now;
