@@ -174,8 +174,10 @@ FG_API fg_sequence fg_sequence_of(const fg_graph *g);
 
 /* Settings: numbers that a model reads, and a user may change without editing it (--set K=V). */
 FG_API fg_status   fg_graph_set(fg_graph *g, const char *key, const char *value);
-FG_API int64_t     fg_setting_int(fg_graph *g, const char *key, int64_t otherwise);
-FG_API double      fg_setting_real(fg_graph *g, const char *key, double otherwise);
+FG_API int64_t   (fg_setting_int)(fg_loc at, fg_graph *g, const char *key, int64_t otherwise);
+FG_API double    (fg_setting_real)(fg_loc at, fg_graph *g, const char *key, double otherwise);
+#define fg_setting_int(...)  fg_setting_int(FG_HERE, __VA_ARGS__)
+#define fg_setting_real(...) fg_setting_real(FG_HERE, __VA_ARGS__)
 FG_API const char *fg_setting_text(fg_graph *g, const char *key, const char *otherwise);
 /* The i-th key that nobody read, or NULL. */
 FG_API const char *fg_graph_unused_setting(const fg_graph *g, int i);

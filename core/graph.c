@@ -342,31 +342,31 @@ static const char *setting(fg_graph *g, const char *key)
     return p ? p->value : NULL;
 }
 
-static void setting_error(fg_graph *g, const char *key, const char *value, const char *what)
+static void setting_error(fg_loc at, fg_graph *g, const char *key, const char *value, const char *what)
 {
     char rule[400];
     snprintf(rule, sizeof rule, "%.100s=%.100s is not %s", key, value, what);
-    fg__error(g, FG_ERR_USAGE, "setting", "", FG_HERE, 0, NULL, rule);
+    fg__error(g, FG_ERR_USAGE, "setting", "", at, 0, NULL, rule);
 }
 
-int64_t fg_setting_int(fg_graph *g, const char *key, int64_t otherwise)
+int64_t (fg_setting_int)(fg_loc at, fg_graph *g, const char *key, int64_t otherwise)
 {
     const char *s = setting(g, key);
     if (!s) return otherwise;
     char *end;
     errno = 0;
     const long long v = strtoll(s, &end, 10);
-    if (end == s || *end || errno) { setting_error(g, key, s, "an integer"); return otherwise; }
+    if (end == s || *end || errno) { setting_error(at, g, key, s, "an integer"); return otherwise; }
     return v;
 }
 
-double fg_setting_real(fg_graph *g, const char *key, double otherwise)
+double (fg_setting_real)(fg_loc at, fg_graph *g, const char *key, double otherwise)
 {
     const char *s = setting(g, key);
     if (!s) return otherwise;
     char *end;
     const double v = strtod(s, &end);
-    if (end == s || *end) { setting_error(g, key, s, "a number"); return otherwise; }
+    if (end == s || *end) { setting_error(at, g, key, s, "a number"); return otherwise; }
     return v;
 }
 
