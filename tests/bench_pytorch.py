@@ -111,7 +111,7 @@ def main():
     ap.add_argument("--threads", type=int, default=torch.get_num_threads())
     ap.add_argument("--rounds", type=int, default=3)
     ap.add_argument("--steps", type=int, default=3)
-    ap.add_argument("--fox-graph", nargs="+", help="command line of `fox-graph bench ... --json`")
+    ap.add_argument("--fox-graph", nargs=argparse.REMAINDER, help="last: command line of `fox-graph bench ... --json`")
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
