@@ -10,14 +10,14 @@
 /* Bytes are tokens; the last tenth of the text is held out.  Small batches, for many updates. */
 void fg_configure(fg_recipe *r)
 {
-    r->batch = 8;
-    r->context = 256;
+    r->batch = 4;
+    r->context = 128;
     r->tokens = 2000000;
     r->lr = 4e-3;
-    r->warmup_tokens = 100000;
-    r->eval_every = 200;
+    r->warmup_tokens = 50000;
+    r->eval_every = 500;
     r->eval_batches = 16;
-    r->log_every = 10;
+    r->log_every = 20;
 }
 
 fg_tensor fg_model(fg_tensor tokens)                     /* [B,T] -> logits [B,T,256] */
