@@ -127,8 +127,8 @@ def main():
         dec.append(decode(model, 128, 64))
         if a.fox_graph:
             r = json.loads(subprocess.run(a.fox_graph, check=True, capture_output=True, text=True).stdout)
-            ours_train.append(r["train"]["median_s"])
-            ours_decode.append(r["decode"]["median_s"])
+            ours_train.append(r["step_seconds"])
+            ours_decode.append(r["decode_seconds"])
     m = statistics.median
     print(f"torch {torch.__version__}, {a.threads} threads: step {m(train) * 1e3:.1f} ms "
           f"({B * T / m(train):.0f} tokens/s), decode {m(dec) * 1e3:.3f} ms ({1 / m(dec):.0f} tokens/s)")
