@@ -197,6 +197,40 @@ static int print_result(const cli *c, const fg_train_result *r, const char *run_
     return CLI_OK;
 }
 
+/* Three places of the held-out text: a few bytes of it, and how the model goes on. */
+static int print_samples(const cli *c, const cli_model *m, fg_store *s)
+{
+    enum { SAMPLES = 3, PROMPT = 24, NEW = 300 };
+    char message[FG_MESSAGE] = "";
+    fg_data *d = NULL;
+    if (!m->model.build || c->quiet) return CLI_OK;
+    fg_status e = fg_data_open(&d, &m->recipe, cli_vocab(m), message);
+    const int64_t held = e ? 0 : fg_data_tokens(d, true);
+    if (!e && (!fg_data_is_text(d) || held < SAMPLES * PROMPT)) { fg_data_close(d); return CLI_OK; }
+    int32_t start[SAMPLES][PROMPT], out[SAMPLES * NEW];
+    int64_t counts[SAMPLES] = { 0 };
+    fg_prompt prompts[SAMPLES];
+    for (int i = 0; !e && i < SAMPLES; i++) {
+        const int64_t from = (held - PROMPT) / SAMPLES * i;
+        for (int64_t k = 0; k < PROMPT; k++) start[i][k] = fg_data_token(d, true, from + k);
+        prompts[i] = (fg_prompt){ start[i], PROMPT };
+    }
+    fg_generate_options o = fg_generate_default();
+    o.max_tokens = NEW;
+    o.seed = m->recipe.seed;
+    o.bos = m->recipe.bos;
+    o.stop = cli_catch_signals();
+    if (!e) e = fg_generate(&m->model, s, SAMPLES, prompts, &o, out, counts, message);
+    for (int i = 0; !e && i < SAMPLES; i++) {
+        printf("\n-------- sample %d, after %d bytes of held-out text\n", i + 1, PROMPT);
+        for (int64_t k = 0; k < PROMPT; k++) putchar((unsigned char)start[i][k]);
+        for (int64_t k = 0; k < counts[i]; k++) putchar((unsigned char)out[i * NEW + k]);
+        putchar('\n');
+    }
+    fg_data_close(d);
+    return e && e != FG_ERR_STOPPED ? cli_fail(c, cli_exit_of(e), "%s", message) : CLI_OK;
+}
+
 static int print_dry_run(const cli *c, const fg_train_result *r)
 {
     if (c->json) return cli_print_json(c, cli_plan_json(&r->info));
@@ -216,7 +250,7 @@ static int end_status(const cli *c, fg_status s, const char *message, const char
     return CLI_OK;
 }
 
-static int train(const cli *c, const cli_model *m, fg_store *s)
+static int train(const cli *c, const cli_model *m, fg_store *s, bool samples)
 {
     fg_setting origins[MAX_ORIGINS];
     char message[FG_MESSAGE] = "";
@@ -251,10 +285,11 @@ static int train(const cli *c, const cli_model *m, fg_store *s)
         int printed = print_result(c, &r, p.run_dir, e == FG_ERR_STOPPED);
         if (!status) status = printed;
     }
+    if (!status && !e && !c->json && samples) status = print_samples(c, m, s);
     return status;
 }
 
-int cmd_train(const cli *c)
+static int open_and_train(const cli *c, bool samples)
 {
     cli_model m;
     fg_graph *update = NULL;
@@ -265,12 +300,14 @@ int cmd_train(const cli *c)
     fg_store *s = b ? cli_store(c, &m, b, g, &status) : NULL;
     fg_graph_free(update);
     fg_graph_free(g);
-    if (s) status = train(c, &m, s);
+    if (s) status = train(c, &m, s, samples);
     fg_store_free(s);
     fg_backend_close(b);
     cli_close(&m);
     return status;
 }
+
+int cmd_train(const cli *c) { return open_and_train(c, false); }
 
 /* ---- evaluating ------------------------------------------------------------------------------ */
 
@@ -327,7 +364,7 @@ int cmd_eval(const cli *c)
 int cmd_run(const cli *c)
 {
     const char *task = cli_text(c, OPT_task);
-    if (!task || !strcmp(task, "train")) return cmd_train(c);
+    if (!task || !strcmp(task, "train")) return open_and_train(c, true);
     if (!strcmp(task, "eval")) return cmd_eval(c);
     if (!strcmp(task, "generate")) return cmd_generate(c);
     return cli_fail(c, CLI_USAGE, "--task is train, eval or generate, not '%s'", task);
