@@ -256,7 +256,7 @@ FG_API fg_status   fg_file_write(const char *path, int n, const fg_array *arrays
 
 typedef struct {
     size_t params, states, inputs, activations, scratch, total;   /* bytes */
-    const char *peak_node;                                       /* where activations peak */
+    char   peak_node[200];                                       /* where activations peak */
     int64_t nodes;
     double flops, bytes;                                          /* of one run */
 } fg_plan_info;

@@ -173,7 +173,7 @@ static fg_status find_peak(fg_plan *p)
         char path[120];
         const fg_node *n = &g->nodes[k];
         fg__scope_path(g, n->scope, path, sizeof path);
-        snprintf(p->peak_node, sizeof p->peak_node, "%s%s%s%s", path, path[0] ? "." : "",
+        snprintf(p->info.peak_node, sizeof p->info.peak_node, "%s%s%s%s", path, path[0] ? "." : "",
                  n->op->name, n->pass == FG_PASS_BACKWARD ? " (backward)" : "");
     }
     free(change);
@@ -239,7 +239,6 @@ fg_status fg__lay_out(fg_plan *p)
     p->info.scratch = p->scratch_bytes;
     p->info.total =
         p->info.params + p->info.states + p->io_bytes + p->arena_bytes + p->scratch_bytes;
-    p->info.peak_node = p->peak_node;
     p->info.nodes = g->n_nodes;
     return FG_OK;
 }
@@ -270,7 +269,7 @@ static fg_status take_memory(fg_plan *p)
             return fg__plan_fail(p, FG_ERR_MEMORY,
                                  "out of memory: %zu bytes of %s on %s (%zu in all; most are "
                                  "alive at %s)", need[i].bytes, need[i].what, b->name,
-                                 p->info.total, p->peak_node);
+                                 p->info.total, p->info.peak_node);
     }
     return FG_OK;
 }

@@ -37,7 +37,6 @@ struct fg_plan {
     uint32_t   n_timings;
     bool       profile, check, ready;
     fg_plan_info info;
-    char       peak_node[200];
     fg_status  status;
     char       message[1200];
 };

@@ -150,7 +150,7 @@ void cli_print_plan(FILE *to, const fg_plan_info *i)
     char text[32];
     for (size_t k = 0; k < sizeof part / sizeof part[0]; k++)
         fprintf(to, "  %-26s %12s\n", part[k].name, cli_bytes(text, (double)part[k].bytes));
-    if (i->peak_node) fprintf(to, "  activations peak at        %s\n", i->peak_node);
+    if (i->peak_node[0]) fprintf(to, "  activations peak at        %s\n", i->peak_node);
 }
 
 json_t *cli_plan_json(const fg_plan_info *i)
