@@ -21,7 +21,7 @@
 
 enum {                            /* measured on Zen 1 (AVX2), 2 cores, oneDNN 2.6 */
     TILE_M = 128, TILE_N = 256,   /* c's tile, halved while there are fewer than TILES ...        */
-    TILES = 32, LEAST = 64 * 128, /* ... and it has more elements than this                       */
+    TILES = 12, LEAST = 64 * 128, /* ... and it has more elements than this                       */
     SKINNY = 8, NARROW = 15,      /* rows of a, of b, up to which dots beat sgemm                 */
     SMALL = 1 << 14,              /* m n k up to which loops beat a call of oneDNN (0.6 us)       */
     ALONE = 1 << 18,              /* m n k below which waking threads costs more than it saves    */
