@@ -6,8 +6,8 @@
  *
  * A scope marked for recomputation is computed again, from what enters it, just before its first
  * node is differentiated; its gradients then read the copies, so the originals die early. */
+#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include "graph.h"
 #include "ops.h"
 #include "fox_autodiff.h"
@@ -115,7 +115,7 @@ static void through_definition(sweep *w, const fg_node *node, const fg_vjp *v)
                     w->on_path[g->nodes[first + i].out[o]] = true;
     }
     for (int o = 0; o < node->n_out; o++)
-        if (fg_ok(out[o]) && fg_ok(v->gout[o])) w->grad[out[o].id] = v->gout[o].id;
+        if (fg_ok(out[o]) && fg_ok(v->gout[o])) add_gradient(w, out[o].id, v->gout[o]);
     run_nodes(w, order, n);
     free(order);
     for (int i = 0; i < node->n_in; i++) {       /* what a recomputed input got is its original's */
@@ -181,6 +181,17 @@ fg_status (fg_grad)(fg_loc at, fg_tensor loss, int n, const fg_tensor *wrt, fg_t
                   "the loss must have exactly one element");
         return g->status;
     }
+    if (fg_dtype_of(loss) == FG_I32) {
+        fg__error(g, FG_ERR_DTYPE, "grad", "loss", at, 1, &loss, "the loss must be f32 or bf16");
+        return g->status;
+    }
+    for (int i = 0; i < n; i++) {
+        if (fg_absent(wrt[i]) || wrt[i].graph == g) continue;
+        char rule[100];
+        snprintf(rule, sizeof rule, "tensor %d belongs to another graph than the loss", i);
+        fg__error(g, FG_ERR_USAGE, "grad", "", at, 0, NULL, rule);
+        return g->status;
+    }
     const uint32_t root = g->values[loss.id].node;
     uint32_t *order = malloc(((size_t)g->n_nodes + 1) * sizeof *order);
     sweep w = { .g = g, .order = order, .copied = calloc(g->n_scopes, 1) };
@@ -201,6 +212,7 @@ fg_status (fg_grad)(fg_loc at, fg_tensor loss, int n, const fg_tensor *wrt, fg_t
     g->pass = FG_PASS_BACKWARD;
     g->forward_at = at;
     fg_tensor one = fg_fill(g, fg_shape_of(loss), 1);
+    if (fg_dtype_of(loss) != FG_F32) one = fg_cast(one, fg_dtype_of(loss));
     if (cover(&w)) w.grad[loss.id] = one.id;
     run_nodes(&w, order, w.n_order);
     g->pass = FG_PASS_FORWARD;

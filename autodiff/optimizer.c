@@ -125,5 +125,5 @@ fg_status fg_train_graph(fg_tensor loss, const fg_optimizer *o, fg_graph **updat
     }
     g->scope = scope;
     free_group(&all);
-    return g->status;
+    return g->status || !update || !*update ? g->status : fg_graph_status(*update);
 }

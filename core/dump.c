@@ -131,7 +131,11 @@ static void text(const writer *w)
     }
     for (uint32_t i = 0; i < g->n_outputs; i++)
         out(w, "output %s = %%%u\n", g->outputs[i].name, g->outputs[i].id);
-    for (uint32_t i = 0; i < g->n_errors; i++) out(w, "error %s\n", g->errors[i].text);
+    for (uint32_t i = 0; i < g->n_errors; i++) {
+        w->put(w->to, "error ");
+        w->put(w->to, g->errors[i].text);
+        w->put(w->to, "\n");
+    }
 }
 
 static void dot(const writer *w)
@@ -257,7 +261,7 @@ fg_status fg_graph_dump(const fg_graph *g, fg_dump_format f, fg_put put, void *t
 
 fg_status fg_plan_dump(const fg_plan *p, fg_stage stage, fg_dump_format f, fg_put put, void *to)
 {
-    if (!p || (stage != FG_STAGE_BUILT && !p->low)) return FG_ERR_USAGE;
+    if (!p || !p->graph || (stage != FG_STAGE_BUILT && !p->low)) return FG_ERR_USAGE;
     const bool laid = stage == FG_STAGE_PLANNED && p->slots && !p->status;
     const writer w = { stage == FG_STAGE_BUILT ? p->graph : p->low, laid ? p : NULL, put, to };
     return dump(&w, f);

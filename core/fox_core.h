@@ -78,7 +78,7 @@ typedef enum {
     FG_ONES,
     FG_CONSTANT,        /* a                                                                  */
     FG_NORMAL,          /* normal with mean 0 and standard deviation a                        */
-    FG_UNIFORM,         /* uniform in [-a, a)                                                 */
+    FG_UNIFORM,         /* uniform in [-a, a]                                                 */
     FG_LOG_RANGE,       /* log(1 + index)                                    (Mamba-2 A_log)  */
     FG_INV_SOFTPLUS,    /* y with softplus(y) log-uniform in [a, b], at least c (dt_bias)     */
     FG_LOG_DECAY        /* logit of exp(-1/tau), tau log-spaced in [a, b] (fixed forget gate) */
@@ -123,7 +123,8 @@ FG_API const char *fg_graph_message(const fg_graph *g);    /* the first: line, o
 FG_API int         fg_graph_errors(const fg_graph *g);     /* independent errors that were found */
 FG_API const char *fg_graph_error(const fg_graph *g, int i);
 
-/* A value given from outside at every run.  The name gets the scope's path in front. */
+/* A value given from outside at every run.  The name gets the scope's path in front and has then at
+ * most 200 bytes; no extent is 0. */
 FG_API fg_tensor (fg_input)(fg_loc at, fg_graph *g, const char *name, fg_dtype t, fg_shape s);
 /* A trained value, f32, kept in the store under its full name; a second parameter of the same
  * full name is an error (share one by passing the tensor around). */
@@ -132,7 +133,8 @@ FG_API fg_tensor (fg_param)(fg_loc at, fg_graph *g, const char *name, fg_shape s
  * name with the same dtype and shape it is the same value.  "@cache.k" made in the scope "layers.0"
  * is "@cache.layers.0.k": one prefix for all states of a kind. */
 FG_API fg_tensor (fg_state)(fg_loc at, fg_graph *g, const char *name, fg_dtype t, fg_shape s);
-/* Keeps t's value after a run so that fg_read can fetch it by tensor or by name. */
+/* Keeps t's value after a run so that fg_read can fetch it by tensor or by name.  What is read of a
+ * parameter or state, or of a view of one, is what it holds after the run. */
 FG_API fg_tensor (fg_output)(fg_loc at, fg_tensor t, const char *name);
 /* Scopes name what is made inside them: "model.layers.0" + "." + "weight".  "" adds nothing. */
 FG_API void      (fg_scope_push)(fg_loc at, fg_graph *g, const char *name);
@@ -262,7 +264,8 @@ typedef struct {
 } fg_plan_info;
 
 /* Lowers, orders and lays out g.  NULL only if out of memory; else ask fg_plan_status.  The store
- * must hold g's parameters by the time of the first run; states are made here.  Borrows both. */
+ * must hold g's parameters by the first fg_write, fg_read or fg_run; states are made then.  Borrows
+ * both: what is added to g later is not part of the plan. */
 FG_API fg_plan    *fg_plan_new(const fg_graph *g, fg_store *s);
 FG_API void        fg_plan_free(fg_plan *p);
 FG_API fg_status   fg_plan_status(const fg_plan *p);

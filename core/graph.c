@@ -1,5 +1,6 @@
 /* graph.c - building: values, nodes, scopes, names, settings and facts. */
 #include <errno.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -130,27 +131,31 @@ uint32_t fg__new_node(fg_graph *g, fg_node n)
     return g->n_nodes++;
 }
 
-/* NULL if s is a legal shape, else why not. */
+/* NULL if a value may have that shape, else why not: there are no empty tensors in a graph. */
 static const char *shape_fault(fg_shape s)
 {
-    if (s.rank < 0 || s.rank > FG_MAX_RANK) return "a tensor has at most 6 axes";
-    int64_t n = 1;
-    for (int i = 0; i < s.rank; i++) {
-        if (s.dim[i] < 0) return "an axis cannot have a negative extent";
-        if (s.dim[i] && n > INT64_MAX / 16 / s.dim[i]) return "the shape has too many elements";
-        n *= s.dim[i];
-    }
-    return NULL;
+    const char *fault = fg__shape_fault(s);
+    for (int i = 0; !fault && i < s.rank; i++)
+        if (s.dim[i] == 0) fault = "an axis cannot have an extent of 0";
+    return fault;
+}
+
+/* NULL if v may be so called, else why not.  States have room for "@kind." in front. */
+static const char *fault_of(const fg_value *v, const char *name)
+{
+    if (!name || !name[0]) return "a name is needed";
+    if (v->name && strlen(v->name) > (v->kind == FG_OF_STATE ? 256 : 200))
+        return "a name has at most 200 bytes, scopes included";
+    if ((unsigned)v->type >= FG_DTYPE_COUNT) return "a dtype is f32, bf16 or i32";
+    return shape_fault(v->shape);
 }
 
 static fg_tensor named(fg_loc at, fg_graph *g, fg_value v, const char *name, const char *maker)
 {
     fg_tensor none = { g, 0 };
     if (!g || g->status == FG_ERR_MEMORY) return none;
-    const char *fault = shape_fault(v.shape);
-    if (!name || !name[0]) fault = "a name is needed";
-    else if (strlen(name) > 200) fault = "a name has at most 200 bytes";
     v.name = name ? fg__full_name(g, name) : NULL;
+    const char *fault = fault_of(&v, name);
     if (!v.name && !fault) return none;
     v.node = FG_NO_NODE;
     v.at = at;
@@ -196,11 +201,16 @@ fg_tensor (fg_output)(fg_loc at, fg_tensor t, const char *name)
 {
     fg_graph *g = t.graph;
     if (!g || !fg_ok(t)) return t;
-    for (uint32_t i = 0; i < g->n_outputs; i++)
-        if (!strcmp(g->outputs[i].name, name)) {
+    if (!name || !name[0]) {
+        fg__error(g, FG_ERR_USAGE, "output", "", at, 0, NULL, "a name is needed");
+        return t;
+    }
+    for (uint32_t i = 0; i < g->n_outputs; i++) {
+        if (strcmp(g->outputs[i].name, name)) continue;
+        if (g->outputs[i].id != t.id)
             fg__error(g, FG_ERR_USAGE, "output", "", at, 0, NULL, "two outputs have one name");
-            return t;
-        }
+        return t;
+    }
     const char *copy = fg__strdup(g, name);
     if (!copy || !GROW(g->outputs, g->n_outputs, g->cap_outputs)) {
         fg__out_of_memory(g);
@@ -231,13 +241,29 @@ int64_t fg_dim(fg_tensor t, int axis)
     return axis >= 0 && axis < s.rank ? s.dim[axis] : 0;
 }
 
+/* Output k of a failed op, whose guessed outputs stand side by side; t itself if there is none. */
+static fg_tensor guess(fg_graph *g, uint32_t t, int k)
+{
+    const int64_t at = (int64_t)t - g->values[t].out + k;
+    const fg_value *v = at > 0 && at < g->n_values ? &g->values[at] : NULL;
+    const bool found = v && v->kind == FG_OF_NODE && v->node == FG_NO_NODE && v->out == k;
+    return (fg_tensor){ g, found ? (uint32_t)at : t };
+}
+
 fg_tensor fg_result(fg_tensor t, int k)
 {
-    if (!valid(t) || k < 0) return t;
-    const fg_value *v = &t.graph->values[t.id];
-    if (v->failed || v->node == FG_NO_NODE) return t;
-    const fg_node *n = &t.graph->nodes[v->node];
-    return (fg_tensor){ t.graph, k < n->n_out ? n->out[k] : t.id };
+    if (!valid(t)) return t;
+    fg_graph *g = t.graph;
+    const fg_value *v = &g->values[t.id];
+    const fg_node *n = v->node == FG_NO_NODE ? NULL : &g->nodes[v->node];
+    if (n && k >= 0 && k < n->n_out) return (fg_tensor){ g, n->out[k] };
+    if (!n && v->kind == FG_OF_NODE) return guess(g, t.id, k);
+    if (!n && k == 0) return t;
+    char rule[100];
+    snprintf(rule, sizeof rule, "the tensor's maker has %d outputs; output %d is asked for",
+             n ? n->n_out : 0, k);
+    fg__error(g, FG_ERR_USAGE, n ? n->op->name : "result", "", n ? n->at : v->at, 0, NULL, rule);
+    return (fg_tensor){ g, fg__new_value(g, (fg_value){ .node = FG_NO_NODE, .failed = true }) };
 }
 
 const fg_op *fg__producer(fg_tensor t, fg_tensor in[FG_MAX_IN], int *n_in, const void **attr)
@@ -316,6 +342,7 @@ static fg_pair *find_pair(fg_pair *p, uint32_t n, const char *key)
 static fg_status put_pair(fg_graph *g, fg_pair **list, uint32_t *n, uint32_t *cap, const char *key,
                           const char *value)
 {
+    if (!key || !value) return FG_ERR_USAGE;
     fg_pair *p = find_pair(*list, *n, key);
     const char *copy = fg__strdup(g, value);
     if (!copy) return FG_ERR_MEMORY;
@@ -331,6 +358,7 @@ static fg_status put_pair(fg_graph *g, fg_pair **list, uint32_t *n, uint32_t *ca
 
 fg_status fg_graph_set(fg_graph *g, const char *key, const char *value)
 {
+    if (!g) return FG_ERR_USAGE;
     return put_pair(g, &g->settings, &g->n_settings, &g->cap_settings, key, value);
 }
 
@@ -366,7 +394,10 @@ double (fg_setting_real)(fg_loc at, fg_graph *g, const char *key, double otherwi
     if (!s) return otherwise;
     char *end;
     const double v = strtod(s, &end);
-    if (end == s || *end) { setting_error(at, g, key, s, "a number"); return otherwise; }
+    if (end == s || *end || !isfinite(v)) {
+        setting_error(at, g, key, s, "a finite number");
+        return otherwise;
+    }
     return v;
 }
 
@@ -449,7 +480,7 @@ bool fg_param_at(const fg_graph *g, int k, fg_param_info *out)
 fg_tensor fg_find(const fg_graph *g, const char *name)
 {
     fg_graph *open = (fg_graph *)(uintptr_t)g;
-    if (!g) return (fg_tensor){ 0 };
+    if (!g || !name) return (fg_tensor){ 0 };
     for (uint32_t i = 0; i < g->n_outputs; i++)
         if (!strcmp(g->outputs[i].name, name)) return (fg_tensor){ open, g->outputs[i].id };
     const uint32_t id = fg__find_name(g, name);
@@ -496,8 +527,8 @@ static fg_tensor guessed(fg_graph *g, const fg_infer *c, bool inferred, int n_in
                   fg_shape_equal(c->in[i], c->out[0]);
     uint32_t first = 0;
     for (int i = 0; i < c->n_out; i++) {
-        const fg_value v = { .type = c->out_type[i], .shape = c->out[i], .node = FG_NO_NODE,
-                             .failed = !healed };
+        fg_value v = { .type = c->out_type[i], .node = FG_NO_NODE, .out = i, .failed = !healed };
+        if (!shape_fault(c->out[i])) v.shape = c->out[i];
         const uint32_t id = fg__new_value(g, v);
         if (!i) first = id;
     }

@@ -76,6 +76,7 @@ void        fg__out_of_memory(fg_graph *g);
 void        fg__scope_path(const fg_graph *g, uint32_t scope, char *buf, size_t size);
 void        fg__value_text(const fg_value *v, char *buf, size_t size);        /* "f32[2,8,768]" */
 const char *fg__base(const char *path);
+const char *fg__shape_fault(fg_shape s);             /* NULL if s is a legal shape, else why not */
 uint32_t    fg__find_name(const fg_graph *g, const char *name);
 uint32_t    fg__new_value(fg_graph *g, fg_value v);
 uint32_t    fg__new_node(fg_graph *g, fg_node n);
@@ -87,4 +88,6 @@ void        fg__error(fg_graph *g, fg_status s, const char *op, const char *name
  * value comes after all other readers of it.  order has room for n_nodes; returns how many, or -1
  * if out of memory. */
 int64_t     fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, uint32_t *order);
+/* base[v]: the value that v is a view of, else v; room for n_values.  False if base is NULL. */
+bool        fg__bases(const fg_graph *g, uint32_t *base);
 #endif

@@ -1,5 +1,6 @@
 /* lower.c - a graph for a backend: kernel or definition for every node, dead nodes dropped, equal
  * nodes merged, in the order in which they will run. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include "plan.h"
@@ -80,11 +81,27 @@ static bool copy_names(lowering *w)
     return ok;
 }
 
+/* False, with an error, if a definition left out an output that n reads. */
+static bool inputs_there(lowering *w, const fg_node *n)
+{
+    for (int i = 0; i < n->n_in; i++) {
+        if (!n->in[i] || w->value[n->in[i]]) continue;
+        const fg_value *v = &w->from->values[n->in[i]];
+        char rule[200];
+        snprintf(rule, sizeof rule, "needs output %d of %.80s, which its definition does not give",
+                 v->out, w->from->nodes[v->node].op->name);
+        fg__error(w->to, FG_ERR_NO_KERNEL, n->op->name, "", n->at, 0, NULL, rule);
+        return false;
+    }
+    return true;
+}
+
 static bool keep_node(lowering *w, uint32_t k)
 {
     fg_graph *h = w->to;
     fg_node n = w->from->nodes[k];
     const bool fresh = n.op->code->memory != FG_MUTATE && !n.recomputed;
+    if (!inputs_there(w, &n)) return false;
     for (int i = 0; i < n.n_in; i++) n.in[i] = n.in[i] ? w->value[n.in[i]] : 0;
     n.attr = fg__copy_attr(h, n.op, n.attr);
     if (!n.attr) return false;
@@ -115,6 +132,7 @@ static bool define_node(lowering *w, uint32_t k)
     fg_graph *h = w->to;
     const fg_node *n = &w->from->nodes[k];
     fg_tensor in[FG_MAX_IN] = { { 0 } }, out[FG_MAX_OUT] = { { 0 } };
+    if (!inputs_there(w, n)) return false;
     for (int i = 0; i < n->n_in; i++)
         if (n->in[i]) in[i] = (fg_tensor){ h, w->value[n->in[i]] };
     h->scope = n->scope;
@@ -123,7 +141,10 @@ static bool define_node(lowering *w, uint32_t k)
     h->pair = n->pair == FG_NO_NODE ? FG_NO_NODE : w->node[n->pair];
     const uint32_t first = h->n_nodes;
     n->op->code->decompose(in, n->attr, out);
-    for (uint32_t i = first; i < h->n_nodes; i++) h->nodes[i].at = n->at;
+    for (uint32_t i = first; i < h->n_nodes; i++) {
+        h->nodes[i].at = n->at;
+        h->nodes[i].recomputed = n->recomputed;
+    }
     h->scope = 0;
     h->pass = FG_PASS_FORWARD;
     h->pair = FG_NO_NODE;
@@ -133,18 +154,41 @@ static bool define_node(lowering *w, uint32_t k)
     return !h->status;
 }
 
+/* The name of what node k overwrites. */
+static const char *overwritten(const fg_graph *g, uint32_t k)
+{
+    uint32_t v = g->nodes[k].in[0];
+    while (g->values[v].node != FG_NO_NODE) v = g->nodes[g->values[v].node].in[g->values[v].out];
+    return g->values[v].name ? g->values[v].name : "";
+}
+
+/* The makers of outputs in order, then what overwrites something by the name of that: the order of
+ * creation is the compiler's.  Returns how many; -1 if out of memory. */
+static int list_roots(const fg_graph *g, uint32_t *roots)
+{
+    fg_mark *marks = malloc(((size_t)g->n_nodes + 1) * sizeof *marks);
+    uint32_t n = 0;
+    int n_roots = 0;
+    if (!roots || !marks) { free(marks); return -1; }
+    for (uint32_t i = 0; i < g->n_outputs; i++)
+        if (g->values[g->outputs[i].id].node != FG_NO_NODE)
+            roots[n_roots++] = g->values[g->outputs[i].id].node;
+    for (uint32_t k = 0; k < g->n_nodes; k++)
+        if (g->nodes[k].op->code->memory == FG_MUTATE)
+            marks[n++] = (fg_mark){ overwritten(g, k), k };
+    if (n) qsort(marks, n, sizeof *marks, by_name);
+    for (uint32_t i = 0; i < n; i++) roots[n_roots++] = marks[i].id;
+    free(marks);
+    return n_roots;
+}
+
 static bool lower_nodes(lowering *w, fg_backend *b)
 {
     const fg_graph *g = w->from;
     uint32_t *roots = malloc(((size_t)g->n_outputs + g->n_nodes + 1) * sizeof *roots);
     uint32_t *order = malloc(((size_t)g->n_nodes + 1) * sizeof *order);
-    int n_roots = 0;
-    for (uint32_t i = 0; roots && i < g->n_outputs; i++)
-        if (g->values[g->outputs[i].id].node != FG_NO_NODE)
-            roots[n_roots++] = g->values[g->outputs[i].id].node;
-    for (uint32_t k = 0; roots && k < g->n_nodes; k++)
-        if (g->nodes[k].op->code->memory == FG_MUTATE) roots[n_roots++] = k;
-    const int64_t n = roots && order ? fg__order(g, n_roots, roots, order) : -1;
+    const int n_roots = list_roots(g, roots);
+    const int64_t n = n_roots >= 0 && order ? fg__order(g, n_roots, roots, order) : -1;
     bool ok = n >= 0;
     for (int64_t i = 0; ok && i < n; i++) {
         fg_infer c;

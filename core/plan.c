@@ -58,6 +58,38 @@ static fg_status find_views(fg_plan *p)
     return FG_OK;
 }
 
+/* Memory is overwritten at one step, so whoever reads the value before must come before that. */
+static fg_status find_late_readers(fg_plan *p)
+{
+    const fg_graph *g = p->low;
+    uint32_t *base = malloc(g->n_values * sizeof *base);
+    uint32_t *by = malloc(g->n_values * sizeof *by);     /* who has overwritten the value */
+    if (!by || !fg__bases(g, base)) {
+        free(base);
+        free(by);
+        return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory");
+    }
+    for (uint32_t v = 0; v < g->n_values; v++) by[v] = FG_NO_NODE;
+    for (uint32_t k = 0; k < g->n_nodes && !p->status; k++) {
+        const fg_node *n = &g->nodes[k];
+        for (int i = 0; i < n->n_in && n->op->code->memory != FG_VIEW; i++) {
+            const fg_node *before = by[base[n->in[i]]] == FG_NO_NODE ? NULL
+                                  : &g->nodes[by[base[n->in[i]]]];
+            const char *name = g->values[root_of(p, n->in[i])].name;
+            if (before)
+                fg__plan_fail(p, FG_ERR_USAGE, "%s:%d: %s: reads %s as it was before %s at %s:%d "
+                              "overwrote it, yet must run after that", fg__base(n->at.file),
+                              n->at.line, n->op->name, name ? name : "a value", before->op->name,
+                              fg__base(before->at.file), before->at.line);
+        }
+        for (int o = 0; o < n->n_out && n->op->code->memory == FG_MUTATE; o++)
+            by[base[n->in[o]]] = k;
+    }
+    free(base);
+    free(by);
+    return p->status;
+}
+
 static void find_lives(fg_plan *p)
 {
     const fg_graph *g = p->low;
@@ -81,7 +113,10 @@ static bool fits_in_place(const fg_plan *p, uint32_t k, int i)
     const fg_node *n = &p->low->nodes[k];
     const uint32_t v = n->in[i], r = v ? root_of(p, v) : 0;
     if (!v || p->slots[r].place != FG_IN_ARENA || p->slots[r].to != (int64_t)k) return false;
-    if (p->slots[r].bytes != p->slots[n->out[0]].bytes) return false;
+    const fg_value *from = &p->low->values[v], *to = &p->low->values[n->out[0]];
+    const size_t *size = p->store->backend->size_of;
+    if (fg_shape_count(from->shape) != fg_shape_count(to->shape)) return false;   /* broadcast */
+    if (size[from->type] != size[to->type]) return false;
     for (int j = 0; j < n->n_in; j++)
         if (n->in[j] && n->in[j] != v && root_of(p, n->in[j]) == r) return false;
     return true;
@@ -212,6 +247,15 @@ fg_cost fg__cost_of(const fg_graph *g, const fg_node *n)
     return cost;
 }
 
+/* No sum of sizes below may pass what a size_t holds. */
+static fg_status check_total(fg_plan *p)
+{
+    double total = 0;
+    for (uint32_t v = 1; v < p->low->n_values; v++) total += (double)p->slots[v].bytes;
+    if (total < (double)(SIZE_MAX / 4)) return FG_OK;
+    return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory: %.3g bytes of values", total);
+}
+
 fg_status fg__lay_out(fg_plan *p)
 {
     const fg_graph *g = p->low;
@@ -229,8 +273,8 @@ fg_status fg__lay_out(fg_plan *p)
         if (x->kind == FG_OF_PARAM) p->info.params += s->bytes;
         if (x->kind == FG_OF_STATE) p->info.states += s->bytes;
     }
-    fg_status st = find_views(p);
-    if (st) return st;
+    fg_status st;
+    if ((st = check_total(p)) || (st = find_views(p)) || (st = find_late_readers(p))) return st;
     find_lives(p);
     reuse_in_place(p);
     if ((st = place_arena(p)) || (st = find_peak(p)) || (st = count_costs(p))) return st;
@@ -338,8 +382,7 @@ fg_status fg__prepare(fg_plan *p)
 
 void *fg__plan_data(fg_plan *p, fg_tensor t)
 {
-    if (!p || t.graph != p->graph || !t.id || t.id >= p->graph->n_values || fg__prepare(p))
-        return NULL;
+    if (!p || t.graph != p->graph || !t.id || t.id >= p->n_map || fg__prepare(p)) return NULL;
     return place_of(p, p->map[t.id]);
 }
 

@@ -25,7 +25,7 @@ typedef struct {
 struct fg_plan {
     const fg_graph *graph;               /* as given */
     fg_graph  *low;                      /* lowered, its nodes in running order */
-    uint32_t  *map;                      /* value of graph -> value of low, 0 if dropped */
+    uint32_t  *map, n_map;               /* value of graph -> value of low, 0 if dropped */
     fg_store  *store;
     fg_slot   *slots;                    /* per value of low */
     fg_exec   *execs;                    /* per node of low, pointers filled when memory is there */

@@ -28,6 +28,7 @@ fg_plan *fg_plan_new(const fg_graph *g, fg_store *s)
         fg__plan_fail(p, FG_ERR_USAGE, "a plan needs a store with an open device");
         return p;
     }
+    p->n_map = g->n_values;
     p->low = fg__lower(g, s->backend, &p->map);
     if (!p->low) fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while lowering the graph");
     else if (p->low->status) fg__plan_fail(p, p->low->status, "%s", fg_graph_message(p->low));
@@ -68,8 +69,9 @@ fg_plan_info fg_plan_describe(const fg_plan *p) { return p ? p->info : (fg_plan_
 /* The lowered value of t, or 0 with an error. */
 static uint32_t find(fg_plan *p, fg_tensor t, size_t bytes, const char *act)
 {
-    if (t.graph != p->graph || !t.id || t.id >= p->graph->n_values) {
-        fg__plan_fail(p, FG_ERR_USAGE, "%s: the tensor does not belong to this plan's graph", act);
+    if (t.graph != p->graph || !t.id || t.id >= p->n_map) {
+        fg__plan_fail(p, FG_ERR_USAGE, "%s: the tensor %s", act, t.graph == p->graph && t.id
+                      ? "was made after the plan" : "does not belong to this plan's graph");
         return 0;
     }
     const fg_value *v = &p->graph->values[t.id];
@@ -137,7 +139,8 @@ static void add_timing(fg_plan *p, const fg_node *n, double seconds)
     t->bytes += c.bytes;
 }
 
-/* The first value that is not finite stops the run and names its node. */
+/* NaN and infinity stop the run and name their node.  -infinity does not: it is what a masked score
+ * and the log-sum-exp of nothing are. */
 static fg_status check_values(fg_plan *p, const fg_node *n, const fg_exec *e)
 {
     fg_backend *b = p->store->backend;
@@ -149,7 +152,7 @@ static fg_status check_values(fg_plan *p, const fg_node *n, const fg_exec *e)
         if (!x) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while checking values");
         fg_status s = b->ops->download(b, x, e->out[o], count, v->type);
         int64_t bad = 0;
-        while (!s && bad < count && isfinite(x[bad])) bad++;
+        while (!s && bad < count && x[bad] < INFINITY) bad++;
         const float value = bad < count ? x[bad] : 0;
         free(x);
         if (s || bad == count) continue;

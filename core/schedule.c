@@ -10,6 +10,7 @@ typedef struct {
     const fg_graph *g;
     uint8_t *mark;                       /* per node: 0 unseen, 1 open, 2 placed */
     uint32_t *stack, *order;
+    uint32_t *base;                      /* per value: the one that it is a view of, or itself */
     uint32_t *reader_at, *readers; /* readers of value v: readers[reader_at[v] .. reader_at[v+1]) */
     int64_t n;
 } walk;
@@ -25,7 +26,7 @@ static uint32_t before(const walk *w, uint32_t k, uint32_t *cursor)
     if (n->op->code->memory != FG_MUTATE) return FG_NO_NODE;
     uint32_t skip = *cursor - (uint32_t)n->n_in;  /* then the other readers of what it overwrites */
     for (int o = 0; o < n->n_out; o++)
-        for (uint32_t r = w->reader_at[n->in[o]]; r < w->reader_at[n->in[o] + 1]; r++)
+        for (uint32_t v = w->base[n->in[o]], r = w->reader_at[v]; r < w->reader_at[v + 1]; r++)
             if (w->readers[r] != k && skip-- == 0) { ++*cursor; return w->readers[r]; }
     return FG_NO_NODE;
 }
@@ -41,7 +42,7 @@ static bool place(walk *w, uint32_t root, uint32_t *cursor, const uint8_t *wante
         const uint32_t k = w->stack[top - 1], next = before(w, k, &cursor[k]);
         if (next == FG_NO_NODE) { w->mark[k] = 2; w->order[w->n++] = k; top--; continue; }
         if (!wanted[next] || w->mark[next] == 2) continue;
-        if (w->mark[next] == 1) continue;             /* a reader that itself needs the new value */
+        if (w->mark[next] == 1) continue;      /* it reads the new value too: plan.c refuses that */
         w->mark[next] = 1;
         cursor[next] = 0;
         w->stack[top++] = next;
@@ -49,20 +50,35 @@ static bool place(walk *w, uint32_t root, uint32_t *cursor, const uint8_t *wante
     return true;
 }
 
+bool fg__bases(const fg_graph *g, uint32_t *base)
+{
+    if (!base) return false;
+    for (uint32_t v = 0; v < g->n_values; v++) base[v] = v;
+    for (uint32_t k = 0; k < g->n_nodes; k++) {
+        const fg_node *n = &g->nodes[k];
+        if (n->op->code->memory == FG_VIEW) base[n->out[0]] = base[n->in[0]];
+    }
+    return true;
+}
+
+/* A node reads a value when it reads the value or a view of it. */
 static bool list_readers(walk *w)
 {
     const fg_graph *g = w->g;
+    w->base = malloc(g->n_values * sizeof *w->base);
+    if (!fg__bases(g, w->base)) return false;
     w->reader_at = calloc((size_t)g->n_values + 2, sizeof *w->reader_at);
     uint64_t total = 0;
     for (uint32_t k = 0; k < g->n_nodes; k++) total += (uint64_t)g->nodes[k].n_in;
     w->readers = malloc((size_t)(total + 1) * sizeof *w->readers);
     if (!w->reader_at || !w->readers) return false;
     for (uint32_t k = 0; k < g->n_nodes; k++)
-        for (int i = 0; i < g->nodes[k].n_in; i++) w->reader_at[g->nodes[k].in[i] + 2]++;
+        for (int i = 0; i < g->nodes[k].n_in; i++)
+            w->reader_at[w->base[g->nodes[k].in[i]] + 2]++;
     for (uint32_t v = 1; v < g->n_values + 2; v++) w->reader_at[v] += w->reader_at[v - 1];
     for (uint32_t k = 0; k < g->n_nodes; k++)
         for (int i = 0; i < g->nodes[k].n_in; i++)
-            w->readers[w->reader_at[g->nodes[k].in[i] + 1]++] = k;
+            w->readers[w->reader_at[w->base[g->nodes[k].in[i]] + 1]++] = k;
     return true;
 }
 
@@ -94,6 +110,7 @@ int64_t fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, uint32_
         if (g->nodes[roots[i]].pass == FG_PASS_FORWARD) place(&w, roots[i], cursor, wanted);
     for (uint32_t k = 0; ok && k < g->n_nodes; k++)
         if (wanted[k]) place(&w, k, cursor, wanted);
-    free(w.mark); free(w.stack); free(wanted); free(cursor); free(w.reader_at); free(w.readers);
+    free(w.mark); free(w.stack); free(w.base); free(w.reader_at); free(w.readers);
+    free(wanted); free(cursor);
     return ok ? w.n : -1;
 }

@@ -10,16 +10,31 @@ fg_shape fg_dims(int rank, const int64_t *dim)
     return s;
 }
 
+/* A rank that no shape can have is read as if it were the nearest that one can. */
+static int axes(fg_shape s) { return s.rank < 0 ? 0 : s.rank < FG_MAX_RANK ? s.rank : FG_MAX_RANK; }
+
 int64_t fg_shape_count(fg_shape s)
 {
     int64_t n = 1;
-    for (int i = 0; i < s.rank; i++) n *= s.dim[i];
+    for (int i = 0; i < axes(s); i++) n *= s.dim[i];
     return n;
 }
 
 bool fg_shape_equal(fg_shape a, fg_shape b)
 {
-    return a.rank == b.rank && !memcmp(a.dim, b.dim, sizeof(int64_t) * (size_t)a.rank);
+    return a.rank == b.rank && !memcmp(a.dim, b.dim, sizeof(int64_t) * (size_t)axes(a));
+}
+
+const char *fg__shape_fault(fg_shape s)
+{
+    if (s.rank < 0 || s.rank > FG_MAX_RANK) return "a tensor has at most 6 axes";
+    int64_t n = 1;
+    for (int i = 0; i < s.rank; i++) {
+        if (s.dim[i] < 0) return "an axis cannot have a negative extent";
+        if (s.dim[i] && n > INT64_MAX / 16 / s.dim[i]) return "the shape has too many elements";
+        n *= s.dim[i] ? s.dim[i] : 1;
+    }
+    return NULL;
 }
 
 bool fg__is_suffix(const fg_shape *tail, const fg_shape *of)

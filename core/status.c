@@ -105,6 +105,7 @@ fg_tensor (fg_fail)(fg_loc at, fg_tensor x, fg_status s, const char *fmt, ...)
     v.kind = FG_OF_NODE;
     v.name = NULL;
     v.node = FG_NO_NODE;
+    v.out = 0;
     return (fg_tensor){ g, fg__new_value(g, v) };
 }
 

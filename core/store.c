@@ -82,6 +82,13 @@ static void shape_text(fg_dtype t, fg_shape shape, char *buf, size_t size)
 fg_entry *fg__store_need(fg_store *s, const char *name, fg_dtype t, fg_shape shape)
 {
     if (!s || !s->backend || !s->backend->ops) return NULL;
+    const char *fault = !name || !name[0] ? "a name is needed"
+                      : (unsigned)t >= FG_DTYPE_COUNT ? "a dtype is f32, bf16 or i32"
+                      : fg__shape_fault(shape);
+    if (fault) {
+        fg__store_fail(s, FG_ERR_USAGE, "entry %s: %s", name ? name : "", fault);
+        return NULL;
+    }
     fg_entry *e = fg__store_entry(s, name);
     if (e && e->type == t && fg_shape_equal(e->shape, shape)) return e;
     if (e) {
@@ -157,15 +164,18 @@ fg_status fg_store_init(fg_store *s, const fg_graph *g, uint64_t seed)
         fg_param_info p;
         if (!fg_param_at(g, k, &p))
             return fg__store_fail(s, FG_ERR_MEMORY, "out of memory for parameter names");
-        const bool there = fg__store_entry(s, p.name) != NULL;
-        fg_entry *e = fg__store_need(s, p.name, FG_F32, p.shape);
-        if (!e) return s->status;
-        if (there) continue;
         const int64_t n = fg_shape_count(p.shape);
-        float *x = malloc((size_t)n * sizeof *x + 1);
-        if (!x)
+        const bool there = fg__store_entry(s, p.name) != NULL;
+        float *x = there ? NULL : malloc((size_t)n * sizeof *x);
+        if (!there && !x)                        /* no entry yet: it would pass for initialized */
             return fg__store_fail(s, FG_ERR_MEMORY, "out of memory for the first values of %s",
                                   p.name);
+        fg_entry *e = fg__store_need(s, p.name, FG_F32, p.shape);
+        if (!e || there) {
+            free(x);
+            if (!e) return s->status;
+            continue;
+        }
         const uint64_t key = fg__random_key(seed, p.name);
         const int threads = s->backend->threads > 0 ? s->backend->threads : 1;
         const fg_init init = p.init;

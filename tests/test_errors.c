@@ -58,6 +58,21 @@ Test(errors, a_block_names_the_users_line)
     fg_graph_free(g);
 }
 
+Test(errors, a_model_names_the_users_line_the_librarys_and_the_scope)
+{
+    fg_graph *g = fg_graph_new();
+    fg_tensor tokens = fg_input(g, "tokens", FG_F32, FG_DIMS(2, 8));
+    fox_config c = fox_pro_config(256, 768, 1, 6);
+    fox_lm(tokens, &c);
+    const int line = __LINE__ - 1;
+    expect(g, FG_ERR_DTYPE, line, "embedding: tokens are f32; they must be i32");
+    char scope[80];
+    snprintf(scope, sizeof scope, "in model, opened at test_errors.c:%d", line);
+    cr_expect(strstr(fg_graph_message(g), "\n    by lm.c:"), "%s", fg_graph_message(g));
+    cr_expect(strstr(fg_graph_message(g), scope), "%s", fg_graph_message(g));
+    fg_graph_free(g);
+}
+
 Test(errors, independent_mistakes_are_all_found)
 {
     fg_graph *g = fg_graph_new();

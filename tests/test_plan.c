@@ -311,3 +311,289 @@ Test(plan, check_names_the_first_node_that_is_not_finite)
     fg_store_free(s);
     fg_backend_close(b);
 }
+
+/* ---- what may share memory, and in what order ----------------------------------------------- */
+
+static fg_backend *one_thread(void) { return fg_backend_open("cpu", 1); }
+
+static void close_all(fg_plan *p, fg_graph *g, fg_store *s, fg_backend *b)
+{
+    fg_plan_free(p);
+    fg_graph_free(g);
+    fg_store_free(s);
+    fg_backend_close(b);
+}
+
+/* [5] and [3,5] take as many bytes once both are rounded up to 64. */
+Test(plan, a_value_that_broadcasts_is_not_overwritten_in_place)
+{
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    fg_tensor row = fg_input(g, "row", FG_F32, FG_DIMS(5));
+    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(3, 5));
+    fg_tensor y = fg_output(fg_mul(fg_scale(row, 2, 0), x), "y");
+    fg_plan *p = fg_plan_new(g, s);
+    float r[5] = { 1, 2, 3, 4, 5 }, in[15], out[15];
+    for (int i = 0; i < 15; i++) in[i] = (float)(i + 1);
+    fg_write(p, row, r, sizeof r);
+    fg_write(p, x, in, sizeof in);
+    cr_assert_eq(fg_run(p), FG_OK);
+    fg_read(p, y, out, sizeof out);
+    for (int i = 0; i < 15; i++) cr_expect_eq(out[i], 2 * r[i % 5] * in[i], "element %d", i);
+    close_all(p, g, s, b);
+}
+
+Test(plan, an_output_is_not_overwritten_in_place_nor_through_a_view)
+{
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2, 3));
+    fg_tensor a = fg_scale(x, 2, 0), flat = fg_output(fg_reshape(a, FG_DIMS(6)), "flat");
+    fg_tensor c = fg_scale(a, 5, 0), d = fg_output(fg_scale(c, 7, 0), "d");
+    fg_tensor late = fg_output(fg_scale(fg_reshape(c, FG_DIMS(6)), 1, 1), "late");
+    fg_plan *p = fg_plan_new(g, s);
+    const float in[6] = { 1, 2, 3, 4, 5, 6 };
+    float one[6], two[6], three[6];
+    fg_write(p, x, in, sizeof in);
+    cr_assert_eq(fg_run(p), FG_OK);
+    fg_read(p, flat, one, sizeof one);
+    fg_read(p, d, two, sizeof two);
+    fg_read(p, late, three, sizeof three);
+    for (int i = 0; i < 6; i++)
+        cr_expect(one[i] == 2 * in[i] && two[i] == 70 * in[i] && three[i] == 10 * in[i] + 1);
+    close_all(p, g, s, b);
+}
+
+Test(plan, readers_of_a_view_run_before_its_memory_is_overwritten)
+{
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    fg_tensor acc = fg_state(g, "@acc", FG_F32, FG_DIMS(2, 2));
+    fg_tensor one = fg_fill(g, FG_DIMS(2, 2), 1);
+    fg_tensor view = fg_reshape(acc, FG_DIMS(4)), again = fg_reshape(view, FG_DIMS(1, 4));
+    fg_tensor next = FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ acc, one }), 1.0);
+    fg_output(fg_scale(fg_reshape(next, FG_DIMS(4)), 10, 0), "after");
+    fg_output(fg_scale(again, 10, 0), "before");
+    fg_plan *p = fg_plan_new(g, s);
+    for (int i = 0; i < 3; i++) {
+        float before[4], after[4];
+        cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
+        fg_read(p, fg_find(g, "before"), before, sizeof before);
+        fg_read(p, fg_find(g, "after"), after, sizeof after);
+        cr_expect_eq(before[3], 10.0f * (float)i);
+        cr_expect_eq(after[0], 10.0f * (float)(i + 1));
+    }
+    close_all(p, g, s, b);
+}
+
+/* A state that is overwritten twice is overwritten in turn, each time after the readers of what it
+ * held then. */
+Test(plan, two_overwritings_in_a_row_keep_their_order)
+{
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    fg_tensor acc = fg_state(g, "@acc", FG_F32, FG_DIMS(2));
+    fg_tensor one = fg_fill(g, FG_DIMS(2), 1);
+    fg_tensor first = FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ acc, one }), 1.0);
+    fg_tensor then = FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ first, one }), 10.0);
+    fg_tensor c = fg_output(fg_scale(then, 1, 0), "c"), a = fg_output(fg_scale(acc, 1, 0), "a");
+    fg_tensor m = fg_output(fg_scale(first, 1, 0), "m");
+    fg_plan *p = fg_plan_new(g, s);
+    float x[3][2];
+    cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
+    fg_read(p, a, x[0], 8);
+    fg_read(p, m, x[1], 8);
+    fg_read(p, c, x[2], 8);
+    cr_expect(x[0][0] == 0 && x[1][0] == 1 && x[2][0] == 11, "%g %g %g", (double)x[0][0],
+              (double)x[1][0], (double)x[2][0]);
+    close_all(p, g, s, b);
+}
+
+Test(plan, a_node_that_reads_before_and_after_is_refused)
+{
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    fg_tensor acc = fg_state(g, "@acc", FG_F32, FG_DIMS(2));
+    fg_tensor one = fg_fill(g, FG_DIMS(2), 1);
+    fg_tensor next = FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ acc, one }), 1.0);
+    fg_output(fg_add(acc, next), "both");
+    fg_plan *p = fg_plan_new(g, s);
+    cr_expect_eq(fg_plan_status(p), FG_ERR_USAGE);
+    cr_expect(strstr(fg_plan_message(p), "add: reads @acc as it was before accumulate at"), "%s",
+              fg_plan_message(p));
+    fg_plan_free(p);
+    fg_graph *h = fg_graph_new();               /* and so are two that overwrite one value */
+    acc = fg_state(h, "@acc", FG_F32, FG_DIMS(2));
+    one = fg_fill(h, FG_DIMS(2), 1);
+    for (int i = 0; i < 2; i++)
+        FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ acc, one }), 1.0);
+    p = fg_plan_new(h, s);
+    cr_expect_eq(fg_plan_status(p), FG_ERR_USAGE, "%s", fg_plan_message(p));
+    fg_graph_free(h);
+    close_all(p, g, s, b);
+}
+
+Test(plan, an_input_cannot_be_overwritten)
+{
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2)), one = fg_fill(g, FG_DIMS(2), 1);
+    FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ fg_exp(x), one }), 1.0);
+    fg_plan *p = fg_plan_new(g, s);
+    cr_expect_eq(fg_plan_status(p), FG_ERR_USAGE);
+    cr_expect(strstr(fg_plan_message(p), "neither a parameter nor a state"), "%s",
+              fg_plan_message(p));
+    close_all(p, g, s, b);
+}
+
+/* ---- definitions ---------------------------------------------------------------------------- */
+
+static size_t planned(bool recompute, fg_backend *b, fg_store **out, float *loss, int *copies)
+{
+    fg_store *s = *out = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    cr_assert_eq(fg_train_graph(small_fox_loss(g, recompute), &adamw, NULL), FG_OK);
+    fg_store_init(s, g, 3);
+    fg_plan *p = fg_plan_new(g, s);
+    feed(p, g, 0);
+    cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
+    fg_read(p, fg_find(g, "loss"), loss, sizeof *loss);
+    *copies = 0;
+    for (uint32_t k = 0; k < p->low->n_nodes; k++) *copies += p->low->nodes[k].recomputed;
+    const size_t bytes = fg_plan_describe(p).activations;
+    fg_plan_free(p);
+    fg_graph_free(g);
+    return bytes;
+}
+
+Test(plan, what_is_recomputed_is_recomputed_in_smaller_ops_too)
+{
+    fg_backend *b = one_thread(), *c = one_thread();
+    partial = *c->ops;
+    partial.unfit = no_norm;
+    c->ops = &partial;
+    fg_store *s[3];
+    float loss[3];
+    int copies[3];
+    planned(true, b, &s[0], &loss[0], &copies[0]);
+    const size_t kept = planned(false, c, &s[1], &loss[1], &copies[1]);
+    const size_t again = planned(true, c, &s[2], &loss[2], &copies[2]);
+    cr_expect_eq(loss[1], loss[2]);
+    expect_equal_stores(s[1], s[2]);
+    cr_expect(copies[1] == 0 && copies[2] > copies[0], "%d copies of kernels, %d of smaller ops",
+              copies[0], copies[2]);
+    cr_expect_lt(again, kept);
+    for (int i = 0; i < 3; i++) fg_store_free(s[i]);
+    fg_backend_close(b);
+    fg_backend_close(c);
+}
+
+static fg_status two_infer(fg_infer *c) { (void)c; return FG_OK; }
+static void half_a_definition(const fg_tensor *in, const void *attr, fg_tensor *out)
+{
+    out[0] = fg_exp(in[0]);                              /* and nothing for out[1] */
+    (void)attr;
+}
+
+Test(plan, a_definition_that_leaves_out_what_is_read_is_an_error)
+{
+    static const fg_attr_field none = { 0 };
+    static const fg_op_code code = { .infer = two_infer, .decompose = half_a_definition };
+    static const fg_op two = { "two", "x", "y z", "", 1, &none, &code };
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2));
+    fg_tensor y = fg__apply(&two, FG_HERE, NULL, 1, &x, "");
+    fg_output(fg_sqrt(fg_result(y, 1)), "z");
+    fg_plan *p = fg_plan_new(g, s);
+    cr_expect_eq(fg_plan_status(p), FG_ERR_NO_KERNEL);
+    cr_expect(strstr(fg_plan_message(p), "sqrt: needs output 1 of two, which its definition does "
+                     "not give"), "%s", fg_plan_message(p));
+    close_all(p, g, s, b);
+}
+
+/* ---- refusals ------------------------------------------------------------------------------- */
+
+Test(plan, what_is_made_after_the_plan_is_not_in_it)
+{
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2));
+    fg_output(fg_exp(x), "y");
+    fg_plan *p = fg_plan_new(g, s);
+    fg_tensor late = x;
+    for (int i = 0; i < 1000; i++) late = fg_exp(late);
+    float out[2];
+    cr_expect_null(fg__plan_data(p, late));
+    cr_expect_eq(fg_read(p, late, out, sizeof out), FG_ERR_USAGE);
+    cr_expect_str_eq(fg_plan_message(p), "read: the tensor was made after the plan");
+    close_all(p, g, s, b);
+}
+
+Test(plan, sizes_beyond_the_address_space_are_out_of_memory)
+{
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    for (int i = 0; i < 9; i++)                          /* 9 * 2^61 bytes are 2^61 modulo 2^64 */
+        fg_input(g, fg_name(g, "x%d", i), FG_F32, FG_DIMS((1LL << 59) - 1));
+    fg_plan *p = fg_plan_new(g, s);
+    cr_expect_eq(fg_plan_status(p), FG_ERR_MEMORY, "%zu bytes", fg_plan_describe(p).total);
+    close_all(p, g, s, b);
+}
+
+static void count_text(void *to, const char *text) { *(size_t *)to += strlen(text); }
+
+Test(plan, a_plan_that_failed_can_be_asked_and_dumped)
+{
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2)), y = fg_input(g, "y", FG_F32, FG_DIMS(3));
+    fg_exp(x);
+    fg_add(x, y);
+    fg_plan *p = fg_plan_new(g, s), *none = fg_plan_new(NULL, s), *bare = fg_plan_new(g, NULL);
+    fg_plan *const all[] = { p, none, bare };
+    for (int i = 0; i < 3; i++) {
+        float v[2];
+        size_t n = 0;
+        cr_expect_neq(fg_plan_status(all[i]), FG_OK);
+        cr_expect_neq(fg_run(all[i]), FG_OK);
+        cr_expect_neq(fg_read(all[i], x, v, sizeof v), FG_OK);
+        for (int stage = FG_STAGE_BUILT; stage <= FG_STAGE_PLANNED; stage++)
+            for (int f = FG_DUMP_TEXT; f <= FG_DUMP_JSON; f++) {
+                const bool ok = all[i] != none && stage == FG_STAGE_BUILT;
+                cr_expect_eq(fg_plan_dump(all[i], (fg_stage)stage, (fg_dump_format)f, count_text,
+                                          &n), ok ? FG_OK : FG_ERR_USAGE);
+            }
+        cr_expect_eq(n > 0, all[i] != none);
+    }
+    fg_plan_free(none);
+    fg_plan_free(bare);
+    close_all(p, g, s, b);
+}
+
+Test(plan, check_lets_minus_infinity_pass)
+{
+    fg_backend *b = one_thread();
+    fg_store *s = fg_store_new(b);
+    fg_graph *g = fg_graph_new();
+    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2));
+    fg_output(fg_exp(fg_log(x)), "y");
+    fg_plan *p = fg_plan_new(g, s);
+    p->check = true;
+    const float zero[2] = { 0, 1 }, huge[2] = { INFINITY, 1 };
+    fg_write(p, x, zero, sizeof zero);
+    cr_expect_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
+    fg_write(p, x, huge, sizeof huge);
+    cr_expect_eq(fg_run(p), FG_ERR_NUMERIC);
+    close_all(p, g, s, b);
+}
