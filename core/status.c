@@ -40,7 +40,8 @@ static void FG_PRINTF(2, 3) say(page *p, const char *fmt, ...)
     p->n = n < 0 ? p->n : p->n + (size_t)n < sizeof p->text ? p->n + (size_t)n : sizeof p->text - 1;
 }
 
-/* The innermost line that is not the library's own: the call itself, or a scope around it. */
+/* The innermost line that is not the library's own: the call itself, or a scope around it; the
+ * call's, marked as ours, if there is none. */
 static fg_loc users_line(const fg_graph *g, fg_loc at)
 {
     for (uint32_t s = g->scope; s && at.ours; s = g->scopes[s].parent) at = g->scopes[s].at;
@@ -65,7 +66,8 @@ void fg__error(fg_graph *g, fg_status s, const char *op, const char *names, fg_l
     if (g->silent) return;
     page p = { .n = 0 };
     const fg_loc user = users_line(g, at);
-    say(&p, "%s:%d: %s: %s", fg__base(user.file), user.line, op, rule);
+    if (!user.ours) say(&p, "%s:%d: ", fg__base(user.file), user.line);
+    say(&p, "%s: %s", op, rule);
     for (int i = 0; i < n_in; i++) {
         int len = (int)strcspn(names, " ");
         if (in[i].graph == g && in[i].id && in[i].id < g->n_values)
@@ -73,7 +75,7 @@ void fg__error(fg_graph *g, fg_status s, const char *op, const char *names, fg_l
         names += len;
         while (*names == ' ') names++;
     }
-    if (at.ours && (at.line != user.line || at.file != user.file))
+    if (at.ours && !user.ours)
         say(&p, "\n    by %s:%d in %s", fg__base(at.file), at.line, at.func);
     for (uint32_t sc = g->scope; sc; sc = g->scopes[sc].parent) {
         char path[300];

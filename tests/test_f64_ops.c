@@ -31,10 +31,8 @@ static fg_tensor loss_of(fg_tensor y)
     fg_tensor in[FG_MAX_IN], loss = { 0 };
     int n_in;
     const fg_op *op = fg__producer(y, in, &n_in, NULL);
-    const fg_tensor second = fg_result(y, 1);
-    const bool both = op && second.id != y.id && differentiable(op->outs, 1);
     add_to(&loss, y);
-    if (both) add_to(&loss, second);
+    if (op && strchr(op->outs, ' ') && differentiable(op->outs, 1)) add_to(&loss, fg_result(y, 1));
     return loss;
 }
 
