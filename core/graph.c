@@ -370,7 +370,8 @@ static const char *setting(fg_graph *g, const char *key)
     return p ? p->value : NULL;
 }
 
-static void setting_error(fg_loc at, fg_graph *g, const char *key, const char *value, const char *what)
+static void setting_error(fg_loc at, fg_graph *g, const char *key, const char *value,
+                          const char *what)
 {
     char rule[400];
     snprintf(rule, sizeof rule, "%.100s=%.100s is not %s", key, value, what);

@@ -22,7 +22,8 @@ extern "C" {
 /* What a model file may define; declared here, so that a wrong argument does not compile. */
 FG_API fg_tensor fg_model(fg_tensor tokens);
 FG_API fg_tensor fg_loss(fg_graph *g, const fg_recipe *r);
-FG_API fg_status fg_feed(fg_plan *p, const fg_graph *g, const fg_recipe *r, int64_t batch, bool eval);
+FG_API fg_status fg_feed(fg_plan *p, const fg_graph *g, const fg_recipe *r, int64_t batch,
+                         bool eval);
 FG_API void      fg_configure(fg_recipe *r);
 
 /* What fox-graph compares before it uses a compiled model. */

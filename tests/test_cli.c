@@ -145,7 +145,7 @@ static bool matches(const char *pattern, const char *text)
     return matches(pattern + n + (pattern[n] == '\n'), text + n + (text[n] == '\n'));
 }
 
-/* Lines of our own sources move: "graph.c:320" becomes "graph.c:N", a test model's "lm.c:7" stays. */
+/* Lines of our own sources move: "graph.c:320" becomes "graph.c:N", a test model's stay. */
 static void blur_lines(char *text)
 {
     for (char *p = text; (p = strstr(p, ".c:")); p++) {
