@@ -143,7 +143,7 @@ static void on_event(void *to, const fg_event *e)
         break;
     case FG_EVENT_EVAL:
         if (e->ngram_loss > 0)
-            cli_note(p->c, "step %lld: held-out loss %.4f, perplexity %.3f (3-gram: %.4f)",
+            cli_note(p->c, "step %lld: held-out loss %.4f, perplexity %.3f (order-3 n-gram: %.4f)",
                      (long long)e->step, e->loss, exp(e->loss), e->ngram_loss);
         else
             cli_note(p->c, "step %lld: held-out loss %.4f, perplexity %.3f", (long long)e->step,
@@ -192,7 +192,7 @@ static int print_result(const cli *c, const fg_train_result *r, const char *run_
                          "memory", cli_plan_json(&r->info)));
     printf("steps %lld, tokens %lld, loss %.4f", (long long)r->step, (long long)r->tokens, r->loss);
     if (isfinite(r->eval_loss)) printf(", held-out loss %.4f", r->eval_loss);
-    if (r->ngram_loss > 0) printf(", 3-gram %.4f", r->ngram_loss);
+    if (r->ngram_loss > 0) printf(", order-3 n-gram %.4f", r->ngram_loss);
     printf(", %.1f s, %s tokens/s\n", r->seconds, cli_amount(rate, r->tokens_per_s));
     return CLI_OK;
 }
