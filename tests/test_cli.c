@@ -455,15 +455,37 @@ Test(cli, a_resumed_run_ends_where_one_without_a_break_ends)
     json_decref(rest);
 }
 
+/* Interrupts a run of lm.c that would go on for hours, once its newest checkpoint is not the one it
+ * began with; gives the step where it began. */
+static double interrupt(const char *options)
+{
+    char line[600];
+    json_error_t e;
+    snprintf(line, sizeof line,
+             "newest() { ls r/ckpt 2>/dev/null | grep '^step' | tail -n 1; }; before=$(newest)\n"
+             "fox-graph train lm.c --data text --out r --steps 10000000 --set save_every=20 -q -j "
+             "%s & pid=$!\n"
+             "while kill -0 $pid && test \"$(newest)\" = \"$before\"; do sleep 0.05; done\n"
+             "kill -INT $pid; wait $pid",
+             options);
+    answer a = ask(line);
+    cr_assert_eq(a.status, 75, "status %d\n%s", a.status, a.err);
+    json_t *result = json_loads(a.out, 0, &e);
+    cr_assert_not_null(result, "%s\n%s", e.text, a.out);
+    cr_assert(json_is_true(json_object_get(result, "stopped")));
+    const double from = number(result, "resumed_from");
+    json_decref(result);
+    done(a);
+    return from;
+}
+
 Test(cli, an_interrupted_run_ends_with_75_and_goes_on)
 {
     expect("seq 1 400 > text", 0);
-    answer a = ask(
-        "fox-graph train lm.c --data text --out r --steps 100000 -q & pid=$!\n"
-        "while ! test -f r/model.c; do sleep 0.05; done; sleep 0.3; kill -INT $pid; wait $pid");
-    cr_assert_eq(a.status, 75, "status %d\n%s", a.status, a.err);
-    done(a);
-    expect("test -f r/ckpt/step-*/DONE", 0);
+    const double fresh = interrupt("");
+    const double resumed = interrupt("--resume");
+    cr_assert_float_eq(fresh, 0, 0);
+    cr_assert_gt(resumed, 0);
 }
 
 Test(cli, a_dry_run_plans_and_writes_nothing)
