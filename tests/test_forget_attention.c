@@ -81,11 +81,15 @@ static double scale_of(const problem *p) { return 1 / sqrt((double)p->D); }
 
 /* ---- the plain loop ------------------------------------------------------------------------- */
 
+/* Four sums: one would be a chain of additions, and most of what this test takes. */
 static double dot(const fg_real *a, const fg_real *b, int64_t n)
 {
-    double s = 0;
-    for (int64_t i = 0; i < n; i++) s += (double)a[i] * (double)b[i];
-    return s;
+    double s[4] = { 0 };
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        for (int k = 0; k < 4; k++) s[k] += (double)a[i + k] * (double)b[i + k];
+    for (; i < n; i++) s[0] += (double)a[i] * (double)b[i];
+    return s[0] + s[1] + s[2] + s[3];
 }
 
 static void row_truth(const problem *p, truth *t, int64_t b, int64_t h, int64_t i, double *w,
@@ -264,6 +268,7 @@ static void expect(const char *what, const problem *p, double forward_limit, dou
 #define NEAR_GRAD 1e-5
 #endif
 
+/* Of those over 17 rows a third, in which any two of T, D, heads and window still meet. */
 Test(forget_attention, equals_plain_loop_for_every_shape)
 {
     static const int64_t T[] = { 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129 },
@@ -273,6 +278,7 @@ Test(forget_attention, equals_plain_loop_for_every_shape)
         for (size_t d = 0; d < 6; d++)
             for (size_t h = 0; h < 3; h++)
                 for (size_t w = 0; w < 4; w++) {
+                    if (T[t] > 17 && (t + d + h + w) % 3) continue;
                     problem p = make(1, T[t], heads[h][0], heads[h][1], D[d], window[w]);
                     expect("shape", &p, NEAR, NEAR_GRAD, 0.1);
                     drop(&p);
@@ -427,8 +433,7 @@ Test(forget_attention, extreme_logits_equal_plain_loop)
     }
 }
 
-/* ---- gate gradient with a short memory --------------------------------------------------------
- * */
+/* ---- gate gradient with a short memory ------------------------------------------------------ */
 
 Test(forget_attention, gate_gradient_is_right_at_short_memory)
 {
