@@ -42,22 +42,24 @@ build() {
 }
 run_tests() {
     say "testing $1"
-    (cd "build/$1" && ctest --output-on-failure --timeout 900 "${@:2}")
+    (cd "build/$1" && ctest -j"$jobs" --output-on-failure --timeout 900 "${@:2}")
 }
 
 build gcc gcc
 run_tests gcc
 build clang clang
-run_tests clang
+run_tests clang -E '^(test_add_an_op|check_format)$'     # what no compiler changes, once is enough
 if [ -x tests/test_same_graph.sh ]; then
     say "gcc and clang, 1 and 2 threads: the same graph, the same loss"
     tests/test_same_graph.sh build/gcc build/clang
 fi
-build sanitize gcc -DFG_SANITIZE=address,undefined -DFG_NATIVE=ON
+# gcc warns of null pointers where a sanitizer checks for one: those are not errors
+build sanitize gcc -DFG_SANITIZE=address,undefined -DFG_WERROR=OFF \
+    -DCMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g"
 export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1
 run_tests sanitize
 if [ -x tests/valgrind.sh ]; then
     say "valgrind"
-    tests/valgrind.sh build/gcc
+    tests/valgrind.sh build/valgrind
 fi
 say "all tests passed"

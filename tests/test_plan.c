@@ -9,6 +9,26 @@
 #include "fox_autodiff.h"
 #include "fox_models.h"
 
+typedef struct { fg_backend *b; fg_store *s; fg_graph *g; fg_plan *p; } lab;
+
+static lab open_lab(int threads)
+{
+    lab l = { .b = fg_backend_open("cpu", threads) };
+    l.s = fg_store_new(l.b);
+    l.g = fg_graph_new();
+    return l;
+}
+
+static fg_plan *plan_of(lab *l) { return l->p = fg_plan_new(l->g, l->s); }
+
+static void close_lab(lab *l)
+{
+    fg_plan_free(l->p);
+    fg_graph_free(l->g);
+    fg_store_free(l->s);
+    fg_backend_close(l->b);
+}
+
 static fg_tensor small_fox_loss(fg_graph *g, bool recompute)
 {
     fox_config c = fox_pro_config(97, 64, 3, 2);
@@ -36,12 +56,10 @@ static void feed(fg_plan *p, const fg_graph *g, int step)
 
 Test(plan, values_that_live_at_one_time_never_overlap)
 {
-    fg_backend *b = fg_backend_open("cpu", 2);
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    cr_assert_eq(fg_train_graph(small_fox_loss(g, false), &adamw, NULL), FG_OK, "%s",
-                 fg_graph_message(g));
-    fg_plan *p = fg_plan_new(g, s);
+    lab l = open_lab(2);
+    cr_assert_eq(fg_train_graph(small_fox_loss(l.g, false), &adamw, NULL), FG_OK, "%s",
+                 fg_graph_message(l.g));
+    fg_plan *p = plan_of(&l);
     cr_assert_eq(fg_plan_status(p), FG_OK, "%s", fg_plan_message(p));
     int pairs = 0;
     for (uint32_t a = 1; a < p->low->n_values; a++) {
@@ -58,10 +76,7 @@ Test(plan, values_that_live_at_one_time_never_overlap)
         }
     }
     cr_assert_gt(pairs, 100);
-    fg_plan_free(p);
-    fg_graph_free(g);
-    fg_store_free(s);
-    fg_backend_close(b);
+    close_lab(&l);
 }
 
 /* The arena cannot be smaller than the most bytes alive at once; it may exceed them by gaps. */
@@ -203,25 +218,20 @@ Test(plan, accumulation_over_micro_batches_equals_one_batch)
 
 Test(plan, equal_nodes_become_one_and_dead_nodes_go)
 {
-    fg_backend *b = fg_backend_open("cpu", 1);
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(4));
+    lab l = open_lab(1);
+    fg_tensor x = fg_input(l.g, "x", FG_F32, FG_DIMS(4));
     fg_tensor a = fg_exp(x), twin = fg_exp(x);
     fg_tensor dead = fg_sqrt(x);
     (void)dead;
     fg_output(fg_add(a, twin), "y");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     cr_assert_eq(fg_plan_describe(p).nodes, 2);
     float in[4] = { 0, 1, 2, 3 }, out[4];
     fg_write(p, x, in, sizeof in);
     fg_run(p);
-    fg_read(p, fg_find(g, "y"), out, sizeof out);
+    fg_read(p, fg_find(l.g, "y"), out, sizeof out);
     for (int i = 0; i < 4; i++) cr_expect_float_eq(out[i], 2 * expf(in[i]), 1e-4);
-    fg_plan_free(p);
-    fg_graph_free(g);
-    fg_store_free(s);
-    fg_backend_close(b);
+    close_lab(&l);
 }
 
 static fg_backend_ops partial;
@@ -266,39 +276,32 @@ Test(plan, a_node_without_a_kernel_runs_by_its_definition)
 
 Test(plan, a_node_that_overwrites_runs_after_all_readers)
 {
-    fg_backend *b = fg_backend_open("cpu", 1);
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor acc = fg_state(g, "@acc", FG_F32, FG_DIMS(2));
-    fg_tensor one = fg_fill(g, FG_DIMS(2), 1);
+    lab l = open_lab(1);
+    fg_tensor acc = fg_state(l.g, "@acc", FG_F32, FG_DIMS(2));
+    fg_tensor one = fg_fill(l.g, FG_DIMS(2), 1);
     fg_tensor next = FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ acc, one }), 1.0);
     fg_output(fg_scale(next, 10, 0), "after");
     fg_output(fg_scale(acc, 10, 0), "before");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     for (int i = 0; i < 3; i++) {
         float before[2], after[2];
         cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
-        fg_read(p, fg_find(g, "before"), before, 8);
-        fg_read(p, fg_find(g, "after"), after, 8);
+        fg_read(p, fg_find(l.g, "before"), before, 8);
+        fg_read(p, fg_find(l.g, "after"), after, 8);
         cr_expect_eq(before[0], 10.0f * (float)i);
         cr_expect_eq(after[1], 10.0f * (float)(i + 1));
     }
-    fg_plan_free(p);
-    fg_graph_free(g);
-    fg_store_free(s);
-    fg_backend_close(b);
+    close_lab(&l);
 }
 
 Test(plan, check_names_the_first_node_that_is_not_finite)
 {
-    fg_backend *b = fg_backend_open("cpu", 1);
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2));
+    lab l = open_lab(1);
+    fg_tensor x = fg_input(l.g, "x", FG_F32, FG_DIMS(2));
     fg_tensor y = fg_log(x);
     const int line = __LINE__ - 1;
     fg_output(fg_exp(y), "z");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     p->check = true;
     const float in[2] = { 1, -1 };
     fg_write(p, x, in, sizeof in);
@@ -306,34 +309,19 @@ Test(plan, check_names_the_first_node_that_is_not_finite)
     char want[100];
     snprintf(want, sizeof want, "test_plan.c:%d: log: element 1 of output 0, f32[2], is", line);
     cr_expect(strstr(fg_plan_message(p), want), "%s", fg_plan_message(p));
-    fg_plan_free(p);
-    fg_graph_free(g);
-    fg_store_free(s);
-    fg_backend_close(b);
+    close_lab(&l);
 }
 
 /* ---- what may share memory, and in what order ----------------------------------------------- */
 
-static fg_backend *one_thread(void) { return fg_backend_open("cpu", 1); }
-
-static void close_all(fg_plan *p, fg_graph *g, fg_store *s, fg_backend *b)
-{
-    fg_plan_free(p);
-    fg_graph_free(g);
-    fg_store_free(s);
-    fg_backend_close(b);
-}
-
 /* [5] and [3,5] take as many bytes once both are rounded up to 64. */
 Test(plan, a_value_that_broadcasts_is_not_overwritten_in_place)
 {
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor row = fg_input(g, "row", FG_F32, FG_DIMS(5));
-    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(3, 5));
+    lab l = open_lab(1);
+    fg_tensor row = fg_input(l.g, "row", FG_F32, FG_DIMS(5));
+    fg_tensor x = fg_input(l.g, "x", FG_F32, FG_DIMS(3, 5));
     fg_tensor y = fg_output(fg_mul(fg_scale(row, 2, 0), x), "y");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     float r[5] = { 1, 2, 3, 4, 5 }, in[15], out[15];
     for (int i = 0; i < 15; i++) in[i] = (float)(i + 1);
     fg_write(p, row, r, sizeof r);
@@ -341,19 +329,17 @@ Test(plan, a_value_that_broadcasts_is_not_overwritten_in_place)
     cr_assert_eq(fg_run(p), FG_OK);
     fg_read(p, y, out, sizeof out);
     for (int i = 0; i < 15; i++) cr_expect_eq(out[i], 2 * r[i % 5] * in[i], "element %d", i);
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
 
 Test(plan, an_output_is_not_overwritten_in_place_nor_through_a_view)
 {
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2, 3));
+    lab l = open_lab(1);
+    fg_tensor x = fg_input(l.g, "x", FG_F32, FG_DIMS(2, 3));
     fg_tensor a = fg_scale(x, 2, 0), flat = fg_output(fg_reshape(a, FG_DIMS(6)), "flat");
     fg_tensor c = fg_scale(a, 5, 0), d = fg_output(fg_scale(c, 7, 0), "d");
     fg_tensor late = fg_output(fg_scale(fg_reshape(c, FG_DIMS(6)), 1, 1), "late");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     const float in[6] = { 1, 2, 3, 4, 5, 6 };
     float one[6], two[6], three[6];
     fg_write(p, x, in, sizeof in);
@@ -363,46 +349,42 @@ Test(plan, an_output_is_not_overwritten_in_place_nor_through_a_view)
     fg_read(p, late, three, sizeof three);
     for (int i = 0; i < 6; i++)
         cr_expect(one[i] == 2 * in[i] && two[i] == 70 * in[i] && three[i] == 10 * in[i] + 1);
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
 
 Test(plan, readers_of_a_view_run_before_its_memory_is_overwritten)
 {
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor acc = fg_state(g, "@acc", FG_F32, FG_DIMS(2, 2));
-    fg_tensor one = fg_fill(g, FG_DIMS(2, 2), 1);
+    lab l = open_lab(1);
+    fg_tensor acc = fg_state(l.g, "@acc", FG_F32, FG_DIMS(2, 2));
+    fg_tensor one = fg_fill(l.g, FG_DIMS(2, 2), 1);
     fg_tensor view = fg_reshape(acc, FG_DIMS(4)), again = fg_reshape(view, FG_DIMS(1, 4));
     fg_tensor next = FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ acc, one }), 1.0);
     fg_output(fg_scale(fg_reshape(next, FG_DIMS(4)), 10, 0), "after");
     fg_output(fg_scale(again, 10, 0), "before");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     for (int i = 0; i < 3; i++) {
         float before[4], after[4];
         cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
-        fg_read(p, fg_find(g, "before"), before, sizeof before);
-        fg_read(p, fg_find(g, "after"), after, sizeof after);
+        fg_read(p, fg_find(l.g, "before"), before, sizeof before);
+        fg_read(p, fg_find(l.g, "after"), after, sizeof after);
         cr_expect_eq(before[3], 10.0f * (float)i);
         cr_expect_eq(after[0], 10.0f * (float)(i + 1));
     }
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
 
 /* A state that is overwritten twice is overwritten in turn, each time after the readers of what it
  * held then. */
 Test(plan, two_overwritings_in_a_row_keep_their_order)
 {
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor acc = fg_state(g, "@acc", FG_F32, FG_DIMS(2));
-    fg_tensor one = fg_fill(g, FG_DIMS(2), 1);
+    lab l = open_lab(1);
+    fg_tensor acc = fg_state(l.g, "@acc", FG_F32, FG_DIMS(2));
+    fg_tensor one = fg_fill(l.g, FG_DIMS(2), 1);
     fg_tensor first = FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ acc, one }), 1.0);
     fg_tensor then = FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ first, one }), 10.0);
     fg_tensor c = fg_output(fg_scale(then, 1, 0), "c"), a = fg_output(fg_scale(acc, 1, 0), "a");
     fg_tensor m = fg_output(fg_scale(first, 1, 0), "m");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     float x[3][2];
     cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
     fg_read(p, a, x[0], 8);
@@ -410,46 +392,42 @@ Test(plan, two_overwritings_in_a_row_keep_their_order)
     fg_read(p, c, x[2], 8);
     cr_expect(x[0][0] == 0 && x[1][0] == 1 && x[2][0] == 11, "%g %g %g", (double)x[0][0],
               (double)x[1][0], (double)x[2][0]);
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
 
 Test(plan, a_node_that_reads_before_and_after_is_refused)
 {
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor acc = fg_state(g, "@acc", FG_F32, FG_DIMS(2));
-    fg_tensor one = fg_fill(g, FG_DIMS(2), 1);
+    lab l = open_lab(1);
+    fg_tensor acc = fg_state(l.g, "@acc", FG_F32, FG_DIMS(2));
+    fg_tensor one = fg_fill(l.g, FG_DIMS(2), 1);
     fg_tensor next = FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ acc, one }), 1.0);
     fg_output(fg_add(acc, next), "both");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     cr_expect_eq(fg_plan_status(p), FG_ERR_USAGE);
     cr_expect(strstr(fg_plan_message(p), "add: reads @acc as it was before accumulate at"), "%s",
               fg_plan_message(p));
-    fg_plan_free(p);
     fg_graph *h = fg_graph_new();               /* and so are two that overwrite one value */
     acc = fg_state(h, "@acc", FG_F32, FG_DIMS(2));
     one = fg_fill(h, FG_DIMS(2), 1);
     for (int i = 0; i < 2; i++)
         FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ acc, one }), 1.0);
-    p = fg_plan_new(h, s);
-    cr_expect_eq(fg_plan_status(p), FG_ERR_USAGE, "%s", fg_plan_message(p));
+    fg_plan *q = fg_plan_new(h, l.s);
+    cr_expect_eq(fg_plan_status(q), FG_ERR_USAGE, "%s", fg_plan_message(q));
+    fg_plan_free(q);
     fg_graph_free(h);
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
 
 Test(plan, an_input_cannot_be_overwritten)
 {
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2)), one = fg_fill(g, FG_DIMS(2), 1);
+    lab l = open_lab(1);
+    fg_tensor x = fg_input(l.g, "x", FG_F32, FG_DIMS(2)), one = fg_fill(l.g, FG_DIMS(2), 1);
     FG_APPLY(accumulate, FG_HERE, ((const fg_tensor[]){ fg_exp(x), one }), 1.0);
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     cr_expect_eq(fg_plan_status(p), FG_ERR_USAGE);
     cr_expect(strstr(fg_plan_message(p), "neither a parameter nor a state"), "%s",
               fg_plan_message(p));
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
 
 /* ---- definitions ---------------------------------------------------------------------------- */
@@ -474,7 +452,7 @@ static size_t planned(bool recompute, fg_backend *b, fg_store **out, float *loss
 
 Test(plan, what_is_recomputed_is_recomputed_in_smaller_ops_too)
 {
-    fg_backend *b = one_thread(), *c = one_thread();
+    fg_backend *b = fg_backend_open("cpu", 1), *c = fg_backend_open("cpu", 1);
     partial = *c->ops;
     partial.unfit = no_norm;
     c->ops = &partial;
@@ -506,61 +484,54 @@ Test(plan, a_definition_that_leaves_out_what_is_read_is_an_error)
     static const fg_attr_field none = { 0 };
     static const fg_op_code code = { .infer = two_infer, .decompose = half_a_definition };
     static const fg_op two = { "two", "x", "y z", "", 1, &none, &code };
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2));
+    lab l = open_lab(1);
+    fg_tensor x = fg_input(l.g, "x", FG_F32, FG_DIMS(2));
     fg_tensor y = fg__apply(&two, FG_HERE, NULL, 1, &x, "");
     fg_output(fg_sqrt(fg_result(y, 1)), "z");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     cr_expect_eq(fg_plan_status(p), FG_ERR_NO_KERNEL);
     cr_expect(strstr(fg_plan_message(p), "sqrt: needs output 1 of two, which its definition does "
                      "not give"), "%s", fg_plan_message(p));
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
 
 /* ---- refusals ------------------------------------------------------------------------------- */
 
 Test(plan, what_is_made_after_the_plan_is_not_in_it)
 {
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2));
+    lab l = open_lab(1);
+    fg_tensor x = fg_input(l.g, "x", FG_F32, FG_DIMS(2));
     fg_output(fg_exp(x), "y");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     fg_tensor late = x;
     for (int i = 0; i < 1000; i++) late = fg_exp(late);
     float out[2];
     cr_expect_null(fg__plan_data(p, late));
     cr_expect_eq(fg_read(p, late, out, sizeof out), FG_ERR_USAGE);
     cr_expect_str_eq(fg_plan_message(p), "read: the tensor was made after the plan");
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
 
 Test(plan, sizes_beyond_the_address_space_are_out_of_memory)
 {
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
+    lab l = open_lab(1);
     for (int i = 0; i < 9; i++)                          /* 9 * 2^61 bytes are 2^61 modulo 2^64 */
-        fg_input(g, fg_name(g, "x%d", i), FG_F32, FG_DIMS((1LL << 59) - 1));
-    fg_plan *p = fg_plan_new(g, s);
+        fg_input(l.g, fg_name(l.g, "x%d", i), FG_F32, FG_DIMS((1LL << 59) - 1));
+    fg_plan *p = plan_of(&l);
     cr_expect_eq(fg_plan_status(p), FG_ERR_MEMORY, "%zu bytes", fg_plan_describe(p).total);
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
 
 static void count_text(void *to, const char *text) { *(size_t *)to += strlen(text); }
 
 Test(plan, a_plan_that_failed_can_be_asked_and_dumped)
 {
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2)), y = fg_input(g, "y", FG_F32, FG_DIMS(3));
+    lab l = open_lab(1);
+    fg_tensor x = fg_input(l.g, "x", FG_F32, FG_DIMS(2));
+    fg_tensor y = fg_input(l.g, "y", FG_F32, FG_DIMS(3));
     fg_exp(x);
     fg_add(x, y);
-    fg_plan *p = fg_plan_new(g, s), *none = fg_plan_new(NULL, s), *bare = fg_plan_new(g, NULL);
+    fg_plan *p = plan_of(&l), *none = fg_plan_new(NULL, l.s), *bare = fg_plan_new(l.g, NULL);
     fg_plan *const all[] = { p, none, bare };
     for (int i = 0; i < 3; i++) {
         float v[2];
@@ -578,22 +549,20 @@ Test(plan, a_plan_that_failed_can_be_asked_and_dumped)
     }
     fg_plan_free(none);
     fg_plan_free(bare);
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
 
 Test(plan, check_lets_minus_infinity_pass)
 {
-    fg_backend *b = one_thread();
-    fg_store *s = fg_store_new(b);
-    fg_graph *g = fg_graph_new();
-    fg_tensor x = fg_input(g, "x", FG_F32, FG_DIMS(2));
+    lab l = open_lab(1);
+    fg_tensor x = fg_input(l.g, "x", FG_F32, FG_DIMS(2));
     fg_output(fg_exp(fg_log(x)), "y");
-    fg_plan *p = fg_plan_new(g, s);
+    fg_plan *p = plan_of(&l);
     p->check = true;
     const float zero[2] = { 0, 1 }, huge[2] = { INFINITY, 1 };
     fg_write(p, x, zero, sizeof zero);
     cr_expect_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
     fg_write(p, x, huge, sizeof huge);
     cr_expect_eq(fg_run(p), FG_ERR_NUMERIC);
-    close_all(p, g, s, b);
+    close_lab(&l);
 }
