@@ -66,7 +66,8 @@ static void each_attr(const writer *w, const fg_node *n, const char *between, bo
         char value[200];
         at = (at + f->align - 1) & ~(f->align - 1);
         attr_text(f, (const char *)n->attr + at, value, sizeof value);
-        const bool bare = !json || strcmp(f->type, "fg_dtype");
+        const bool real = !strcmp(f->type, "float") || !strcmp(f->type, "double");
+        const bool bare = !json || (strcmp(f->type, "fg_dtype") && !(real && strchr(value, 'n')));
         if (f != n->op->attrs) w->put(w->to, between);
         if (json) out(w, bare ? "\"%s\":%s" : "\"%s\":\"%s\"", f->name, value);
         else out(w, "%s=%s", f->name, value);

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "fox_json.h"
 #include "graph.h"
 #include "rng.h"
 
@@ -146,6 +147,7 @@ static const char *fault_of(const fg_value *v, const char *name)
     if (!name || !name[0]) return "a name is needed";
     if (v->name && strlen(v->name) > (v->kind == FG_OF_STATE ? 256 : 200))
         return "a name has at most 200 bytes, scopes included";
+    if (!fg_text_is_utf8(name)) return "a name must be UTF-8";
     if ((unsigned)v->type >= FG_DTYPE_COUNT) return "a dtype is f32, bf16 or i32";
     return shape_fault(v->shape);
 }
@@ -312,6 +314,10 @@ fg_tensor (fg_random_int)(fg_loc at, fg_graph *g, int64_t lo, int64_t hi, fg_sha
 void (fg_scope_push)(fg_loc at, fg_graph *g, const char *name)
 {
     if (!g) return;
+    if (name && !fg_text_is_utf8(name)) {
+        fg__error(g, FG_ERR_USAGE, "scope_push", "", at, 0, NULL, "a name must be UTF-8");
+        name = "";
+    }
     char *copy = fg__strdup(g, name ? name : "");
     if (!copy || !GROW(g->scopes, g->n_scopes, g->cap_scopes)) { fg__out_of_memory(g); return; }
     g->scopes[g->n_scopes] = (fg_scope){ .name = copy, .at = at, .parent = g->scope };

@@ -157,6 +157,25 @@ Test(grad, recomputing_any_of_nested_scopes_changes_no_bit)
     }
 }
 
+/* d/dw sum (d/dw sum tanh(w)^3), through a scope that is computed again or not */
+Test(grad, a_gradient_through_a_recomputed_scope_can_be_differentiated)
+{
+    float x[2][3];
+    for (int again = 0; again < 2; again++) {
+        fg_graph *g = fg_graph_new();
+        fg_tensor w = fg_param(g, "w", FG_DIMS(3), normal), d, dd;
+        fg_scope_push(g, "part");
+        if (again) fg_scope_recompute(g);
+        fg_tensor t = fg_tanh(w), y = fg_mul(t, fg_mul(t, t));
+        fg_scope_pop(g);
+        cr_assert_eq(fg_grad(fg_sum(y), 1, &w, &d), FG_OK);
+        cr_assert_eq(fg_grad(fg_sum(fg_mul(d, d)), 1, &w, &dd), FG_OK, "%s", fg_graph_message(g));
+        value(g, dd, x[again], 3);
+        fg_graph_free(g);
+    }
+    cr_expect(!memcmp(x[0], x[1], sizeof x[0]), "%g %g", (double)x[0][0], (double)x[1][0]);
+}
+
 /* ---- refusals ------------------------------------------------------------------------------- */
 
 Test(grad, tensors_of_another_graph_are_refused)

@@ -1,9 +1,11 @@
 /* test_graph.c - building: names and scopes, states, outputs, settings, facts, shapes, results. */
 #include <criterion/criterion.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include "fox_graph.h"
+#include "fox_json.h"
 #include "ops.h"
 
 static const fg_init ones = { .kind = FG_ONES };
@@ -74,6 +76,17 @@ Test(graph, inputs_parameters_and_outputs_need_a_name)
     fg_output(y, "");
     cr_expect(!fg_ok(x) && !fg_ok(w));
     expect_error(g, 4, FG_ERR_USAGE, "input: a name is needed");
+    fg_graph_free(g);
+}
+
+Test(graph, names_that_are_not_utf8_are_refused)
+{
+    fg_graph *g = fg_graph_new();
+    fg_input(g, "x\xff", FG_F32, FG_DIMS(2));
+    fg_scope_push(g, "\xc3\x28");
+    fg_tensor w = fg_param(g, "w", FG_DIMS(2), ones);
+    cr_expect_eq(fg_find(g, "w").id, w.id, "the scope got a name all the same");
+    expect_error(g, 2, FG_ERR_USAGE, "input: a name must be UTF-8");
     fg_graph_free(g);
 }
 
@@ -370,6 +383,31 @@ Test(graph, the_order_of_evaluation_of_arguments_leaves_no_trace)
     free(other);
     fg_store_free(s);
     fg_backend_close(b);
+}
+
+/* ---- dumps ---------------------------------------------------------------------------------- */
+
+Test(graph, a_dump_in_json_can_be_read)
+{
+    fg_graph *g = fg_graph_new();
+    fg_scope_push(g, "a \"quoted\" scope\n");
+    fg_tensor x = fg_input(g, "x\\y", FG_BF16, FG_DIMS(2, 3));
+    fg_tensor y = fg_scale(fg_cast(x, FG_F32), INFINITY, -1);
+    fg_tensor z = fg_scale(y, NAN, 0.1);
+    fg_output(fg_slice(z, 1, 0, 2), "out");
+    fg_add(y, fg_fill(g, FG_DIMS(5), 1));                /* a graph with an error is dumped too */
+    char *text = NULL;
+    cr_assert_eq(fg_graph_dump(g, FG_DUMP_JSON, add_text, &text), FG_OK);
+    const fg_json_rules rules = { 8, 10000, false };
+    fg_json *all = NULL;
+    char message[200];
+    cr_expect_eq(fg_json_parse(text, strlen(text), rules, &all, message), FG_OK, "%s", message);
+    const fg_json_value *scopes = fg_json_get(fg_json_root(all), "scopes");
+    const fg_json_value *path = scopes ? fg_json_get(scopes->first, "path") : NULL;
+    cr_expect(path && !strcmp(path->u.text, "a \"quoted\" scope\n"), "%s", text);
+    fg_json_free(all);
+    free(text);
+    fg_graph_free(g);
 }
 
 /* ---- what NULL does ------------------------------------------------------------------------- */
