@@ -66,7 +66,8 @@ typedef struct fg_op_code {
     fg_tensor (*example)(fg_graph *g, int i);                /* i-th test case, {0} past the last */
     size_t    (*scratch)(const fg_infer *c, int threads);   /* bytes a cpu call needs; NULL: none */
     fg_memory_use memory;
-    unsigned  reuse;               /* bit i: output 0 may take input i's memory (elementwise ops) */
+    unsigned  reuse;       /* bit i: output 0 may take input i's memory, even where another input
+                              whose bit is set is the same value */
     bool      no_grad;                /* not differentiable by nature (argmax, optimizer updates) */
 } fg_op_code;
 

@@ -117,8 +117,10 @@ static bool fits_in_place(const fg_plan *p, uint32_t k, int i)
     const size_t *size = p->store->backend->size_of;
     if (fg_shape_count(from->shape) != fg_shape_count(to->shape)) return false;   /* broadcast */
     if (size[from->type] != size[to->type]) return false;
-    for (int j = 0; j < n->n_in; j++)
-        if (n->in[j] && n->in[j] != v && root_of(p, n->in[j]) == r) return false;
+    for (int j = 0; j < n->n_in; j++) {
+        if (!n->in[j] || root_of(p, n->in[j]) != r) continue;
+        if (n->in[j] != v || !(n->op->code->reuse >> j & 1)) return false;
+    }
     return true;
 }
 

@@ -566,3 +566,94 @@ Test(plan, check_lets_minus_infinity_pass)
     cr_expect_eq(fg_run(p), FG_ERR_NUMERIC);
     close_lab(&l);
 }
+
+/* ---- every op in place ---------------------------------------------------------------------- */
+
+/* All outputs of op's i-th example one after another, NULL past the last.  fresh: its inputs are
+ * values that die there, so that it works in place; else they are parameters.  twin: input twin[1]
+ * is replaced by input twin[0]. */
+static float *results(const fg_op *op, int i, bool fresh, const int *twin, int64_t *n, int *shared)
+{
+    lab l = open_lab(1);
+    fg_tensor t = op->code->example(l.g, i), in[FG_MAX_IN];
+    if (fg_absent(t)) { close_lab(&l); return NULL; }
+    uint32_t k = l.g->n_nodes;
+    while (l.g->nodes[--k].op != op) { }
+    const fg_node node = l.g->nodes[k];
+    for (int j = 0; j < node.n_in; j++) {
+        const uint32_t id = node.in[twin && j == twin[1] ? twin[0] : j];
+        in[j] = id ? (fg_tensor){ l.g, id } : (fg_tensor){ 0 };
+        if (fresh && id && fg_dtype_of(in[j]) != FG_I32) in[j] = fg_scale(in[j], 1, 0);
+    }
+    const fg_tensor y = fg__apply(op, FG_HERE, l.g, node.n_in, in, node.attr);
+    for (int o = 0; o < node.n_out; o++) fg_output(fg_result(y, o), fg_name(l.g, "out%d", o));
+    cr_assert_eq(fg_graph_status(l.g), FG_OK, "%s", fg_graph_message(l.g));
+    fg_store_init(l.s, l.g, 4);
+    fg_plan *p = plan_of(&l);
+    cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
+    for (uint32_t v = 1; v < p->low->n_values; v++)
+        if (p->slots[v].reused && !strcmp(p->slots[v].reused, "in place")) ++*shared;
+    *n = 0;
+    for (int o = 0; o < node.n_out; o++) *n += fg_count(fg_result(y, o));
+    float *all = malloc((size_t)*n * sizeof *all), *to = all;
+    for (int o = 0; o < node.n_out; o++) {
+        const fg_tensor out = fg_result(y, o);
+        fg_read(p, out, to, (size_t)fg_count(out) * sizeof *to);
+        to += fg_count(out);
+    }
+    close_lab(&l);
+    return all;
+}
+
+static bool alike(const fg_op *op, int i, int a, int b)
+{
+    fg_graph *g = fg_graph_new();
+    op->code->example(g, i);
+    uint32_t k = g->n_nodes;
+    while (g->nodes[--k].op != op) { }
+    const fg_node *n = &g->nodes[k];
+    const fg_value *x = &g->values[n->in[a]], *y = &g->values[n->in[b]];
+    const bool same = n->in[a] && n->in[b] && x->type == y->type
+                      && fg_shape_equal(x->shape, y->shape);
+    fg_graph_free(g);
+    return same;
+}
+
+static int compare_in_place(const fg_op *op, int i, const int *twin)
+{
+    int64_t n = 0, m = 0;
+    int shared = 0;
+    float *apart = results(op, i, false, twin, &n, &shared);
+    float *inside = apart ? results(op, i, true, twin, &m, &shared) : NULL;
+    if (!apart) return -1;
+    cr_assert_eq(n, m);
+    cr_expect(!memcmp(apart, inside, (size_t)n * sizeof *apart), "%s, example %d, inputs %d and %d "
+              "the same: in place it gives other bits", op->name, i, twin ? twin[0] : 0,
+              twin ? twin[1] : 0);
+    free(apart);
+    free(inside);
+    return shared;
+}
+
+Test(plan, every_op_that_may_work_in_place_gives_the_same_bits_there)
+{
+    int cases = 0, shared = 0;
+    for (int k = 0; k < FG_OP_COUNT; k++) {
+        const fg_op *op = &fg_op_table[k];
+        if (!op->code || !op->code->reuse || !op->code->example) continue;
+        for (int i = 0, more; (more = compare_in_place(op, i, NULL)) >= 0; i++) {
+            fg_graph *g = fg_graph_new();
+            fg_tensor in[FG_MAX_IN];
+            int n_in = 0;
+            fg__producer(op->code->example(g, i), in, &n_in, NULL);
+            fg_graph_free(g);
+            shared += more;
+            for (int a = 0; a < n_in; a++)
+                for (int b = 0; b < n_in; b++)
+                    if (a != b && alike(op, i, a, b))
+                        shared += compare_in_place(op, i, (const int[]){ a, b });
+            cases++;
+        }
+    }
+    cr_expect(cases > 40 && shared > 40, "%d cases, %d in place", cases, shared);
+}
