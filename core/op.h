@@ -28,15 +28,20 @@ typedef struct fg_infer {                /* inputs are read, outputs are filled 
     fg_dtype    in_type[FG_MAX_IN], out_type[FG_MAX_OUT];   /* out_type starts as in_type[0] */
 } fg_infer;
 
-/* All tensors contiguous.  f32 and bf16 values are fg_real, i32 values int32_t.  An absent optional
- * input is NULL.  A kernel is called once per node, splits its own work with
+/* Where element i of a tensor lies: i / width * pitch + i % width elements behind its pointer.
+ * A contiguous tensor has width = pitch; columns of a wider matrix have width < pitch. */
+typedef struct { int64_t width, pitch; } fg_rows;
+
+/* On the CPU all tensors are contiguous, f32 and bf16 values are fg_real, i32 values int32_t.  An
+ * absent optional input is NULL.  A kernel is called once per node, splits its own work with
  * "#pragma omp parallel for num_threads(e->threads)", and gives the same bits for any number of
- * threads: every sum has one fixed order. */
+ * threads: every sum has one fixed order.  For a GPU: cuda/kernel.cuh. */
 typedef struct fg_exec {
     const void     *attr;
     int             n_in, n_out, threads;
     const fg_shape *in_shape, *out_shape;
     const fg_dtype *in_type, *out_type;
+    const fg_rows  *in_rows, *out_rows;
     const void     *in[FG_MAX_IN];
     void           *out[FG_MAX_OUT];
     void           *scratch;        /* 64-byte aligned, as many bytes as the op's scratch() asked */
