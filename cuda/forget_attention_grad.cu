@@ -61,7 +61,9 @@ template <int LANES> static __global__ void __launch_bounds__(256) rows_fill(con
         }
         delta = fg_warp_sum<LANES>(delta);
         if (level < INFINITY && a.glse) delta -= a.glse[at];
-        if (lane == 0) a.row[head * a.np + t] = make_float2(level, level < INFINITY ? delta : 0);
+        if (lane) continue;
+        a.level[head * a.np + t] = level;
+        a.delta[head * a.np + t] = level < INFINITY ? delta : 0;
     }
 }
 
@@ -132,7 +134,7 @@ template <int D_, int WARPS_, int MT_, int PER_SM_, int KEEP_> struct shape {
     static constexpr int BYTES = D * 2;                    /* of a row */
     static constexpr int K_AT = 0, V_AT = K_AT + KEYS * BYTES, Q_AT = V_AT + KEYS * BYTES;
     static constexpr int GO_AT = Q_AT + 2 * ROWS * BYTES, DS_AT = GO_AT + 2 * ROWS * BYTES;
-    static constexpr int ROW_AT = DS_AT + KEYS * ROWS * 2, LOW_AT = ROW_AT + 2 * ROWS * 8;
+    static constexpr int ROW_AT = DS_AT + KEYS * ROWS * 2, LOW_AT = ROW_AT + 4 * ROWS * 4;
     static constexpr int BASE_AT = LOW_AT + 2 * ROWS * 4, PART_AT = BASE_AT + 16;
     static constexpr int SHARED = PART_AT + 2 * WARPS * 4;
     static constexpr int TILE4 = ROWS * D / 4;             /* float4 of a tile of gq */
@@ -197,12 +199,13 @@ static __device__ __forceinline__ void queries_load(const args &a, const share<S
         fg_copy_async(to + S::Q_AT, (const bf16 *)a.q + token * a.q_row + d, there);
         fg_copy_async(to + S::GO_AT, (const bf16 *)a.go + token * a.H * a.D + d, sees);
     }
-    if (x < ROWS / 2)
-        fg_copy_async(s.memory + S::ROW_AT + p.stage * ROWS * 8 + x * 16, a.row + at + x * 2, true);
-    else if (x < ROWS / 2 + ROWS / 4)
-        fg_copy_async(s.memory + S::LOW_AT + p.stage * ROWS * 4 + (x - ROWS / 2) * 16,
-               a.low + s.b * a.np + tile0 + (x - ROWS / 2) * 4, true);
-    else if (x == ROWS / 2 + ROWS / 4 && a.gates.block)
+    const int y = x % (ROWS / 4), part = x / (ROWS / 4);
+    const unsigned row = s.memory + S::ROW_AT + p.stage * ROWS * 4 + y * 16;
+    if (part == 0) fg_copy_async(row, a.level + at + y * 4, true);
+    else if (part == 1) fg_copy_async(row + 2 * ROWS * 4, a.delta + at + y * 4, true);
+    else if (part == 2)
+        fg_copy_async(row + 4 * ROWS * 4, a.low + s.b * a.np + tile0 + y * 4, true);
+    else if (y == 0 && a.gates.block)
         copy8(s.memory + S::BASE_AT + p.stage * 8,
               &a.gates.block[(s.b * a.H + p.h) * a.gates.blocks + tile0 / FG_GATE_BLOCK].base);
 }
@@ -261,13 +264,13 @@ static __device__ __forceinline__ void mask(const share<S> &s, step p, int n,
 /* z to p and dp to ds; sums of ds per key. */
 template <class S>
 static __device__ __forceinline__ void weights(const args &a, const share<S> &s, step p, int n,
-                                               float d, const float4 (&row)[2],
+                                               float d, const float2 (&level)[2],
                                                float (&z)[S::MT][2][4], float (&dp)[S::MT][2][4],
                                                float (&sum)[S::MT][2])
 {
 #pragma unroll
     for (int t = 0; t < 2; t++) {
-        const float l0 = d - row[t].x, l1 = d - row[t].z;
+        const float l0 = d - level[t].x, l1 = d - level[t].y;
 #pragma unroll
         for (int m = 0; m < S::MT; m++)
 #pragma unroll
@@ -335,7 +338,7 @@ static __device__ __forceinline__ void accumulate(share<S> &s, unsigned q, unsig
 template <class S>
 static __device__ __forceinline__ float step_keys(const args &a, share<S> &s, step p)
 {
-    const unsigned rows = s.memory + S::ROW_AT + p.stage * ROWS * 8 + s.lane % 4 * 16;
+    const unsigned rows = s.memory + S::ROW_AT + p.stage * ROWS * 4 + s.lane % 4 * 8;
     const unsigned q = s.memory + S::Q_AT + p.stage * ROWS * S::BYTES, go = q + S::GO_AT - S::Q_AT;
     const unsigned plain = lane_offset<false>(s.lane, S::BYTES);
     const unsigned turned = lane_offset<true>(s.lane, S::BYTES);
@@ -351,15 +354,17 @@ static __device__ __forceinline__ float step_keys(const args &a, share<S> &s, st
         unsigned w[S::MT][4] = {}, u[S::MT][4] = {};
         const bool any = p.i * ROWS + n + S::CH > s.key0 + s.warp * S::OWN;
         if (any) {
-            const float4 row[2] = { shared_float4(rows + n * 8), shared_float4(rows + n * 8 + 64) };
+            const float2 level[2] = { shared_float2(rows + n * 4), shared_float2(rows + n * 4 + 32) };
+            const unsigned deltas = rows + 2 * ROWS * 4 + n * 4;
+            const float2 delta[2] = { shared_float2(deltas), shared_float2(deltas + 32) };
             float z[S::MT][2][4] = {}, dp[S::MT][2][4];
 #pragma unroll
             for (int m = 0; m < S::MT; m++)
 #pragma unroll
                 for (int e = 0; e < 8; e++)
-                    dp[m][e >> 2][e & 3] = e & 1 ? -row[e >> 2].w : -row[e >> 2].y;
+                    dp[m][e >> 2][e & 3] = e & 1 ? -delta[e >> 2].y : -delta[e >> 2].x;
             scores(s, q + n * S::BYTES + plain, go + n * S::BYTES + plain, z, dp);
-            weights(a, s, p, n, d, row, z, dp, sum);
+            weights(a, s, p, n, d, level, z, dp, sum);
 #pragma unroll
             for (int m = 0; m < S::MT; m++) pack(z[m], w[m]), pack(dp[m], u[m]);
         }
@@ -657,9 +662,8 @@ static __device__ __forceinline__ void plain_tile(const args &a, operands<W> &m,
         const int64_t i = i0 + lane + 8 * u;
         float p = 0, ds = 0;
         if (i < a.N && j <= i && j >= a.low[b * a.np + i]) {
-            const float2 row = a.row[head * a.np + i];
-            p = exp2f(fmaf(z[u], a.scale2, between - row.x) - ell);
-            ds = p * (dp[u] - row.y);
+            p = exp2f(fmaf(z[u], a.scale2, between - a.level[head * a.np + i]) - ell);
+            ds = p * (dp[u] - a.delta[head * a.np + i]);
         }
         m.p[key][lane + 8 * u] = p;
         m.ds[key][lane + 8 * u] = ds;
@@ -873,7 +877,8 @@ static size_t cut(args *a, const fg_shape *q, const fg_shape *k, bool gate, bool
     a->n_k = (int)((a->N + a->keys - 1) / a->keys);
     const size_t heads = (size_t)(a->B * a->H), tokens = heads * (size_t)a->np;
     const size_t tiles = heads * (size_t)a->n_q, B = (size_t)a->B;
-    take(base, &used, &a->row, tokens * sizeof *a->row);
+    take(base, &used, &a->level, tokens * sizeof *a->level);
+    take(base, &used, &a->delta, tokens * sizeof *a->delta);
     take(base, &used, &a->column, tokens * sizeof *a->column);
     take(base, &used, &a->rows, tokens * sizeof *a->rows);
     take(base, &used, &a->low, B * (size_t)a->np * sizeof *a->low);

@@ -22,7 +22,7 @@ struct args {
     fg_gates gates;                      /* NULLs: no gate */
     float *column, *rows;                /* rows: sums over keys, or over keys and
                                             64 queries: [B,H,n_q tile / 64] */
-    float2 *row;                         /* L_i - ell_i, delta_i */
+    float *level, *delta;                /* L_i - ell_i, delta_i */
     int *low, *last, *turn, *next;       /* low: [B,np], last: [B,n_k], turn: [B,H,n_q] */
     int4 *span;                          /* [B,n_q]: lowest tile of keys, highest low, padding? */
     float4 *sum_q;                       /* gq / scale in f32, as the fragments lie */
@@ -52,11 +52,10 @@ static __device__ __forceinline__ void copy8(unsigned to, const void *from)
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(to), "l"(from) : "memory");
 }
 
-static __device__ __forceinline__ float4 shared_float4(unsigned at)
+static __device__ __forceinline__ float2 shared_float2(unsigned at)
 {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(at) : "memory");
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
     return x;
 }
 

@@ -24,7 +24,7 @@ template <int D_> struct layout {
     static constexpr int K_AT = 0, V_AT = K_AT + KEYS * D * 2, Q_AT = V_AT + KEYS * D * 2;
     static constexpr int TILE = QT * D * 2, GO_AT = Q_AT + 2 * TILE, DS_AT = GO_AT + 2 * TILE;
     static constexpr int DS = KEYS * QT * 2, GQ_AT = DS_AT + 2 * DS, GQ = QT * D * 4;
-    static constexpr int ROW_AT = GQ_AT + GQ, LOW_AT = ROW_AT + 2 * QT * 8;
+    static constexpr int ROW_AT = GQ_AT + GQ, LOW_AT = ROW_AT + 4 * QT * 4;
     static constexpr int BASE_AT = LOW_AT + 2 * QT * 4, PART_AT = BASE_AT + 16;
     static constexpr int BAR_AT = PART_AT + 2 * 2 * 4 * 4, SHARED = BAR_AT + 16 * 8 + 1024;
     static constexpr int ZN = QT / 2, GN = D / 2;          /* sums of a thread: z, gk or gv */
@@ -202,11 +202,12 @@ template <class S> static __device__ __forceinline__ void load_role(const args &
         tile_load<S::D, S::QT>(a, w.memory + S::GO_AT + stage * S::TILE,
                                (const bf16 *)a.go + w.h * a.D, a.H * a.D, w.b, t0,
                                blind ? a.low : nullptr);
-        if (x < S::QT / 2)
-            fg_copy_async(w.memory + S::ROW_AT + stage * S::QT * 8 + x * 16, a.row + at + x * 2, true);
-        if (x < S::QT / 4)
-            fg_copy_async(w.memory + S::LOW_AT + stage * S::QT * 4 + x * 16,
-                          a.low + w.b * a.np + t0 + x * 4, true);
+        const unsigned row = w.memory + S::ROW_AT + stage * S::QT * 4 + x * 16;
+        if (x < S::QT / 4) {
+            fg_copy_async(row, a.level + at + x * 4, true);
+            fg_copy_async(row + 2 * S::QT * 4, a.delta + at + x * 4, true);
+            fg_copy_async(row + 4 * S::QT * 4, a.low + w.b * a.np + t0 + x * 4, true);
+        }
         if (x == 0 && a.gates.block)
             copy8(w.memory + S::BASE_AT + stage * 8,
                   &a.gates.block[(w.b * a.H + w.h) * a.gates.blocks + t0 / FG_GATE_BLOCK].base);
@@ -323,7 +324,7 @@ template <class S, bool MASKED>
 static __device__ __forceinline__ void weights(const args &a, const walk &w, const worker<S> &s,
                                                float (&z)[S::ZN])
 {
-    const unsigned rows = w.memory + S::ROW_AT + w.stage() * S::QT * 8 + s.lane % 4 * 16;
+    const unsigned rows = w.memory + S::ROW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
     float d = 0;
     if (a.gates.block) {
         double base;
@@ -333,8 +334,8 @@ static __device__ __forceinline__ void weights(const args &a, const walk &w, con
     }
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
-        const float4 row = shared_float4(rows + n * 64);
-        const float l[2] = { d - row.x, d - row.z };
+        const float2 level = shared_float2(rows + n * 32);
+        const float l[2] = { d - level.x, d - level.y };
 #pragma unroll
         for (int e = 0; e < 4; e++)
             z[n * 4 + e] = fg_exp2(fmaf(z[n * 4 + e], a.scale2, l[e & 1]) - s.ell[e >> 1]);
@@ -348,16 +349,16 @@ static __device__ __forceinline__ void slopes(const walk &w, worker<S> &s,
                                               const float (&p)[S::ZN], float (&dp)[S::ZN],
                                               float (&part)[S::QT / 64])
 {
-    const unsigned rows = w.memory + S::ROW_AT + w.stage() * S::QT * 8 + s.lane % 4 * 16;
+    const unsigned rows = w.memory + S::ROW_AT + (2 + w.stage()) * S::QT * 4 + s.lane % 4 * 8;
     if (MASKED)
 #pragma unroll
         for (int e = 0; e < S::ZN; e++) dp[e] = p[e] == 0 ? 0 : dp[e];
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
-        const float4 row = shared_float4(rows + n * 64);
+        const float2 delta = shared_float2(rows + n * 32);
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? row.w : row.y));
+            dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? delta.y : delta.x));
     }
 #pragma unroll
     for (int half = 0; half < S::QT / 64; half++) {
