@@ -3,7 +3,7 @@
 #define FG_FORGET_ATTENTION_GRAD_CUH
 #include "attention.cuh"
 
-static constexpr int ROWS = 64;          /* queries whose ds is summed up in one */
+static constexpr int SOME = 16;          /* queries whose ds is summed up in one */
 static constexpr float LOG_F_MIN = -100; /* below it the gate's gradient is 0 */
 static constexpr int UNSEEN = INT32_MAX; /* the lowest key of a row that sees none */
 
@@ -18,10 +18,11 @@ struct args {
     int64_t B, N, H, Hkv, D, np, window;
     float scale, scale2;                 /* scale2 = scale log2(e) */
     int tile, n_q, keys, n_k;            /* queries of a tile, their tiles; keys of a tile, ... */
+    int side;                            /* heads side by side */
     bool narrow, plain, sm90;            /* bf16; neither first nor window; wgmma */
     fg_gates gates;                      /* NULLs: no gate */
     float *column, *rows;                /* rows: sums over keys, or over keys and
-                                            64 queries: [B,H,n_q tile / 64] */
+                                            SOME queries: [B,H,n_q tile / SOME] */
     float *level, *delta;                /* L_i - ell_i, delta_i */
     int *low, *last, *turn, *next;       /* low: [B,np], last: [B,n_k], turn: [B,H,n_q] */
     int4 *span;                          /* [B,n_q]: lowest tile of keys, highest low, padding? */
@@ -39,13 +40,61 @@ static __device__ __forceinline__ void turn_set(int *turn, int x)
     asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(turn), "r"(x) : "memory");
 }
 
-/* The next tile of queries that sees keys of tile j: i itself or a later one. */
-static __device__ __forceinline__ int seen_from(const args &a, int64_t b, int i, int last, int j)
-{
-    if (!a.plain)
-        while (i <= last && a.span[b * a.n_q + i].x > j) i++;
-    return i;
-}
+/* Which tile of keys a block of threads works on, and the tiles of queries that see it.
+ *
+ * The tiles of a head add to gq one after the other.  In one half of the groups of heads tiles are
+ * given out from the last to the first, add in that order, and walk from the diagonal down; in the
+ * other half all three are turned around.  Either way whoever waits for a turn waits for a tile
+ * that was given out before, so there is no deadlock; and as the first half begins with its
+ * shortest tiles and the second with its longest, a pair of groups keeps all processors busy to its
+ * end. */
+struct walk {
+    int64_t b;
+    int h, h_end, j, i, first, last;     /* tiles of queries first ... last; now i of head h */
+    bool down;                           /* i rises */
+
+    __device__ bool sees(const args &a, int i) const
+    {
+        return a.plain || a.span[b * a.n_q + i].x <= j;
+    }
+    /* i itself or the next one that sees a key */
+    __device__ int from(const args &a, int i) const
+    {
+        if (down) while (i <= last && !sees(a, i)) i++;
+        else while (i >= first && !sees(a, i)) i--;
+        return i;
+    }
+    __device__ void begin(const args &a, int given)
+    {
+        const int heads = (int)(a.B * a.Hkv), group = given / (a.side * a.n_k);
+        const int width = min(a.side, heads - group * a.side), x = given - group * a.side * a.n_k;
+        const int head = group * a.side + x % width, size = (int)(a.H / a.Hkv);
+        b = head / a.Hkv, h = head % (int)a.Hkv * size, h_end = h + size;
+        down = group % 2 == 0;
+        j = down ? a.n_k - 1 - x / width : x / width;
+        first = j * a.keys / a.tile;
+        last = a.plain ? a.n_q - 1 : a.last[b * a.n_k + j];
+        i = from(a, down ? first : last);
+    }
+    __device__ bool more() const { return i >= first && i <= last; }
+    __device__ void advance(const args &a)
+    {
+        i = from(a, down ? i + 1 : i - 1);
+        if (!more() && h + 1 < h_end) i = from(a, down ? first : last), h++;
+    }
+    __device__ int64_t tile(const args &a) const { return (b * a.H + h) * a.n_q + i; }
+    /* Tiles of keys that add to this tile of queries before. */
+    __device__ int rank(const args &a) const
+    {
+        if (!down) return a.plain ? j : j - a.span[b * a.n_q + i].x;
+        return min(((i + 1) * a.tile - 1) / a.keys, a.n_k - 1) - j;
+    }
+    __device__ bool masked(const args &a) const
+    {
+        return i * a.tile < (j + 1) * a.keys - 1
+            || (!a.plain && a.span[b * a.n_q + i].y > j * a.keys);
+    }
+};
 
 static __device__ __forceinline__ void copy8(unsigned to, const void *from)
 {

@@ -29,7 +29,7 @@ template <int D_> struct layout {
     static constexpr int DS = KEYS * QT * 2, GQ_AT = DS_AT + 2 * DS, GQ = QT * D * 4;
     static constexpr int ROW_AT = GQ_AT + GQ, LOW_AT = ROW_AT + 4 * QT * 4;
     static constexpr int BASE_AT = LOW_AT + 2 * QT * 4, PART_AT = BASE_AT + 16;
-    static constexpr int BAR_AT = PART_AT + 2 * 2 * 4 * 4, SHARED = BAR_AT + 16 * 8 + 1024;
+    static constexpr int BAR_AT = PART_AT + QT / SOME * 8 * 4, SHARED = BAR_AT + 16 * 8 + 1024;
     static constexpr int ZN = QT / 2, GN = D / 2;          /* sums of a thread: z, gk or gv */
 };
 enum { KV_FULL, FULL, EMPTY = FULL + 2, STAGED = EMPTY + 2, FREE = STAGED + 2, BLIND = FREE + 2 };
@@ -168,29 +168,16 @@ static __device__ __forceinline__ void shared_put(unsigned at, float x)
     asm volatile("st.shared.f32 [%0], %1;" :: "r"(at), "f"(x) : "memory");
 }
 
-/* Where a block stands; every role walks the same steps. */
-struct walk {
+/* A steps with its place in shared memory; every role walks the same steps. */
+struct steps : walk {
     unsigned memory;
-    int j, last, i, count;               /* tiles of queries: last, this; count: steps so far */
-    int b, h, h_end;
-    __device__ bool more() const { return i <= last; }
+    int count;                           /* steps so far */
     __device__ int stage() const { return count & 1; }
     __device__ int phase() const { return count >> 1 & 1; }
     template <class S> __device__ unsigned bar(int which) const
     {
         return memory + S::BAR_AT + which * 8;
     }
-    template <class S> __device__ int first(const args &a) const
-    {
-        return seen_from(a, b, j * (KEYS / S::QT), last, j);
-    }
-    template <class S> __device__ void advance(const args &a)
-    {
-        count++;
-        i = seen_from(a, b, i + 1, last, j);
-        if (i > last && h + 1 < h_end) i = first<S>(a), h++;
-    }
-    __device__ int64_t tile(const args &a) const { return (b * a.H + h) * a.n_q + i; }
 };
 
 /* Zeros for rows of go that see nothing, whatever they hold; by a warp. */
@@ -208,7 +195,7 @@ template <class S> static __device__ __noinline__ void blind_rows(const int *low
 
 /* One warp; its first thread loads. */
 template <class S> static __device__ __forceinline__ void load_role(const args &a, const maps &m,
-                                                                    walk w)
+                                                                    steps w)
 {
     const bool one = threadIdx.x == 0;
     int blinds = 0;
@@ -223,7 +210,7 @@ template <class S> static __device__ __forceinline__ void load_role(const args &
         }
         barrier_arrive(bar);
     }
-    for (; w.more(); w.template advance<S>(a)) {
+    for (; w.more(); w.advance(a), w.count++) {
         const int stage = w.stage(), t0 = w.i * S::QT;
         const unsigned bar = w.template bar<S>(FULL + stage);
         const unsigned go = w.memory + S::GO_AT + stage * S::TILE;
@@ -257,36 +244,42 @@ template <class S> static __device__ __forceinline__ void load_role(const args &
     }
 }
 
-/* One thread: adds the two halves of gq and the sums of ds of each step, in turn. */
-template <class S> static __device__ __forceinline__ void add_role(const args &a, walk w)
+/* One warp: adds the two halves of gq and the sums of ds of each step, in turn. */
+template <class S> static __device__ __forceinline__ void add_role(const args &a, steps w)
 {
     constexpr int HALF = S::GQ / 2;
-    for (; w.more(); w.template advance<S>(a)) {
+    const int lane = (int)threadIdx.x % 32;
+    const unsigned from = w.memory + S::GQ_AT, part = w.memory + S::PART_AT + lane * 32;
+    for (; w.more(); w.advance(a), w.count++) {
         const int64_t tile = w.tile(a);
-        const int rank = min((w.i * S::QT + S::QT - 1) / KEYS, a.n_k - 1) - w.j;
+        const int rank = w.rank(a);
         float4 *to = a.sum_q + tile * (S::GQ / 16);
-        const unsigned from = w.memory + S::GQ_AT;
-        while (rank > 0 && turn_now(a.turn + tile) < rank) { }
-        asm volatile("fence.proxy.async;" ::: "memory");
-        for (int g = 0; g < 2; g++) {
-            barrier_wait(w.template bar<S>(STAGED + g), w.count & 1);
-            if (rank == 0) bulk_store(to + g * (HALF / 16), from + g * HALF, HALF);
-            else bulk_add(to + g * (HALF / 16), from + g * HALF, HALF);
+        if (lane == 0) {
+            while (rank > 0 && turn_now(a.turn + tile) < rank) { }
+            asm volatile("fence.proxy.async;" ::: "memory");
+            for (int g = 0; g < 2; g++) {
+                barrier_wait(w.template bar<S>(STAGED + g), w.count & 1);
+                if (rank == 0) bulk_store(to + g * (HALF / 16), from + g * HALF, HALF);
+                else bulk_add(to + g * (HALF / 16), from + g * HALF, HALF);
+            }
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        for (int e = 0; e < S::QT / 64; e++) {
-            float sum = 0;
-            for (int k = 0; k < 8; k++) sum += shared_get(w.memory + S::PART_AT + (e * 8 + k) * 4);
-            float *row = a.rows + tile * (S::QT / 64) + e;
+        __syncwarp();
+        if (lane < S::QT / SOME) {
+            float sum = 0, *row = a.rows + tile * (S::QT / SOME) + lane;
+            for (int k = 0; k < 8; k++) sum += shared_get(part + k * 4);
             if (rank == 0) *row = sum;
             else atomicAdd(row, sum);    /* one adder at a time, in the order of turns */
         }
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-        barrier_arrive(w.template bar<S>(FREE));
-        barrier_arrive(w.template bar<S>(FREE + 1));
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-        asm volatile("fence.proxy.async;" ::: "memory");
-        turn_set(a.turn + tile, rank + 1);
+        __syncwarp();
+        if (lane == 0) {
+            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+            barrier_arrive(w.template bar<S>(FREE));
+            barrier_arrive(w.template bar<S>(FREE + 1));
+            asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+            asm volatile("fence.proxy.async;" ::: "memory");
+            turn_set(a.turn + tile, rank + 1);
+        }
     }
 }
 
@@ -298,7 +291,7 @@ template <class S> struct worker {
 };
 
 template <class S>
-static __device__ __forceinline__ void head_begin(const args &a, const walk &w, worker<S> &s)
+static __device__ __forceinline__ void head_begin(const args &a, const steps &w, worker<S> &s)
 {
     const int64_t head = w.b * a.H + w.h;
 #pragma unroll
@@ -308,7 +301,7 @@ static __device__ __forceinline__ void head_begin(const args &a, const walk &w, 
     }
 }
 template <class S>
-static __device__ __forceinline__ void head_end(const args &a, const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void head_end(const args &a, const steps &w, const worker<S> &s,
                                                 int h)
 {
 #pragma unroll
@@ -332,7 +325,7 @@ static __device__ __forceinline__ void scores(unsigned keys, unsigned queries, f
 
 /* Pairs that do not meet: weight 0, whatever their score. */
 template <class S>
-static __device__ __forceinline__ void mask(const args &a, const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void mask(const args &a, const steps &w, const worker<S> &s,
                                             float (&x)[S::ZN])
 {
     const int key = s.key0 + s.lane / 4, ahead = w.i * S::QT + s.lane % 4 * 2 - key;
@@ -354,7 +347,7 @@ static __device__ __forceinline__ void mask(const args &a, const walk &w, const 
 
 /* z to p */
 template <class S, bool MASKED>
-static __device__ __forceinline__ void weights(const args &a, const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void weights(const args &a, const steps &w, const worker<S> &s,
                                                float (&z)[S::ZN])
 {
     const unsigned rows = w.memory + S::ROW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
@@ -370,11 +363,11 @@ static __device__ __forceinline__ void weights(const args &a, const walk &w, con
     if (MASKED) mask<S>(a, w, s, z);
 }
 
-/* dp to ds; its sums per key, and over all to part[0 ... QT / 64) */
+/* dp to ds; its sums per key, and over all, for SOME queries, to part */
 template <class S, bool MASKED>
-static __device__ __forceinline__ void slopes(const walk &w, worker<S> &s,
+static __device__ __forceinline__ void slopes(const steps &w, worker<S> &s,
                                               const float (&p)[S::ZN], float (&dp)[S::ZN],
-                                              float (&part)[S::QT / 64])
+                                              float (&part)[S::QT / SOME])
 {
     const unsigned rows = w.memory + S::ROW_AT + (2 + w.stage()) * S::QT * 4 + s.lane % 4 * 8;
     if (MASKED)
@@ -388,14 +381,12 @@ static __device__ __forceinline__ void slopes(const walk &w, worker<S> &s,
             dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? delta.y : delta.x));
     }
 #pragma unroll
-    for (int half = 0; half < S::QT / 64; half++) {
+    for (int e = 0; e < S::QT / SOME; e++) {
         float sum[2] = { 0, 0 };
 #pragma unroll
-        for (int n = half * 8; n < half * 8 + 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sum[e >> 1] += dp[n * 4 + e];
+        for (int k = 8 * e; k < 8 * e + 8; k++) sum[k >> 1 & 1] += dp[k];
         s.column[0] += sum[0], s.column[1] += sum[1];
-        part[half] = sum[0] + sum[1];
+        part[e] = sum[0] + sum[1];
     }
 }
 
@@ -426,7 +417,7 @@ static __device__ __forceinline__ void ds_put(const worker<S> &s, unsigned to,
 
 /* gq = ds k: 64 queries of the warpgroup, or its 64 columns */
 template <class S>
-static __device__ __forceinline__ void queries_product(const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void queries_product(const steps &w, const worker<S> &s,
                                                        unsigned ds, float (&gq)[32])
 {
     const unsigned from = ds + (S::D == 64 ? s.group * KEYS * 128 : 0);
@@ -447,10 +438,26 @@ static __device__ __forceinline__ void keys_product(float (&sum)[S::GN],
     wgmma_commit();
 }
 
+/* The warp's sums of N values in N steps: lane l returns that of value l N / 32. */
+template <int N> static __device__ __forceinline__ float sums_of_many(float (&x)[N], int lane)
+{
+#pragma unroll
+    for (int n = N / 2, k = 16; k > 0; n /= 2, k /= 2) {
+        if (n == 0) x[0] += __shfl_xor_sync(~0u, x[0], k);
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const bool upper = lane & k;
+            const float other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + n], k);
+            x[i] = (upper ? x[i + n] : x[i]) + other;
+        }
+    }
+    return x[0];
+}
+
 template <class S>
-static __device__ __forceinline__ void stage_put(const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void stage_put(const steps &w, const worker<S> &s,
                                                  const float (&gq)[32],
-                                                 const float (&part)[S::QT / 64])
+                                                 float (&part)[S::QT / SOME])
 {
     const int x = s.warp * 32 + s.lane;
     barrier_wait(w.template bar<S>(FREE + s.group), (w.count & 1) ^ 1);
@@ -460,18 +467,16 @@ static __device__ __forceinline__ void stage_put(const walk &w, const worker<S> 
         asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};"
                      :: "r"(to + n * 2048), "f"(gq[4 * n]), "f"(gq[4 * n + 1]), "f"(gq[4 * n + 2]),
                         "f"(gq[4 * n + 3]) : "memory");
-#pragma unroll
-    for (int e = 0; e < S::QT / 64; e++) {
-        const float sum = fg_warp_sum(part[e]);
-        if (s.lane == 0)
-            shared_put(w.memory + S::PART_AT + (e * 8 + s.group * 4 + s.warp) * 4, sum);
-    }
+    const float sum = sums_of_many(part, s.lane);
+    constexpr int LANES = 32 / (S::QT / SOME);
+    if (s.lane % LANES == 0)
+        shared_put(w.memory + S::PART_AT + (s.lane / LANES * 8 + s.group * 4 + s.warp) * 4, sum);
     proxy_fence();
     barrier_arrive(w.template bar<S>(STAGED + s.group));
 }
 
 template <class S>
-static __device__ __forceinline__ void keys_store(const args &a, const walk &w, const worker<S> &s)
+static __device__ __forceinline__ void keys_store(const args &a, const steps &w, const worker<S> &s)
 {
     const int64_t kv = w.h / (int)(a.H / a.Hkv);
 #pragma unroll
@@ -491,12 +496,12 @@ static __device__ __forceinline__ void keys_store(const args &a, const walk &w, 
 }
 
 template <class S, bool MASKED>
-static __device__ __forceinline__ void step(const args &a, const walk &w, worker<S> &s)
+static __device__ __forceinline__ void step(const args &a, const steps &w, worker<S> &s)
 {
     const unsigned q = w.memory + S::Q_AT + w.stage() * S::TILE, go = q + S::GO_AT - S::Q_AT;
     const unsigned keys = w.memory + S::K_AT + s.group * 64 * 128, values = keys + S::V_AT - S::K_AT;
     const unsigned at = w.memory + S::DS_AT + w.stage() * S::DS;
-    float z[S::ZN], dp[S::ZN], gq[32], part[S::QT / 64];
+    float z[S::ZN], dp[S::ZN], gq[32], part[S::QT / SOME];
     unsigned p[S::ZN / 2], ds[S::ZN / 2];
     barrier_wait(w.template bar<S>(FULL + w.stage()), w.phase());
     wgmma_begin();
@@ -525,7 +530,7 @@ static __device__ __forceinline__ void step(const args &a, const walk &w, worker
     if (s.lane == 0) barrier_arrive(w.template bar<S>(EMPTY + w.stage()));
 }
 
-template <class S> static __device__ __forceinline__ void multiply_role(const args &a, walk w)
+template <class S> static __device__ __forceinline__ void multiply_role(const args &a, steps w)
 {
     worker<S> s;
     s.lane = (int)threadIdx.x % 32, s.warp = (int)threadIdx.x / 32 % 4;
@@ -539,11 +544,10 @@ template <class S> static __device__ __forceinline__ void multiply_role(const ar
         for (int h = w.h; h < w.h_end; h++) head_end(a, w, s, h);
     while (w.more()) {
         const int h = w.h;
-        const bool masked = w.i * S::QT < (w.j + 1) * KEYS - 1
-                         || (!a.plain && a.span[w.b * a.n_q + w.i].y > w.j * KEYS);
-        if (masked) step<S, true>(a, w, s);
+        if (w.masked(a)) step<S, true>(a, w, s);
         else step<S, false>(a, w, s);
-        w.template advance<S>(a);
+        w.advance(a);
+        w.count++;
         if (w.h != h || !w.more()) {
             head_end(a, w, s, h);
             if (w.more()) head_begin(a, w, s);
@@ -553,13 +557,13 @@ template <class S> static __device__ __forceinline__ void multiply_role(const ar
 }
 #endif
 
-/* One tile of keys of one key head, given out from the last to the first. */
+/* One tile of keys of one key head. */
 template <class S> static __global__ void __launch_bounds__(384, 1) tile_of_keys(const args a, const __grid_constant__ maps m)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char memory[];
     __shared__ int given;
-    walk w;
+    steps w;
     w.memory = (fg_shared(memory) + 1023) / 1024 * 1024;
     if (threadIdx.x == 0) {
         given = atomicAdd(a.next, 1);
@@ -574,15 +578,12 @@ template <class S> static __global__ void __launch_bounds__(384, 1) tile_of_keys
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    const int head = given / a.n_k, Hkv = (int)a.Hkv, group = (int)a.H / Hkv;
-    w.j = a.n_k - 1 - given % a.n_k;
-    w.b = head / Hkv, w.h = head % Hkv * group, w.h_end = w.h + group;
-    w.last = a.plain ? a.n_q - 1 : a.last[w.b * a.n_k + w.j];
-    w.i = w.template first<S>(a), w.count = 0;
+    w.begin(a, given);
+    w.count = 0;
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x < 32) load_role<S>(a, m, w);
-        else if (threadIdx.x == 32) add_role<S>(a, w);
+        else if (threadIdx.x < 64) add_role<S>(a, w);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         multiply_role<S>(a, w);
@@ -602,7 +603,7 @@ template <class S> static __global__ void __launch_bounds__(256) queries_store(c
     const int group = (int)threadIdx.x / 128;
     const float4 *from = a.sum_q + tile * (S::GQ / 16) + group * (S::GQ / 32) + threadIdx.x % 128;
     const bool any = a.turn[tile] > 0;
-    if (!any && threadIdx.x < S::QT / 64) a.rows[tile * (S::QT / 64) + threadIdx.x] = 0;
+    if (!any && threadIdx.x < S::QT / SOME) a.rows[tile * (S::QT / SOME) + threadIdx.x] = 0;
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         const float4 x = any ? from[n * 128] : make_float4(0, 0, 0, 0);
