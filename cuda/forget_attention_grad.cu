@@ -953,8 +953,6 @@ static args arguments(const fg_exec *e)
     a.gv_row = fg_pitch_of(&e->out_rows[2], a.Hkv * D);
     a.gf_row = fg_pitch_of(&e->out_rows[3], a.H);
     a.window = p->window, a.scale = (float)p->scale, a.scale2 = (float)(p->scale * FG_LOG2_E);
-    const int slots = fg_processors() * (a.sm90 || D > 64 ? 1 : shape64::PER_SM);
-    a.side = slots > a.n_k ? slots / a.n_k : 1;
     a.narrow = e->in_type[Q] == FG_BF16, a.plain = !a.first && !a.window;
     return a;
 }

@@ -18,7 +18,6 @@ struct args {
     int64_t B, N, H, Hkv, D, np, window;
     float scale, scale2;                 /* scale2 = scale log2(e) */
     int tile, n_q, keys, n_k;            /* queries of a tile, their tiles; keys of a tile, ... */
-    int side;                            /* heads side by side */
     bool narrow, plain, sm90;            /* bf16; neither first nor window; wgmma */
     fg_gates gates;                      /* NULLs: no gate */
     float *column, *rows;                /* rows: sums over keys, or over keys and
@@ -42,57 +41,43 @@ static __device__ __forceinline__ void turn_set(int *turn, int x)
 
 /* Which tile of keys a block of threads works on, and the tiles of queries that see it.
  *
- * The tiles of a head add to gq one after the other.  In one half of the groups of heads tiles are
- * given out from the last to the first, add in that order, and walk from the diagonal down; in the
- * other half all three are turned around.  Either way whoever waits for a turn waits for a tile
- * that was given out before, so there is no deadlock; and as the first half begins with its
- * shortest tiles and the second with its longest, a pair of groups keeps all processors busy to its
- * end. */
+ * The tiles of a head are given out from the last to the first, add to gq in that order, and walk
+ * from the diagonal down.  So whoever waits for a turn waits for a tile that was given out before:
+ * no deadlock; and those that begin together meet a tile of queries one step after the other. */
 struct walk {
-    int64_t b;
-    int h, h_end, j, i, first, last;     /* tiles of queries first ... last; now i of head h */
-    bool down;                           /* i rises */
+    int b, h, h_end, j, i, last;         /* i: a tile of queries of head h, last the last one */
 
-    __device__ bool sees(const args &a, int i) const
-    {
-        return a.plain || a.span[b * a.n_q + i].x <= j;
-    }
-    /* i itself or the next one that sees a key */
+    /* i itself or the next tile of queries that sees a key */
     __device__ int from(const args &a, int i) const
     {
-        if (down) while (i <= last && !sees(a, i)) i++;
-        else while (i >= first && !sees(a, i)) i--;
+        if (!a.plain)
+            while (i <= last && a.span[(int64_t)b * a.n_q + i].x > j) i++;
         return i;
     }
     __device__ void begin(const args &a, int given)
     {
-        const int heads = (int)(a.B * a.Hkv), group = given / (a.side * a.n_k);
-        const int width = min(a.side, heads - group * a.side), x = given - group * a.side * a.n_k;
-        const int head = group * a.side + x % width, size = (int)(a.H / a.Hkv);
-        b = head / a.Hkv, h = head % (int)a.Hkv * size, h_end = h + size;
-        down = group % 2 == 0;
-        j = down ? a.n_k - 1 - x / width : x / width;
-        first = j * a.keys / a.tile;
-        last = a.plain ? a.n_q - 1 : a.last[b * a.n_k + j];
-        i = from(a, down ? first : last);
+        const int head = given / a.n_k, Hkv = (int)a.Hkv, size = (int)a.H / Hkv;
+        b = head / Hkv, h = head % Hkv * size, h_end = h + size;
+        j = a.n_k - 1 - given % a.n_k;
+        last = a.plain ? a.n_q - 1 : a.last[(int64_t)b * a.n_k + j];
+        i = from(a, j * a.keys / a.tile);
     }
-    __device__ bool more() const { return i >= first && i <= last; }
+    __device__ bool more() const { return i <= last; }
     __device__ void advance(const args &a)
     {
-        i = from(a, down ? i + 1 : i - 1);
-        if (!more() && h + 1 < h_end) i = from(a, down ? first : last), h++;
+        i = from(a, i + 1);
+        if (i > last && h + 1 < h_end) i = from(a, j * a.keys / a.tile), h++;
     }
     __device__ int64_t tile(const args &a) const { return (b * a.H + h) * a.n_q + i; }
     /* Tiles of keys that add to this tile of queries before. */
     __device__ int rank(const args &a) const
     {
-        if (!down) return a.plain ? j : j - a.span[b * a.n_q + i].x;
         return min(((i + 1) * a.tile - 1) / a.keys, a.n_k - 1) - j;
     }
     __device__ bool masked(const args &a) const
     {
         return i * a.tile < (j + 1) * a.keys - 1
-            || (!a.plain && a.span[b * a.n_q + i].y > j * a.keys);
+            || (!a.plain && a.span[(int64_t)b * a.n_q + i].y > j * a.keys);
     }
 };
 

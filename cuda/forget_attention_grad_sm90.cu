@@ -17,6 +17,7 @@
 #include "forget_attention_grad.cuh"
 
 #define KEYS 128
+#define AHEAD 4                          /* values of rows are read so many columns of 8 ahead */
 
 /* [B,N,H,D] as the copy engine sees it */
 struct maps { CUtensorMap q, go, k, v; };
@@ -89,12 +90,16 @@ static __device__ __forceinline__ void bulk_add(float4 *to, unsigned from, int b
 
 /* ---- wgmma ---------------------------------------------------------------------------------- */
 
-/* Descriptor: address, bytes from 64 columns to the next 64 (MN-major), from 8 rows to the next. */
-static __device__ __forceinline__ uint64_t matrix_at(unsigned at, unsigned panel)
-{
-    return (uint64_t)((at & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32
-         | (uint64_t)1 << 62;
-}
+/* Descriptor of a matrix in shared memory, 1024 bytes from 8 rows to the next; panel: bytes from 64
+ * columns to the next, where its rows are the 16 of a product.  Further bytes are added to it. */
+struct matrix {
+    unsigned low;
+    __device__ matrix(unsigned at, unsigned panel = 16) : low((at & 0x3ffff) >> 4 | panel >> 4 << 16) { }
+    __device__ uint64_t operator+(int bytes) const
+    {
+        return (uint64_t)(1u << 30 | 1024 >> 4) << 32 | (low + (unsigned)(bytes >> 4));
+    }
+};
 static __device__ __forceinline__ void wgmma_begin()
 {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -214,7 +219,7 @@ template <class S> static __device__ __forceinline__ void load_role(const args &
         const int stage = w.stage(), t0 = w.i * S::QT;
         const unsigned bar = w.template bar<S>(FULL + stage);
         const unsigned go = w.memory + S::GO_AT + stage * S::TILE;
-        const bool blind = !a.plain && a.span[w.b * a.n_q + w.i].z;
+        const bool blind = !a.plain && a.span[(int64_t)w.b * a.n_q + w.i].z;
         const unsigned go_bar = blind ? w.template bar<S>(BLIND) : bar;
         if (one) {
             const int64_t head = w.b * a.H + w.h, at = head * a.np + t0;
@@ -316,10 +321,11 @@ static __device__ __forceinline__ void head_end(const args &a, const steps &w, c
 template <class S>
 static __device__ __forceinline__ void scores(unsigned keys, unsigned queries, float (&x)[S::ZN])
 {
+    const matrix a(keys), b(queries);
 #pragma unroll
     for (int k = 0; k < S::D / 16; k++)
-        product<0, 0>(x, matrix_at(keys + k / 4 * KEYS * 128 + k % 4 * 32, 16),
-                      matrix_at(queries + k / 4 * S::QT * 128 + k % 4 * 32, 16), k > 0);
+        product<0, 0>(x, a + (k / 4 * KEYS * 128 + k % 4 * 32),
+                      b + (k / 4 * S::QT * 128 + k % 4 * 32), k > 0);
     wgmma_commit();
 }
 
@@ -345,48 +351,60 @@ static __device__ __forceinline__ void mask(const args &a, const steps &w, const
     }
 }
 
-/* z to p */
+/* z, once it is there, to p */
 template <class S, bool MASKED>
 static __device__ __forceinline__ void weights(const args &a, const steps &w, const worker<S> &s,
                                                float (&z)[S::ZN])
 {
     const unsigned rows = w.memory + S::ROW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
     const float d = shared_get(w.memory + S::BASE_AT + w.stage() * 4);
+    const float less[2] = { s.ell[0] - d, s.ell[1] - d };
+    float2 level[AHEAD];
+#pragma unroll
+    for (int n = 0; n < AHEAD; n++) level[n] = shared_float2(rows + n * 32);
+    wgmma_wait<1>();
+    pin(z);
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
-        const float2 level = shared_float2(rows + n * 32);
-        const float l[2] = { d - level.x, d - level.y };
+        const float2 l = level[n % AHEAD];
+        if (n + AHEAD < S::QT / 8) level[n % AHEAD] = shared_float2(rows + (n + AHEAD) * 32);
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            z[n * 4 + e] = fg_exp2(fmaf(z[n * 4 + e], a.scale2, l[e & 1]) - s.ell[e >> 1]);
+            z[n * 4 + e] =
+                fg_exp2(fmaf(z[n * 4 + e], a.scale2, e & 1 ? -l.y : -l.x) - less[e >> 1]);
     }
     if (MASKED) mask<S>(a, w, s, z);
 }
 
-/* dp to ds; its sums per key, and over all, for SOME queries, to part */
+/* dp, once it is there, to ds; its sums per key, and over all, for SOME queries, to part */
 template <class S, bool MASKED>
 static __device__ __forceinline__ void slopes(const steps &w, worker<S> &s,
                                               const float (&p)[S::ZN], float (&dp)[S::ZN],
                                               float (&part)[S::QT / SOME])
 {
     const unsigned rows = w.memory + S::ROW_AT + (2 + w.stage()) * S::QT * 4 + s.lane % 4 * 8;
+    float2 delta[AHEAD];
+#pragma unroll
+    for (int n = 0; n < AHEAD; n++) delta[n] = shared_float2(rows + n * 32);
+    wgmma_wait<0>();
+    pin(dp);
     if (MASKED)
 #pragma unroll
         for (int e = 0; e < S::ZN; e++) dp[e] = p[e] == 0 ? 0 : dp[e];
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
-        const float2 delta = shared_float2(rows + n * 32);
+        const float2 d = delta[n % AHEAD];
+        if (n + AHEAD < S::QT / 8) delta[n % AHEAD] = shared_float2(rows + (n + AHEAD) * 32);
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? delta.y : delta.x));
+            dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? d.y : d.x));
     }
 #pragma unroll
     for (int e = 0; e < S::QT / SOME; e++) {
-        float sum[2] = { 0, 0 };
-#pragma unroll
-        for (int k = 8 * e; k < 8 * e + 8; k++) sum[k >> 1 & 1] += dp[k];
-        s.column[0] += sum[0], s.column[1] += sum[1];
-        part[e] = sum[0] + sum[1];
+        const float *x = dp + 8 * e;
+        const float upper = (x[0] + x[1]) + (x[4] + x[5]), lower = (x[2] + x[3]) + (x[6] + x[7]);
+        s.column[0] += upper, s.column[1] += lower;
+        part[e] = upper + lower;
     }
 }
 
@@ -420,11 +438,11 @@ template <class S>
 static __device__ __forceinline__ void queries_product(const steps &w, const worker<S> &s,
                                                        unsigned ds, float (&gq)[32])
 {
-    const unsigned from = ds + (S::D == 64 ? s.group * KEYS * 128 : 0);
-    const unsigned keys = w.memory + S::K_AT + (S::D == 64 ? 0 : s.group * KEYS * 128);
+    const matrix a(ds + (S::D == 64 ? s.group * KEYS * 128 : 0));
+    const matrix b(w.memory + S::K_AT + (S::D == 64 ? 0 : s.group * KEYS * 128));
 #pragma unroll
     for (int k = 0; k < KEYS / 16; k++)
-        product<1, 1>(gq, matrix_at(from + k * 2048, 16), matrix_at(keys + k * 2048, 16), k > 0);
+        product<1, 1>(gq, a + k * 2048, b + k * 2048, k > 0);
     wgmma_commit();
 }
 
@@ -433,8 +451,9 @@ template <class S>
 static __device__ __forceinline__ void keys_product(float (&sum)[S::GN],
                                                     const unsigned (&x)[S::ZN / 2], unsigned y)
 {
+    const matrix b(y, S::QT * 128);
 #pragma unroll
-    for (int k = 0; k < S::QT / 16; k++) product(sum, x + 4 * k, matrix_at(y + k * 2048, S::QT * 128));
+    for (int k = 0; k < S::QT / 16; k++) product(sum, x + 4 * k, b + k * 2048);
     wgmma_commit();
 }
 
@@ -456,8 +475,7 @@ template <int N> static __device__ __forceinline__ float sums_of_many(float (&x)
 
 template <class S>
 static __device__ __forceinline__ void stage_put(const steps &w, const worker<S> &s,
-                                                 const float (&gq)[32],
-                                                 float (&part)[S::QT / SOME])
+                                                 const float (&gq)[32], float sum)
 {
     const int x = s.warp * 32 + s.lane;
     barrier_wait(w.template bar<S>(FREE + s.group), (w.count & 1) ^ 1);
@@ -467,7 +485,6 @@ static __device__ __forceinline__ void stage_put(const steps &w, const worker<S>
         asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};"
                      :: "r"(to + n * 2048), "f"(gq[4 * n]), "f"(gq[4 * n + 1]), "f"(gq[4 * n + 2]),
                         "f"(gq[4 * n + 3]) : "memory");
-    const float sum = sums_of_many(part, s.lane);
     constexpr int LANES = 32 / (S::QT / SOME);
     if (s.lane % LANES == 0)
         shared_put(w.memory + S::PART_AT + (s.lane / LANES * 8 + s.group * 4 + s.warp) * 4, sum);
@@ -507,11 +524,7 @@ static __device__ __forceinline__ void step(const args &a, const steps &w, worke
     wgmma_begin();
     scores<S>(keys, q, z);
     scores<S>(values, go, dp);
-    wgmma_wait<1>();
-    pin(z);
     weights<S, MASKED>(a, w, s, z);
-    wgmma_wait<0>();
-    pin(dp);
     slopes<S, MASKED>(w, s, z, dp, part);
     pack<S>(z, p), pack<S>(dp, ds);
     ds_put<S>(s, at, ds);
@@ -522,9 +535,10 @@ static __device__ __forceinline__ void step(const args &a, const steps &w, worke
     wgmma_begin();
     queries_product<S>(w, s, at, gq);
     keys_product<S>(s.gk, ds, q);
+    const float sum = sums_of_many(part, s.lane);
     wgmma_wait<1>();
     pin(gq);
-    stage_put<S>(w, s, gq, part);
+    stage_put<S>(w, s, gq, sum);
     wgmma_wait<0>();
     pin(s.gk), pin(s.gv);
     if (s.lane == 0) barrier_arrive(w.template bar<S>(EMPTY + w.stage()));
