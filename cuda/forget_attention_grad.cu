@@ -9,8 +9,8 @@
  *
  * bf16, D <= 128: five products.  A block of threads keeps one tile of keys and walks the tiles of
  * queries below the diagonal.  On Hopper that is forget_attention_grad_sm90.cu; here, a warp owns
- * 16 or 32 keys and makes S^T = K Q^T and dP^T = V dO^T for 16 queries at a time, so that P^T and dS^T
- * are, in registers, the left operands of gV += P^T dO and gK += dS^T Q.  Only dS goes through
+ * 16 or 32 keys and makes S^T = K Q^T and dP^T = V dO^T for 16 queries at a time, so that P^T and
+ * dS^T are, in registers, the left operands of gV += P^T dO and gK += dS^T Q.  Only dS goes through
  * shared memory, for gQ = dS K.  That is added up in f32 in device memory by one tile of keys after
  * the other: a turn per tile of queries says who is next (walk, in forget_attention_grad.cuh).
  *
@@ -22,8 +22,8 @@
  * queries, in f32 throughout, with exact sums over rows.
  *
  * Bytes at the least, bf16, H = Hkv: q, k, v, o, go, gq, gk, gv once and go twice, 18 B N H D.
- * Moved besides: gq in f32 once to and from device memory, 8 B N H D, and through the L2 cache for every
- * 128 keys; go and q for every 128 keys, from the L2 cache.
+ * Moved besides: gq in f32 once to and from device memory, 8 B N H D, and through the L2 cache
+ * for every 128 keys; go and q for every 128 keys, from the L2 cache.
  * Source: as ops/forget_attention_grad.c; tiles and order as in Dao 2023, "FlashAttention-2:
  * Faster Attention with Better Parallelism and Work Partitioning", 3.1-3.2. */
 #include "forget_attention_grad.cuh"
