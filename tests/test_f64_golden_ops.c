@@ -177,3 +177,16 @@ Test(golden_ops, forget_attention_equals_the_official_attention)
           (const char *const[]){ "dq", "dk", "dv", "dz" },
           (const double[]){ 1.64714277, 0.6155531, -0.5125659, 0.4459706, -0.3276990 });
 }
+
+Test(golden_ops, causal_conv_equals_the_official_convolution_of_width_4)
+{
+    static world w;
+    w.g = fg_graph_new();
+    const fg_tensor x = values(&w, 0, FG_DIMS(1, 7, 2));
+    const fg_tensor k = values(&w, 1, FG_DIMS(2, 4));
+    const fg_tensor bias = values(&w, 2, FG_DIMS(2));
+    const fg_tensor y = fg_causal_conv(x, k, bias, true);
+    check(&w, y, 3, (const fg_tensor[]){ x, k, bias },
+          (const char *const[]){ "dx", "dw", "dbias" },
+          (const double[]){ -1.26196265, -1.8999204, 1.0468821, -1.5047195 });
+}
