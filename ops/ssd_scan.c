@@ -7,10 +7,11 @@
  * d: [H] or absent   state, end: f32[B,H,P,N], state is S_(-1), 0 if absent
  * first: i32[B,T]   past: i32[1].  Row t stands at position p = past + t.  Where first_t (0 if
  * absent, but past is given) reaches p, a document begins: S_(t-1) counts as 0.  first_t > p marks
- * padding: the row gives 0 and leaves a state of 0.  first_t <= p must not change inside a document.
- * Without first and past every row continues the one before.
- * The kernel works in chunks (ssd_tile.h): with a_t = e^(dt_t a), L_ij = a_(j+1) ... a_i,
- *     y_i = sum_(j<=i) (c_i.b_j) L_ij dt_j x_j + L_i,start S c_i,  j in i's own chunk, S entering it
+ * padding: the row gives 0 and leaves a state of 0.  Other rows continue the row before, and so do
+ * all where first and past are absent.
+ * The kernel works in chunks (ssd_tile.h): with a_t = e^(dt_t a), L_ij = a_(j+1) ... a_i and j in
+ * i's own chunk, which S enters,
+ *     y_i = sum_(j<=i) (c_i.b_j) L_ij dt_j x_j + (a_start ... a_i) S c_i + d x_i
  * and goes token by token where there are few.  Reads x, dt, b, c and writes y once.
  * Source: Dao and Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), sections 6 and 7. */
 #include <omp.h>
@@ -288,7 +289,8 @@ static steps open_steps(const fg_tensor *in)
     steps k = { .B = fg_dim(x, 0), .T = fg_dim(x, 1), .G = fg_dim(in[3], 2), .P = fg_dim(x, 3),
                 .N = fg_dim(in[3], 3), .x = x };
     k.M = fg_dim(x, 2) / k.G;
-    const fg_tensor rate = fg_mul(dt, in[2]), wide = fg_reshape(dt, FG_DIMS(k.B, k.T, k.G * k.M, 1));
+    const fg_tensor rate = fg_mul(dt, in[2]);
+    const fg_tensor wide = fg_reshape(dt, FG_DIMS(k.B, k.T, k.G * k.M, 1));
     k.decay = fg_exp(rate);
     k.u = fg_mul(x, wide);
     k.b = fg_cast(in[3], FG_F32);

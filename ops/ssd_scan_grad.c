@@ -2,12 +2,14 @@
  *
  * With R the gradient of the state that leaves a piece of n tokens, S the state that enters it,
  * l_t = dt_t a, keep_i = e^(l_start + ... + l_i), left_j = e^(l_(j+1) + ... + l_end), L_ij as in
- * ssd_scan.c, e_ij = gy_i.x_j, q_ij = e_ij L_ij dt_j, z_ij = q_ij (c_i.b_j), w_j = left_j x_j^T R b_j:
+ * ssd_scan.c, e_ij = gy_i.x_j, q_ij = e_ij L_ij dt_j, z_ij = q_ij (c_i.b_j), w_j = left_j x_j^T R
+ * b_j:
  *
  *     gx_j  = sum_(i>=j) (c_i.b_j) L_ij dt_j gy_i + dt_j left_j R b_j + d gy_j
  *     gc_i  = sum_heads sum_(j<=i) q_ij b_j + keep_i S^T gy_i
  *     gb_j  = sum_heads sum_(i>=j) q_ij c_i + dt_j left_j R^T x_j
- *     gl_t  = sum_(j<t<=i) z_ij + sum_(i>=t) keep_i gy_i^T S c_i + sum_(j<t) dt_j w_j + keep_end <R,S>
+ *     gl_t  = sum_(j<t<=i) z_ij + sum_(i>=t) keep_i gy_i^T S c_i + sum_(j<t) dt_j w_j
+ *             + keep_end <R,S>
  *     gdt_t = sum_(i>=t) z_it / dt_t + w_t + a gl_t,   ga = sum dt_t gl_t,   gd = sum gy_t.x_t
  *     R of the piece before = keep_end R + sum_i keep_i gy_i c_i^T
  *

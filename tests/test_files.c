@@ -599,6 +599,12 @@ Test(files, official_configs_are_read)
     cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
     cr_assert(c.family == FG_FAMILY_TRANSFORMER && !c.u.transformer.no_rope);
     cr_assert(c.u.transformer.num_hidden_layers == 2 && c.u.transformer.window_size == 0);
+    snprintf(name, sizeof name, "%s/mamba2/config.json", FIXTURES);
+    cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
+    cr_assert(c.family == FG_FAMILY_MAMBA2 && c.u.mamba2.num_heads == 4);
+    cr_assert(c.u.mamba2.head_dim == 32 && c.u.mamba2.state_size == 16 && c.u.mamba2.n_groups == 1);
+    cr_assert(c.u.mamba2.initializer_range == 0.1 && !c.u.mamba2.no_conv_bias);
+    cr_assert(c.u.mamba2.time_step_low == 0 && c.u.mamba2.time_step_high == 0);
 }
 
 Test(files, missing_keys_are_the_classes_defaults)
@@ -618,6 +624,11 @@ Test(files, missing_keys_are_the_classes_defaults)
                  message);
     cr_assert(c.u.transformer.vocab_size == 32000 && !c.u.transformer.no_rope);
     cr_assert_eq(c.u.transformer.num_kv_heads, 0);
+    cr_assert_eq(read_config("{\"model_type\":\"mamba2\"}", &c), FG_OK, "%s", message);
+    const mamba2_config *m = &c.u.mamba2;
+    cr_assert(m->hidden_size == 2048 && m->num_hidden_layers == 48 && m->num_heads == 64);
+    cr_assert(m->head_dim == 64 && m->state_size == 64 && m->expand == 2 && m->conv_kernel == 4);
+    cr_assert(m->n_groups == 8 && m->initializer_range == 0.1 && m->layer_norm_epsilon == 1e-5);
 }
 
 Test(files, python_tokens_and_unknown_keys_are_accepted)
