@@ -133,7 +133,7 @@ typedef struct {
 FG_API mamba2_config mamba2_lm_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads);
 /* c with defaults in place of zeros. */
 FG_API mamba2_config mamba2_defaults(const mamba2_config *c);
-FG_API fg_tensor (mamba2_block)(fg_loc at, fg_tensor x, const mamba2_config *c);  /* this scope */
+FG_API fg_tensor (mamba2_block)(fg_loc at, fg_tensor x, const mamba2_config *c);
 FG_API fg_tensor (mamba2_lm)(fg_loc at, fg_tensor tokens, const mamba2_config *c); /* to [B,T,V] */
 #define mamba2_block(...) mamba2_block(FG_HERE, __VA_ARGS__)
 #define mamba2_lm(...)    mamba2_lm(FG_HERE, __VA_ARGS__)
