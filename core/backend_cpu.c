@@ -107,8 +107,9 @@ static void cpu_close(fg_backend *b) { (void)b; }
 void fg__cpu_open(fg_backend *b)
 {
     static const fg_backend_ops ops = {
-        cpu_alloc, cpu_free, cpu_upload, cpu_download, cpu_clear, cpu_unfit, cpu_scratch,
-        cpu_launch, cpu_sync, cpu_close,
+        .alloc = cpu_alloc, .free = cpu_free, .upload = cpu_upload, .download = cpu_download,
+        .clear = cpu_clear, .unfit = cpu_unfit, .scratch = cpu_scratch, .launch = cpu_launch,
+        .sync = cpu_sync, .close = cpu_close,
     };
     b->ops = &ops;
     if (b->threads <= 0) b->threads = omp_get_max_threads();

@@ -141,6 +141,10 @@ FG_API void      (fg_scope_push)(fg_loc at, fg_graph *g, const char *name);
 FG_API void        fg_scope_pop(fg_graph *g);
 /* What the current scope computes is computed again in the backward pass instead of kept. */
 FG_API void        fg_scope_recompute(fg_graph *g);
+/* FG_BF16: plans of g on a device that has bf16 keep activations and the operands of products in it;
+ * parameters, their gradients, states, gates, statistics and the residual stream stay f32.  FG_F32:
+ * everything as built, the default. */
+FG_API void        fg_graph_precision(fg_graph *g, fg_dtype t);
 /* For builders: fail with your own words, as an op would.  The failed tensor is shaped like x. */
 FG_API fg_tensor (fg_fail)(fg_loc at, fg_tensor x, fg_status s, const char *fmt, ...)
     FG_PRINTF(4, 5);
@@ -275,6 +279,9 @@ FG_API fg_plan_info fg_plan_describe(const fg_plan *p);
 FG_API fg_status   fg_write(fg_plan *p, fg_tensor input, const void *data, size_t bytes);
 FG_API fg_status   fg_read(fg_plan *p, fg_tensor output, void *data, size_t bytes);
 FG_API fg_status   fg_run(fg_plan *p);
+/* The same without waiting for the device: errors of the run may show in a later call.  What is
+ * written next, and what is read, waits for it. */
+FG_API fg_status   fg_run_later(fg_plan *p);
 /* Seconds spent in each node kind since the plan was made (needs FG_PROFILE=1 or this switch). */
 FG_API void        fg_plan_profile(fg_plan *p, bool on);
 FG_API bool        fg_plan_profile_at(const fg_plan *p, int i, const char **op, double *seconds,
