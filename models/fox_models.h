@@ -124,7 +124,7 @@ typedef struct {
     int64_t vocab_size, hidden_size, num_hidden_layers, num_heads;
     int64_t head_dim, state_size, expand, conv_kernel, n_groups;    /* 0: 64, 64, 2, 4, 1 */
     double  layer_norm_epsilon, initializer_range;      /* 0: 1e-5, 0.1 (of the embedding) */
-    double  time_step_min, time_step_max, time_step_floor;  /* of dt at first; 0: 0.001, 0.1, 1e-4 */
+    double  time_step_min, time_step_max, time_step_floor;  /* first dt; 0: 0.001, 0.1, 1e-4 */
     double  time_step_low, time_step_high;              /* limits of dt; high 0: none */
     bool    no_conv_bias, tie_word_embeddings, recompute;
 } mamba2_config;

@@ -191,4 +191,5 @@ static fg_cost rows_cost(const fg_infer *c)
 
 const fg_op_code fg_code_cache_rows = {
     .infer = infer_rows, .cpu = rows_cpu, .cost = rows_cost, .memory = FG_MUTATE, .no_grad = true,
+    .bf16 = { .like = { 2 } },
 };

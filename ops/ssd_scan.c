@@ -18,6 +18,7 @@
 #include "ssd_tile.h"
 
 enum { FEW = 16 };                       /* tokens up to which the recurrence is followed */
+enum { X, DT, A, B_IN, C_IN, D, STATE, FIRST, PAST };
 
 fg_tensor (fg_ssd_scan)(fg_loc at, fg_tensor x, fg_tensor dt, fg_tensor a, fg_tensor b, fg_tensor c,
                         fg_tensor d, fg_tensor state)
@@ -70,9 +71,9 @@ static fg_status infer(fg_infer *c)
     const fg_shape *x = &c->in[0];
     const fg_status s = check(c, 0);
     if (s) return s;
-    if (fg__check_sequence(c, 7, 8)) return FG_ERR_SHAPE;
+    if (fg__check_sequence(c, FIRST, PAST)) return FG_ERR_SHAPE;
     c->out[0] = *x;
-    c->out[1] = FG_DIMS(x->dim[0], x->dim[2], x->dim[3], c->in[3].dim[3]);
+    c->out[1] = FG_DIMS(x->dim[0], x->dim[2], x->dim[3], c->in[B_IN].dim[3]);
     c->out_type[1] = FG_F32;
     return FG_OK;
 }
@@ -123,7 +124,7 @@ static void step_head(const fg__ssd *z, int64_t b, int64_t h, const fg_real *sta
 
 /* ---- in chunks ------------------------------------------------------------------------------ */
 
-typedef struct { fg_real *scores, *turned, *x, *y, *scaled, *w, *s; } buffers;
+typedef struct { fg_real *scores, *turned, *x, *y, *scaled, *w, *update, *s; } buffers;
 
 /* scores are shared, the others are a thread's own */
 static buffers cut_own(const fg__ssd *z, fg_real *scores, char *base, size_t *used)
@@ -134,6 +135,7 @@ static buffers cut_own(const fg__ssd *z, fg_real *scores, char *base, size_t *us
     m.y = fg__cut(base, used, FG_CHUNK * z->Pp, sizeof(fg_real));
     m.scaled = fg__cut(base, used, FG_CHUNK * z->Pp, sizeof(fg_real));
     m.w = fg__cut(base, used, FG_CHUNK * FG_CHUNK_ROW, sizeof(fg_real));
+    m.update = fg__cut(base, used, z->N * z->Pp, sizeof(fg_real));
     m.s = fg__cut(base, used, z->N * z->Pp, sizeof(fg_real));
     return m;
 }
@@ -147,7 +149,7 @@ static size_t shared_bytes(const fg__ssd *z)
 
 static size_t scratch(const fg_infer *c, int threads)
 {
-    const fg__ssd z = fg__ssd_of(&c->in[0], &c->in[3]);
+    const fg__ssd z = fg__ssd_of(&c->in[X], &c->in[B_IN]);
     size_t own = 0;
     if (z.T <= FEW) return 0;
     cut_own(&z, NULL, NULL, &own);
@@ -198,7 +200,7 @@ static void run_piece(const fg__ssd *z, int64_t b, int64_t h, const fg__piece *k
     fg__multiply(&inside);
     for (int64_t i = 0; i < w.n; i++)
         memcpy(y + ((row0 + i) * z->H + h) * z->P, m->y + i * z->Pp, (size_t)z->P * sizeof *y);
-    fg__ssd_advance(z, &w, z->b + start, m->x, m->scaled, m->s);
+    fg__ssd_advance(z, &w, z->b + start, m->x, m->scaled, m->update, m->s);
 }
 
 static void run_head(const fg__ssd *z, int64_t b, int64_t h, const fg_real *state, buffers *m,
@@ -238,19 +240,19 @@ static void run_chunks(const fg__ssd *z, char *base, const fg_real *state, fg_re
 
 static void cpu(const fg_exec *e)
 {
-    fg__ssd z = fg__ssd_of(&e->in_shape[0], &e->in_shape[3]);
+    fg__ssd z = fg__ssd_of(&e->in_shape[X], &e->in_shape[B_IN]);
     const int threads = fg__threads(e, z.B * z.T * z.H * z.P * (1 + z.N / 16));
-    z.x = e->in[0], z.dt = e->in[1], z.a = e->in[2], z.b = e->in[3], z.c = e->in[4], z.d = e->in[5];
-    z.first = e->in[7];
-    z.resets = e->in[7] || e->in[8];
-    z.past = e->in[8] ? *(const int32_t *)e->in[8] : 0;
+    z.x = e->in[X], z.dt = e->in[DT], z.a = e->in[A], z.d = e->in[D];
+    z.b = e->in[B_IN], z.c = e->in[C_IN], z.first = e->in[FIRST];
+    z.resets = e->in[FIRST] || e->in[PAST];
+    z.past = e->in[PAST] ? *(const int32_t *)e->in[PAST] : 0;
     if (z.T > FEW) {
-        run_chunks(&z, e->scratch, e->in[6], e->out[0], e->out[1], threads);
+        run_chunks(&z, e->scratch, e->in[STATE], e->out[0], e->out[1], threads);
         return;
     }
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < z.B * z.H; i++)
-        step_head(&z, i / z.H, i % z.H, e->in[6], e->out[0], e->out[1]);
+        step_head(&z, i / z.H, i % z.H, e->in[STATE], e->out[0], e->out[1]);
 }
 
 /* ---- gradient and definition ---------------------------------------------------------------- */
@@ -258,7 +260,7 @@ static void cpu(const fg_exec *e)
 /* ssd_scan_grad.c has the formulas. */
 static void vjp(fg_vjp *v)
 {
-    if (!fg_absent(v->in[8])) {
+    if (!fg_absent(v->in[PAST])) {
         v->gin[0] =
             fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
         return;
@@ -347,7 +349,7 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
 /* Products inside chunks, with the state, and scores. */
 static fg_cost cost(const fg_infer *c)
 {
-    const fg__ssd z = fg__ssd_of(&c->in[0], &c->in[3]);
+    const fg__ssd z = fg__ssd_of(&c->in[X], &c->in[B_IN]);
     const double P = (double)z.P, N = (double)z.N, R = FG_CHUNK, rows = (double)(z.B * z.T);
     const double x = rows * (double)z.H * P, bc = rows * (double)z.G * N;
     const double size = c->in_type[0] == FG_BF16 ? 2 : 4;
@@ -386,4 +388,6 @@ static fg_tensor example(fg_graph *g, int i)
 const fg_op_code fg_code_ssd_scan = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .decompose = decompose, .cost = cost,
     .example = example, .scratch = scratch,
+    .bf16 = { .narrow_in = 1u << X | 1u << B_IN | 1u << C_IN, .narrow_out = 1, .wide_out = 2,
+              .wide_in = 1u << DT | 1u << A | 1u << D | 1u << STATE },
 };

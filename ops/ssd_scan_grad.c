@@ -21,18 +21,20 @@
 #include "ssd_tile.h"
 
 enum { TASKS = 8 };                      /* of a group, at most */
+enum { GY, GEND, X, DT, A, B_IN, C_IN, D, STATE, FIRST };
 
 static fg_status infer(fg_infer *c)
 {
-    FG_REQUIRE(c, !c->given[0] || fg_shape_equal(c->in[0], c->in[2]), SHAPE,
+    FG_REQUIRE(c, !c->given[GY] || fg_shape_equal(c->in[GY], c->in[X]), SHAPE,
                "gy must have x's shape");
-    for (int i = 0; i < 6; i++) {
-        c->out[i] = c->in[i + 2];
-        c->out_type[i] = c->in_type[i + 2];
+    const fg_shape *x = &c->in[X];
+    for (int i = 0; i < 5; i++) {
+        c->out[i] = c->in[i + X];
+        c->out_type[i] = c->in_type[i + X];
     }
-    c->out[5] = c->in[4];
-    c->out_type[5] = c->given[7] ? c->in_type[7] : FG_F32;
-    c->out[6] = FG_DIMS(c->in[2].dim[0], c->in[2].dim[2], c->in[2].dim[3], c->in[5].dim[3]);
+    c->out[5] = c->in[A];
+    c->out_type[5] = c->given[D] ? c->in_type[D] : FG_F32;
+    c->out[6] = FG_DIMS(x->dim[0], x->dim[2], x->dim[3], c->in[B_IN].dim[3]);
     c->out_type[6] = FG_F32;
     return FG_OK;
 }
@@ -54,7 +56,7 @@ typedef struct {
     fg_real *states, *turned, *x, *gy, *b, *c, *gx, *gb, *gc, *scaled;
     fg_real *w, *e;                      /* [j][i]: weights; gy_i.x_j, then q */
     fg_real *gy_turned;                  /* [p][i] */
-    fg_real *s, *s_turned, *r, *r_turned;      /* [n][p], [p][n] */
+    fg_real *s, *s_turned, *r, *r_turned, *update;     /* [n][p], [p][n] */
 } buffers;
 
 static void cut_shared(job *k, char *base, size_t *used)
@@ -80,6 +82,7 @@ static buffers cut_own(const fg__ssd *z, char *base, size_t *used)
         { &m.gy, xs }, { &m.b, bs }, { &m.c, bs }, { &m.gx, xs }, { &m.gb, bs }, { &m.gc, bs },
         { &m.scaled, xs }, { &m.w, tile }, { &m.e, tile }, { &m.gy_turned, z->P * FG_CHUNK_ROW },
         { &m.s, state }, { &m.s_turned, turned }, { &m.r, state }, { &m.r_turned, turned },
+        { &m.update, state },
     };
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
         *all[i].to = fg__cut(base, used, all[i].n, sizeof(fg_real));
@@ -88,7 +91,7 @@ static buffers cut_own(const fg__ssd *z, char *base, size_t *used)
 
 static size_t scratch(const fg_infer *c, int threads)
 {
-    job k = { .z = fg__ssd_of(&c->in[2], &c->in[5]) };
+    job k = { .z = fg__ssd_of(&c->in[X], &c->in[B_IN]) };
     size_t shared = 0, own = 0;
     cut_shared(&k, NULL, &shared);
     cut_own(&k.z, NULL, &own);
@@ -245,10 +248,10 @@ static void pull_state(const fg__ssd *z, const work *w, buffers *m)
 {
     for (int64_t i = 0; i < w->k.n; i++)
         put_row(m->scaled + i * z->Pp, w->k.keep[i], m->gy + i * z->Pp, NULL, z->Pp);
-    scale_row(m->r, w->k.whole, z->N * z->Pp);
     const fg__product p = { .r1 = z->N, .n1 = z->Pp, .k1 = w->k.n, .a = m->c, .a_row = 1,
-        .a_col = z->Np, .b = m->scaled, .b_row = z->Pp, .c = m->r, .c_row = z->Pp, .add = true };
+        .a_col = z->Np, .b = m->scaled, .b_row = z->Pp, .c = m->update, .c_row = z->Pp };
     fg__multiply(&p);
+    put_row(m->r, w->k.whole, m->r, m->update, z->N * z->Pp);
 }
 
 static void store_piece(const job *j, work *w, const buffers *m, int64_t task)
@@ -306,7 +309,8 @@ static void forward(const job *j, int64_t b, int64_t h, buffers *m)
         if (!k.pad) {
             fg__decay_fill(z, b, h, &k, &w);
             fg__ssd_rows(z->x, z->H, h, z->P, z->Pp, row, w.n, m->x);
-            fg__ssd_advance(z, &w, z->b + (row * z->G + g) * z->N, m->x, m->scaled, m->s);
+            fg__ssd_advance(z, &w, z->b + (row * z->G + g) * z->N, m->x, m->scaled, m->update,
+                            m->s);
         }
         t = k.t1;
     }
@@ -392,12 +396,13 @@ static void add_batch(const job *j, const double *from, fg_real *to)
 
 static void cpu(const fg_exec *e)
 {
-    job j = { .z = fg__ssd_of(&e->in_shape[2], &e->in_shape[5]), .gy = e->in[0], .gend = e->in[1],
-              .state = e->in[8], .gx = e->out[0], .gdt = e->out[1], .gstate = e->out[6] };
+    job j = { .z = fg__ssd_of(&e->in_shape[X], &e->in_shape[B_IN]), .gy = e->in[GY],
+              .gend = e->in[GEND], .state = e->in[STATE], .gx = e->out[0], .gdt = e->out[1],
+              .gstate = e->out[6] };
     fg__ssd *z = &j.z;
     size_t shared = 0, own = 0;
-    z->x = e->in[2], z->dt = e->in[3], z->a = e->in[4], z->b = e->in[5], z->c = e->in[6];
-    z->d = e->in[7], z->first = e->in[9], z->resets = e->in[9] != NULL;
+    z->x = e->in[X], z->dt = e->in[DT], z->a = e->in[A], z->b = e->in[B_IN], z->c = e->in[C_IN];
+    z->d = e->in[D], z->first = e->in[FIRST], z->resets = e->in[FIRST] != NULL;
     cut_shared(&j, e->scratch, &shared);
     cut_own(z, NULL, &own);
     const int threads = fg__threads(e, z->B * z->T * z->H * z->P * (1 + z->N / 16));
@@ -422,14 +427,18 @@ static void cpu(const fg_exec *e)
 /* The forward pass's states once more, then two products for each of its own. */
 static fg_cost cost(const fg_infer *c)
 {
-    const fg__ssd z = fg__ssd_of(&c->in[2], &c->in[5]);
+    const fg__ssd z = fg__ssd_of(&c->in[X], &c->in[B_IN]);
     const double P = (double)z.P, N = (double)z.N, R = FG_CHUNK, rows = (double)(z.B * z.T);
     const double x = rows * (double)z.H * P, bc = rows * (double)z.G * N;
-    const double size = c->in_type[2] == FG_BF16 ? 2 : 4;
+    const double size = c->in_type[X] == FG_BF16 ? 2 : 4;
     return (fg_cost){ .flops = x * (2 * R + 10 * N) + rows * (double)z.H * N * 2 * R + bc * R,
                       .bytes = size * (3 * x + 4 * bc) };
 }
 
 const fg_op_code fg_code_ssd_scan_grad = {
     .infer = infer, .cpu = cpu, .cost = cost, .scratch = scratch,
+    .bf16 = { .narrow_in = 1u << GY | 1u << X | 1u << B_IN | 1u << C_IN,
+              .wide_in = 1u << GEND | 1u << DT | 1u << A | 1u << D | 1u << STATE,
+              .narrow_out = 1u << 0 | 1u << 3 | 1u << 4,
+              .wide_out = 1u << 1 | 1u << 2 | 1u << 5 | 1u << 6 },
 };

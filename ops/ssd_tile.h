@@ -4,15 +4,18 @@
  * document.  So the state that enters a piece is that of the chunk before for a chunk's first
  * piece, and 0 for the others.  Tiles of pairs are stored as w[j][i], source j before target i.
  *
- * Decays are products of a_t = e^(dt_t a): no logarithms are summed, no exponents subtracted, so a
- * short memory beside a long one costs no accuracy.  Decays below FG_GONE count as 0: products of
- * subnormal numbers are slow, and beside them a float holds nothing of a value this small. */
+ * A decay over several tokens is e to a sum of dt_t a, in double, so neither a short memory beside
+ * a long one nor a million tokens cost accuracy.  Between pairs it is made so for every FG_ANCHOR-th
+ * source, and by single factors e^(dt_t a) for those between.  Decays below FG_GONE count as 0:
+ * products of subnormal numbers are slow, and a float holds nothing of them beside others. */
 #ifndef FG_SSD_TILE_H
 #define FG_SSD_TILE_H
 #include "internal.h"
 #include "product.h"
 
 enum { FG_CHUNK = 64, FG_CHUNK_ROW = FG_CHUNK + FG_VEC_BYTES / sizeof(fg_real) };
+enum { FG_ANCHOR = 16 };
+#define FG_LOG_GONE (-1e4)               /* of one token: e to that is 0, and sums stay finite */
 #ifdef FG_DOUBLE
 #define FG_GONE 1e-300
 #else
@@ -120,57 +123,74 @@ static inline void fg__ssd_scores(const fg__ssd *z, int64_t task, fg_real *score
 /* keep: from the piece's start through i; left: from after j to the end; whole: all of it. */
 typedef struct {
     int64_t n;
+    double  sum[FG_CHUNK];               /* of dt a through i */
     fg_real dt[FG_CHUNK], a[FG_CHUNK], keep[FG_CHUNK], left[FG_CHUNK], whole;
 } fg__decay;
 
-static inline fg_real fg__kept(fg_real decay)
+/* e^x, 0 below FG_GONE */
+static inline void fg__decay_exp(fg_real *x, int64_t n)
 {
-    return decay < FG_GONE && decay > -FG_GONE ? 0 : decay;
+    for (int64_t i = 0; i < n; i += FG_LANES) {
+        const fg_vec v = fg_vexp(fg_vload(x + i));
+        fg_vstore(x + i, fg_vselect((fg_vint)(v < fg_vset(FG_GONE)), fg_vset(0), v));
+    }
 }
 
 static inline void fg__decay_fill(const fg__ssd *z, int64_t b, int64_t h, const fg__piece *k,
                                   fg__decay *w)
 {
     const fg_real *dt = z->dt + (b * z->T + k->t0) * z->H + h;
-    const fg_vec rate = fg_vset(z->a[h]);
+    double sum = 0;
     w->n = k->t1 - k->t0;
-    for (int64_t i = 0; i < FG_CHUNK; i++) w->dt[i] = i < w->n ? dt[i * z->H] : 0;
-    for (int64_t i = 0; i < w->n; i += FG_LANES)
-        fg_vstore(w->a + i, fg_vexp(fg_vload(w->dt + i) * rate));
-    fg_real product = 1;
-    for (int64_t i = 0; i < w->n; i++) w->keep[i] = product = fg__kept(product * w->a[i]);
-    w->whole = product;
-    product = 1;
-    for (int64_t j = w->n - 1; j >= 0; j--) {
-        w->left[j] = product;
-        product = fg__kept(product * w->a[j]);
+    for (int64_t i = 0; i < FG_CHUNK; i++) {
+        const double l = i < w->n ? (double)dt[i * z->H] * (double)z->a[h] : 0;
+        const double kept = l < FG_LOG_GONE ? FG_LOG_GONE : l;
+        w->dt[i] = i < w->n ? dt[i * z->H] : 0;
+        w->sum[i] = sum += kept;
+        w->a[i] = (fg_real)kept;
+        w->keep[i] = (fg_real)sum;
     }
+    for (int64_t j = 0; j < FG_CHUNK; j++) w->left[j] = (fg_real)(sum - w->sum[j]);
+    fg__decay_exp(w->a, w->n);
+    fg__decay_exp(w->keep, w->n);
+    fg__decay_exp(w->left, w->n);
+    w->whole = w->keep[w->n - 1];
 }
 
-/* Row j of decays from the row of j + 1: d[i] = a_(j+1) ... a_i for i > j, 1 for i = j, else 0. */
+/* Row j of decays from the row of j + 1: d[i] = e^(sum of dt a over (j,i]) for i >= j, else 0. */
 static inline void fg__decay_row(const fg__decay *w, int64_t j, fg_real *d)
 {
-    const fg_vec a = fg_vset(j + 1 < w->n ? w->a[j + 1] : 0), gone = fg_vset(FG_GONE);
-    for (int64_t i = j / FG_LANES * FG_LANES; i < w->n; i += FG_LANES) {
-        const fg_vec old = fg_vload(d + i), v = old * a;
-        const fg_vint none = (fg_vint)(fg_vabs(v) < gone) | (fg_vint)(old == fg_vset(0));
-        fg_vstore(d + i, fg_vselect(none, fg_vset(0), v));   /* 0, though a be NaN: i is before */
+    const int64_t from = j / FG_LANES * FG_LANES;
+    if (j % FG_ANCHOR == FG_ANCHOR - 1) {
+        const int64_t end = fg__round_up(w->n, FG_LANES);
+        for (int64_t i = from; i < end; i++) d[i] = (fg_real)(w->sum[i] - w->sum[j]);
+        fg__decay_exp(d + from, end - from);
+        for (int64_t i = from; i < j; i++) d[i] = 0;
+        for (int64_t i = w->n; i < end; i++) d[i] = 0;
+    } else {
+        const fg_vec a = fg_vset(j + 1 < w->n ? w->a[j + 1] : 0), gone = fg_vset(FG_GONE);
+        for (int64_t i = from; i < w->n; i += FG_LANES) {
+            const fg_vec old = fg_vload(d + i), v = old * a;
+            const fg_vint none = (fg_vint)(fg_vabs(v) < gone) | (fg_vint)(old == fg_vset(0));
+            fg_vstore(d + i, fg_vselect(none, fg_vset(0), v));   /* 0, though a be NaN */
+        }
     }
     d[j] = 1;
 }
 
-/* s[n][p] = whole s[n][p] + sum_j b_jn scaled_jp, scaled_j = left_j dt_j x_j */
+/* s[n][p] = whole s[n][p] + sum_j b_jn scaled_jp, scaled_j = left_j dt_j x_j.  The sum is made
+ * first, in `update`: small terms are not lost one by one beside a large state. */
 static inline void fg__ssd_advance(const fg__ssd *z, const fg__decay *w, const fg_real *b,
-                                   const fg_real *x, fg_real *scaled, fg_real *s)
+                                   const fg_real *x, fg_real *scaled, fg_real *update, fg_real *s)
 {
     for (int64_t j = 0; j < w->n; j++)
         for (int64_t p = 0; p < z->Pp; p += FG_LANES)
             fg_vstore(scaled + j * z->Pp + p,
                       fg_vload(x + j * z->Pp + p) * fg_vset(w->left[j] * w->dt[j]));
-    for (int64_t i = 0; i < z->N * z->Pp; i += FG_LANES)
-        fg_vstore(s + i, fg_vload(s + i) * fg_vset(w->whole));
     const fg__product p = { .r1 = z->N, .n1 = z->Pp, .k1 = w->n, .a = b, .a_row = 1,
-        .a_col = z->G * z->N, .b = scaled, .b_row = z->Pp, .c = s, .c_row = z->Pp, .add = true };
+        .a_col = z->G * z->N, .b = scaled, .b_row = z->Pp, .c = update, .c_row = z->Pp };
     fg__multiply(&p);
+    for (int64_t i = 0; i < z->N * z->Pp; i += FG_LANES)
+        fg_vstore(s + i, fg_vfma(fg_vload(s + i), fg_vset(w->whole), fg_vload(update + i)));
 }
 #endif
