@@ -336,6 +336,19 @@ static __global__ void add_bias(fg_out y, const void *bias, float beta, int64_t 
     }
 }
 
+static __global__ void convert(fg_in x, fg_out y, int64_t n)
+{
+    const int64_t i = (blockIdx.x * (int64_t)blockDim.x + threadIdx.x) * 8;
+    if (i + 8 <= n) fg_store8(y, i, fg_load8(x, i));
+    else
+        for (int64_t k = i; k < n; k++) y.put(k, x[k]);
+}
+
+void fg_convert(const fg_in &x, const fg_out &y, int64_t n, cudaStream_t stream)
+{
+    if (n > 0) convert<<<fg_blocks(n, 2048), 256, 0, stream>>>(x, y, n);
+}
+
 static void fill_nan(const fg_gemm_call *g, cudaStream_t stream)
 {
     const size_t size = g->y_type == FG_BF16 ? 2 : 4;

@@ -41,6 +41,9 @@ void      fg_gemm(const fg_gemm_call *g, cudaStream_t stream);
 /* What the first refused product since the last call was told, or NULL; clears it. */
 const char *fg_gemm_failure(void);
 
+/* y = x in y's dtype, n elements of contiguous, 16-byte aligned memory. */
+void fg_convert(const fg_in &x, const fg_out &y, int64_t n, cudaStream_t stream);
+
 /* A product of contiguous matrices a [M,K] and b [K,N], alpha = 1, beta = 0: the usual start. */
 static inline fg_gemm_call fg_gemm_of(int64_t M, int64_t N, int64_t K, bool ta, bool tb)
 {

@@ -27,12 +27,6 @@ static size_t scratch(const fg_infer *c)
     return FG_GEMM_WORK + (round ? (size_t)c->in[1].dim[0] * 4 : 0);
 }
 
-static __global__ void convert(fg_in x, fg_out y, int64_t n)
-{
-    const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
-    if (i < n) y.put(i, x[i]);
-}
-
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
     const int64_t M = e->in_shape[1].dim[0], N = e->in_shape[1].dim[1];
@@ -44,7 +38,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     g.bias = e->n_in > 2 ? e->in[2] : nullptr;
     if (g.bias && e->in_type[2] != g.y_type) {
         const fg_out rounded = { (char *)e->scratch + FG_GEMM_WORK, g.y_type == FG_BF16 };
-        if (M > 0) convert<<<fg_blocks(M, 256), 256, 0, stream>>>(fg_input_of(e, 2), rounded, M);
+        fg_convert(fg_input_of(e, 2), rounded, M, stream);
         g.bias = rounded.p;
     }
     fg_gemm(&g, stream);
