@@ -141,10 +141,6 @@ FG_API void      (fg_scope_push)(fg_loc at, fg_graph *g, const char *name);
 FG_API void        fg_scope_pop(fg_graph *g);
 /* What the current scope computes is computed again in the backward pass instead of kept. */
 FG_API void        fg_scope_recompute(fg_graph *g);
-/* FG_BF16: plans of g on a device that has bf16 keep activations and the operands of products in it;
- * parameters, their gradients, states, gates, statistics and the residual stream stay f32.  FG_F32:
- * everything as built, the default. */
-FG_API void        fg_graph_precision(fg_graph *g, fg_dtype t);
 /* For builders: fail with your own words, as an op would.  The failed tensor is shaped like x. */
 FG_API fg_tensor (fg_fail)(fg_loc at, fg_tensor x, fg_status s, const char *fmt, ...)
     FG_PRINTF(4, 5);
@@ -211,10 +207,16 @@ FG_API void        fg_backend_close(fg_backend *b);
 FG_API fg_status   fg_backend_status(const fg_backend *b);
 FG_API const char *fg_backend_message(const fg_backend *b);
 FG_API const char *fg_backend_name(const fg_backend *b);
+FG_API const char *fg_backend_device(const fg_backend *b);  /* what the device calls itself, or "" */
+FG_API size_t      fg_backend_memory(fg_backend *b, size_t *total);   /* bytes free; 0: not known */
 FG_API int         fg_backend_threads(const fg_backend *b);
 
 FG_API fg_store   *fg_store_new(fg_backend *b);
 FG_API void        fg_store_free(fg_store *s);
+/* FG_BF16: plans made on s from now on keep activations and the operands of products in bf16;
+ * parameters, their gradients, moments, gates, statistics and the residual stream stay f32.
+ * FG_F32, the default: everything as the graph says. */
+FG_API void        fg_store_precision(fg_store *s, fg_dtype t);
 FG_API fg_status   fg_store_status(const fg_store *s);     /* the first error, or FG_OK */
 FG_API const char *fg_store_message(const fg_store *s);
 FG_API void        fg_store_clear_error(fg_store *s);

@@ -335,7 +335,6 @@ void fg_scope_recompute(fg_graph *g)
 }
 
 void        fg_graph_sequence(fg_graph *g, fg_sequence s) { if (g) g->sequence = s; }
-void        fg_graph_precision(fg_graph *g, fg_dtype t) { if (g) g->precision = t; }
 fg_sequence fg_sequence_of(const fg_graph *g) { return g ? g->sequence : (fg_sequence){ 0 }; }
 
 /* ---- settings and facts --------------------------------------------------------------------- */

@@ -63,7 +63,6 @@ struct fg_graph {
     fg_loc    forward_at;        /* where its forward twin was built; used unless pass is forward */
     uint32_t  pair;
     fg_sequence sequence;
-    fg_dtype  precision;                 /* FG_BF16: what fg_graph_precision asked for */
     fg_status status;
     int       silent;                    /* > 0: errors are not recorded */
     char      rule[600];                 /* what infer said last */

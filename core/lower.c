@@ -43,15 +43,27 @@ static uint64_t mix(uint64_t h, uint64_t x)
 
 static uint64_t node_hash(const fg_node *n)
 {
-    uint64_t h = mix((uint64_t)(uintptr_t)n->op, (uint64_t)n->pass);
+    uint64_t h = mix((uint64_t)(uintptr_t)n->op, 0);
     for (int i = 0; i < n->n_in; i++) h = mix(h, n->in[i]);
     for (size_t i = 0; i < n->op->attr_size; i++) h = mix(h, ((const unsigned char *)n->attr)[i]);
     return h ^ (h >> 31);
 }
 
-static bool node_equal(const fg_node *a, const fg_node *b)
+/* What is made of weights alone may be shared by the passes: that prolongs no activation's life. */
+static bool of_weights(const fg_graph *g, const fg_node *n, int depth)
 {
-    return a->op == b->op && a->pass == b->pass && a->n_in == b->n_in &&
+    for (int i = 0; i < n->n_in; i++) {
+        const fg_value *v = &g->values[n->in[i]];
+        if (!n->in[i] || v->kind == FG_OF_PARAM) continue;
+        if (v->kind != FG_OF_NODE || depth > 2 * FG_MAX_IN) return false;
+        if (!of_weights(g, &g->nodes[v->node], depth + 1)) return false;
+    }
+    return n->n_in > 0;
+}
+
+static bool node_equal(const fg_graph *g, const fg_node *a, const fg_node *b)
+{
+    return a->op == b->op && (a->pass == b->pass || of_weights(g, a, 0)) && a->n_in == b->n_in &&
            a->recomputed == b->recomputed &&
            !memcmp(a->in, b->in, sizeof *a->in * (size_t)a->n_in) &&
            !memcmp(a->attr, b->attr, a->op->attr_size);
@@ -203,7 +215,7 @@ static bool keep_node(lowering *w, uint32_t k)
     uint32_t at = (uint32_t)node_hash(&n) & (w->cap - 1);
     for (; fresh && w->table[at]; at = (at + 1) & (w->cap - 1)) {
         const uint32_t twin = w->table[at] - 1;
-        if (!node_equal(&h->nodes[twin], &n)) continue;
+        if (!node_equal(h, &h->nodes[twin], &n)) continue;
         for (int o = 0; o < n.n_out; o++) w->value[n.out[o]] = h->nodes[twin].out[o];
         w->node[k] = twin;
         return true;
@@ -330,7 +342,7 @@ static bool fuse(fg_graph *g, uint32_t *map, uint32_t n_map)
 
 /* First dtypes, if the graph is to be narrowed; then fused ops, on a device that has them; then
  * definitions, until every node has a kernel. */
-fg_graph *fg__lower(const fg_graph *g, fg_backend *b, uint32_t **map)
+fg_graph *fg__lower(const fg_graph *g, fg_backend *b, fg_dtype precision, uint32_t **map)
 {
     *map = malloc(g->n_values * sizeof **map);
     if (!*map) return NULL;
@@ -338,7 +350,7 @@ fg_graph *fg__lower(const fg_graph *g, fg_backend *b, uint32_t **map)
     const fg_graph *from = g;
     fg_graph *to = NULL;
     bool again = true;
-    int stage = g->precision == FG_BF16 ? NARROW : b->fuses ? FUSE : DEFINE;
+    int stage = precision == FG_BF16 ? NARROW : b->fuses ? FUSE : DEFINE;
     for (int depth = 0; again && depth < 10; depth++) {
         uint32_t *value = malloc(from->n_values * sizeof *value);
         to = value ? lower_once(from, b, value, stage, &again) : NULL;

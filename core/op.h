@@ -66,7 +66,7 @@ typedef enum {
     FG_MUTATE                            /* output i overwrites input i, a parameter or state */
 } fg_memory_use;
 
-/* Dtypes when a graph is lowered to bf16 (fg_graph_precision).  An output takes the widest dtype of
+/* Dtypes when a graph is lowered to bf16 (fg_store_precision).  An output takes the widest dtype of
  * the op's real inputs unless one of these says otherwise. */
 typedef struct fg_bf16_rule {
     unsigned      narrow_in, wide_in;    /* bit i: input i is cast to bf16, to f32 */

@@ -65,6 +65,32 @@ static fg_status find_late_readers(fg_plan *p)
     return p->status;
 }
 
+static bool is_parameter(const fg_plan *p, uint32_t v)
+{
+    return p->low->values[fg__root_of(p, v)].kind == FG_OF_PARAM;
+}
+
+/* Casts and joins of weights, and what else depends on parameters alone, run again only when these
+ * have changed: in no step of decoding, once in several micro batches. */
+static void find_fixed(fg_plan *p)
+{
+    const fg_graph *g = p->low;
+    for (uint32_t k = 0; k < g->n_nodes; k++)
+        if (g->nodes[k].op->code->memory == FG_MUTATE)
+            for (int o = 0; o < g->nodes[k].n_out; o++)
+                p->changes_params |= is_parameter(p, g->nodes[k].out[o]);
+    for (uint32_t k = 0; k < g->n_nodes && !p->changes_params && p->store->backend->fuses; k++) {
+        const fg_node *n = &g->nodes[k];
+        bool fixed = n->op->code->memory != FG_MUTATE && n->n_in > 0;
+        for (int i = 0; i < n->n_in && fixed; i++) {
+            const fg_value *v = &g->values[n->in[i]];
+            if (n->in[i])
+                fixed = v->kind == FG_OF_PARAM || (v->node != FG_NO_NODE && p->fixed[v->node]);
+        }
+        p->fixed[k] = fixed;
+    }
+}
+
 static void find_lives(fg_plan *p)
 {
     const fg_graph *g = p->low;
@@ -80,6 +106,12 @@ static void find_lives(fg_plan *p)
     }
     for (uint32_t i = 0; i < g->n_outputs; i++)
         p->slots[fg__root_of(p, g->outputs[i].id)].to = g->n_nodes;
+    for (uint32_t k = 0; k < g->n_nodes; k++)
+        for (int o = 0; o < g->nodes[k].n_out && p->fixed[k]; o++) {
+            fg_slot *s = &p->slots[fg__root_of(p, g->nodes[k].out[o])];
+            s->from = 0;
+            s->to = g->n_nodes;
+        }
 }
 
 /* May node k's output 0 take the memory of its input i? */
@@ -203,8 +235,8 @@ static fg_status count_costs(fg_plan *p)
         fg__infer_of(g, &g->nodes[k], &c);
         if (p->quiet[k]) continue;
         const fg_cost cost = fg__cost_of(g, &g->nodes[k]);
-        p->info.flops += cost.flops;
-        p->info.bytes += cost.bytes;
+        if (!p->fixed[k]) p->info.flops += cost.flops;
+        if (!p->fixed[k]) p->info.bytes += cost.bytes;
         const size_t need = round_up(b->ops->scratch(b, g->nodes[k].op, &c));
         if (need > p->scratch_bytes) p->scratch_bytes = need;
     }
@@ -255,6 +287,9 @@ fg_status fg__lay_out(fg_plan *p)
     }
     fg_status st;
     if ((st = check_total(p)) || (st = fg__find_views(p)) || (st = find_late_readers(p))) return st;
+    p->fixed = calloc((size_t)g->n_nodes + 1, sizeof *p->fixed);
+    if (!p->fixed) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory");
+    find_fixed(p);
     find_lives(p);
     reuse_in_place(p);
     if ((st = place_arena(p)) || (st = find_peak(p)) || (st = count_costs(p))) return st;

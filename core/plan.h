@@ -36,6 +36,10 @@ struct fg_plan {
     fg_dtype  *types;
     fg_rows   *rows;
     bool      *quiet;                    /* per node of low: nothing is launched for it */
+    bool      *fixed;                    /* per node of low: it depends on parameters alone and runs
+                                            when they have changed */
+    uint64_t   version;                  /* of the store's parameters when they last ran */
+    bool       changes_params, fixed_ran;
     void      *recording;                /* the launches as the device keeps them; NULL: not yet */
     int64_t    runs;
     char      *arena, *io, *scratch;
@@ -49,9 +53,10 @@ struct fg_plan {
     char       message[1200];
 };
 
-/* A graph of the same values in running order: every node has a kernel on b or is replaced by its
- * definition; nodes that nothing needs are gone, equal ones are one.  NULL if out of memory. */
-fg_graph *fg__lower(const fg_graph *g, fg_backend *b, uint32_t **map);
+/* A graph of the same values in running order, in that precision: every node has a kernel on b or
+ * is replaced by its definition; nodes that nothing needs are gone, equal ones are one.  NULL if
+ * out of memory. */
+fg_graph *fg__lower(const fg_graph *g, fg_backend *b, fg_dtype precision, uint32_t **map);
 void      fg__infer_of(const fg_graph *g, const fg_node *n, fg_infer *c);    /* shapes in and out */
 fg_status fg__find_views(fg_plan *p);                           /* who lies in whose memory */
 uint32_t  fg__root_of(const fg_plan *p, uint32_t v);

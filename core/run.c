@@ -31,7 +31,7 @@ fg_plan *fg_plan_new(const fg_graph *g, fg_store *s)
         return p;
     }
     p->n_map = g->n_values;
-    p->low = fg__lower(g, s->backend, &p->map);
+    p->low = fg__lower(g, s->backend, s->precision, &p->map);
     if (!p->low) fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while lowering the graph");
     else if (p->low->status) fg__plan_fail(p, p->low->status, "%s", fg_graph_message(p->low));
     for (uint32_t k = 0; p->low && !p->status && k < p->low->n_nodes; k++) {
@@ -59,7 +59,7 @@ void fg_plan_free(fg_plan *p)
     }
     fg_graph_free(p->low);
     free(p->map); free(p->slots); free(p->execs); free(p->shapes); free(p->types); free(p->timings);
-    free(p->rows); free(p->quiet);
+    free(p->rows); free(p->quiet); free(p->fixed);
     free(p);
 }
 
@@ -184,10 +184,10 @@ static fg_status launch(fg_plan *p, uint32_t k)
                          fg_backend_message(b));
 }
 
-static fg_status launch_all(fg_plan *p)
+static fg_status launch_all(fg_plan *p, bool fixed)
 {
     for (uint32_t k = 0; k < p->low->n_nodes; k++) {
-        if (p->quiet[k]) continue;
+        if (p->quiet[k] || p->fixed[k] != fixed) continue;
         if (launch(p, k)) return p->status;
         if (p->check && check_values(p, &p->low->nodes[k], &p->execs[k])) return p->status;
     }
@@ -203,14 +203,15 @@ static fg_status launch_timed(fg_plan *p)
     for (uint32_t k = 0; k < n && !s; k++) {
         const double start = now();
         if (b->ops->mark) s = b->ops->mark(b, (int)k);
-        if (!s && !p->quiet[k] && launch(p, k)) return p->status;
-        if (!s && !b->ops->mark && !p->quiet[k] && !(s = b->ops->sync(b)))
+        const bool runs = !p->quiet[k] && !p->fixed[k];
+        if (!s && runs && launch(p, k)) return p->status;
+        if (!s && !b->ops->mark && runs && !(s = b->ops->sync(b)))
             add_timing(p, &p->low->nodes[k], now() - start);
     }
     if (!s && b->ops->mark) s = b->ops->mark(b, (int)n);
     if (!s) s = b->ops->sync(b);
     for (uint32_t k = 0; k < n && !s && b->ops->mark; k++)
-        if (!p->quiet[k])
+        if (!p->quiet[k] && !p->fixed[k])
             add_timing(p, &p->low->nodes[k], b->ops->elapsed(b, (int)k, (int)k + 1));
     return s ? fg__plan_fail(p, s, "%s", fg_backend_message(b)) : FG_OK;
 }
@@ -223,7 +224,7 @@ static fg_status launch_recorded(fg_plan *p)
     fg_status s = FG_OK;
     if (!p->recording) {
         if ((s = b->ops->record(b))) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
-        const fg_status mine = launch_all(p);
+        const fg_status mine = launch_all(p, false);
         s = b->ops->recorded(b, &p->recording);
         if (mine) return mine;
     }
@@ -238,8 +239,14 @@ fg_status fg_run_later(fg_plan *p)
     fg_backend *b = p->store->backend;
     const bool whole = b->ops->record && p->runs > 0 && !p->check && !p->sync && !p->plain;
     p->runs++;
+    if (!p->fixed_ran || p->version != p->store->version) {
+        if (launch_all(p, true)) return p->status;
+        p->version = p->store->version;
+        p->fixed_ran = true;
+    }
+    if (p->changes_params) p->store->version++;
     if (p->profile) return launch_timed(p);
-    return whole ? launch_recorded(p) : launch_all(p);
+    return whole ? launch_recorded(p) : launch_all(p, false);
 }
 
 fg_status fg_run(fg_plan *p)

@@ -76,21 +76,26 @@ static fg_tensor join(const fg_rewrite *r, fg_tensor all, uint32_t v, int axis)
     return fg_absent(all) ? t : fg_concat(all, t, axis);
 }
 
-static fg_tensor joined_weights(const fg_rewrite *r, const group *m)
+/* Built as a part of the forward pass, also for what is computed again: there is one. */
+static fg_tensor joined_weights(fg_rewrite *r, const group *m)
 {
+    const fg_node *n = &r->g->nodes[m->node[0]];
+    const uint32_t k = n->recomputed && n->pair != FG_NO_NODE ? n->pair : m->node[0];
+    const uint32_t first = fg__build_as(r, k);
     fg_tensor w = { 0 };
     for (int j = 0; j < m->n; j++) w = join(r, w, r->g->nodes[m->node[j]].in[1], 0);
+    fg__built(r, k, first);
     return w;
 }
 
 /* y = x [w1; w2; ...]^T in the first member's slot, each member's result a span of its columns. */
-static void merge_products(fg_rewrite *r, const group *m)
+static void merge_products(fg_rewrite *r, const group *m, fg_tensor w)
 {
     fg_graph *g = r->g;
     const uint32_t k = m->node[0];
-    uint32_t first = fg__build_as(r, k);
     const fg_tensor none = { 0 }, x = fg__now_tensor(r, g->nodes[k].in[0]);
-    const fg_tensor w = joined_weights(r, m), y = fg_linear(x, w, none);
+    uint32_t first = fg__build_as(r, k);
+    const fg_tensor y = fg_linear(x, w, none);
     fg__built(r, k, first);
     int64_t at = 0;
     fg_node own[GROUP_MAX];
@@ -200,7 +205,7 @@ static bool only_summed(const fg_rewrite *r, const group *m)
 }
 
 /* gx = [gy1 | gy2 | ...] [w1; w2; ...] stands for the last dx; the others add nothing any more. */
-static void merge_input_gradients(fg_rewrite *r, const group *m)
+static void merge_input_gradients(fg_rewrite *r, const group *m, fg_tensor w)
 {
     fg_graph *g = r->g;
     const uint32_t last = last_of(m, m->dx);
@@ -213,7 +218,7 @@ static void merge_input_gradients(fg_rewrite *r, const group *m)
             for (uint32_t j = 0; j < n_gone; j++)
                 if (g->nodes[k].in[i] == gone[j] && !is_op(&g->nodes[k], FG_OP_add)) return;
     const uint32_t first = fg__build_as(r, last);
-    const fg_tensor gy = joined_gradients(r, m, m->dx), w = joined_weights(r, m);
+    const fg_tensor gy = joined_gradients(r, m, m->dx);
     const fg_tensor gx = fg__linear_dx(FG_HERE, gy, w);
     fg__built(r, last, first);
     fg__instead(r, g->nodes[last].out[0], gx);
@@ -238,9 +243,10 @@ static void merge_linears(fg_rewrite *r, uint32_t k, uint8_t *done)
     for (int j = 0; j < m.n; j++) done[m.node[j]] = 1;
     if (m.n < 2) return;
     find_gradients(r, &m);
-    if (whole(&m, m.dx)) merge_input_gradients(r, &m);
+    const fg_tensor w = joined_weights(r, &m);
+    if (whole(&m, m.dx)) merge_input_gradients(r, &m, w);
     if (whole(&m, m.dw)) merge_weight_gradients(r, &m);
-    merge_products(r, &m);
+    merge_products(r, &m, w);
 }
 
 /* ---- norms ---------------------------------------------------------------------------------- */
