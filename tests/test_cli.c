@@ -641,7 +641,6 @@ Test(cli, a_run_of_mamba2_goes_on_and_can_be_evaluated_and_sampled)
     expect(line, 0);
     expect("fox-graph eval r --data text", 0);
     expect("fox-graph generate r --prompt 12 --max-tokens 3", 0);
-    expect("fox-graph generate r/ckpt/step-000000004 --prompt 12 --max-tokens 3", 0);
 }
 
 Test(cli, an_edited_copy_of_a_library_model_is_what_runs)
