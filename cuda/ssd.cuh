@@ -9,6 +9,9 @@
  * the segment number goes up: decays between different segments, keep after the first and left
  * before the last are 0.  Padding is a segment of its own with dt = 0.
  *
+ * From j to an i in a later block of 16 tokens the decay is tail_j e^(sum_i - sum_last), with the
+ * last token of j's block between them and tail_j = e^(sum_last - sum_j): one product a pair.
+ *
  * States enter and leave chunks in f32, in registers, and go to the other kernels as bf16 [P,N]. */
 #ifndef FG_SSD_CUH
 #define FG_SSD_CUH
@@ -45,7 +48,7 @@ static inline void *fg_ssd_cut(void *base, size_t *used, int64_t count, size_t s
 /* Per sequence and head, of tokens padded to whole chunks.  push = left dt. */
 struct fg_decays {
     float2 *sum;                                 /* high and low part, log2 */
-    float *dt, *keep, *left, *push, *whole;      /* whole: [B,H,chunks] */
+    float *dt, *tail, *keep, *left, *push, *whole;         /* whole: [B,H,chunks] */
     int32_t *segment;                            /* [B,padded]; below 0: padding */
     int64_t chunks, padded;
 };
@@ -58,6 +61,7 @@ static inline fg_decays fg_decays_cut(void *base, size_t *used, const fg_ssd &z,
     const int64_t n = z.B * z.H * d.padded;
     d.sum = (float2 *)fg_ssd_cut(base, used, n, sizeof(float2));
     d.dt = (float *)fg_ssd_cut(base, used, n, sizeof(float));
+    d.tail = (float *)fg_ssd_cut(base, used, n, sizeof(float));
     d.keep = (float *)fg_ssd_cut(base, used, n, sizeof(float));
     d.left = (float *)fg_ssd_cut(base, used, n, sizeof(float));
     d.push = (float *)fg_ssd_cut(base, used, n, sizeof(float));
@@ -76,12 +80,14 @@ static __device__ __forceinline__ float2 fg_two(double x)
     return make_float2(high, (float)(x - (double)high));
 }
 
-/* A block per chunk of a sequence, a warp per head; a lane has R / 32 neighbouring tokens. */
+/* A block per chunk of a sequence and eight heads, a warp each; a lane has R / 32 neighbouring
+ * tokens, `final` the last token of its block of 16. */
 template <int R>
 static __global__ void __launch_bounds__(256)
 fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
 {
     constexpr int E = R / 32;
+    const int final = (int)threadIdx.x % 32 | (16 / E - 1);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t b = blockIdx.x / d.chunks, chunk = blockIdx.x % d.chunks, t0 = chunk * R;
     const int64_t past = z.past ? *z.past : 0;
@@ -106,10 +112,12 @@ fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
 #pragma unroll
     for (int e = 0; e < E; e++) {
         count[e] += before;
-        if (warp == 0)
+        if (warp == 0 && blockIdx.y == 0)
             d.segment[b * d.padded + t0 + E * lane + e] = pad[e] ? -1 - count[e] : count[e];
     }
-    for (int64_t h = warp; h < z.H; h += 8) {
+    const int block = __shfl_sync(~0u, pad[E - 1] ? -1 - count[E - 1] : count[E - 1], final);
+    const int64_t h = blockIdx.y * 8 + warp;
+    if (h < z.H) {
         const double rate = (double)a[h] * FG_LOG2_E;
         const int64_t at = (b * z.H + h) * d.padded + t0 + E * lane;
         double sum[E], all = 0;
@@ -123,6 +131,7 @@ fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
             step[e] = v;
         }
         const double upto = fg_warp_prefix(all), whole = __shfl_sync(~0u, upto, 31);
+        const double to = __shfl_sync(~0u, upto, final);
 #pragma unroll
         for (int e = 0; e < E; e++) {
             const double s = upto - all + sum[e];
@@ -130,6 +139,7 @@ fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
             const float left = count[e] == last && !pad[e] ? fg_exp2((float)(whole - s)) : 0.0f;
             d.sum[at + e] = fg_two(s);
             d.dt[at + e] = step[e];
+            d.tail[at + e] = count[e] == block && !pad[e] ? fg_exp2((float)(to - s)) : 0.0f;
             d.keep[at + e] = keep;
             d.left[at + e] = left;
             d.push[at + e] = left * step[e];
@@ -139,146 +149,12 @@ fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
     }
 }
 
-/* ---- states between chunks ------------------------------------------------------------------ */
-
-/* state = whole state + sum_j u_j weight_j v_j^T over the chunk, in both directions of time:
- *     forward   u = x, v = b, weight = push: the states that enter chunks
- *     back      u = gy, v = c, weight = keep: the gradients of the states that leave them */
-struct fg_states {
-    const bf16 *u, *v;
-    int64_t u_row, v_row;                        /* elements between tokens */
-    const float *weight;
-    const float *from;                           /* f32[B,H,P,N]; NULL: 0 */
-    float *to;                                   /* the same after the last chunk */
-    bf16 *kept;                                  /* [B,H,chunks,P,N] before each chunk */
-    bool back;
-};
-
-#define FG_STATE_P 64                            /* head width of the tensor core kernels */
-#define FG_STATE_N 32                            /* columns of a block */
-#define FG_STATE_STAGES 3
-
-template <int R> struct fg_state_tile {
-    alignas(128) bf16 u[R * FG_STATE_P];
-    alignas(128) bf16 v[R * FG_STATE_N];
-    alignas(16) float weight[R];
-};
-
 template <int R>
-static __device__ __forceinline__ void fg_state_load(const fg_ssd &z, const fg_decays &d,
-                                                     const fg_states &s, fg_state_tile<R> *m,
-                                                     int64_t b, int64_t h, int64_t n0,
-                                                     int64_t chunk)
-{
-    const int64_t t0 = chunk * R, g = h / (z.H / z.G);
-    const bf16 *u = s.u + (b * z.T + t0) * s.u_row + h * FG_STATE_P;
-    const bf16 *v = s.v + (b * z.T + t0) * s.v_row + g * z.N + n0;
-    const uint32_t to_u = fg_shared(m->u), to_v = fg_shared(m->v);
-#pragma unroll
-    for (int i = threadIdx.x; i < R * 8; i += 128) {
-        const int r = i / 8, c = i % 8;
-        const bool real = t0 + r < z.T;
-        fg_copy_async(to_u + fg_swizzle<64>(r, c), real ? u + r * s.u_row + c * 8 : u, real);
-    }
-#pragma unroll
-    for (int i = threadIdx.x; i < R * 4; i += 128) {
-        const int r = i / 4, c = i % 4;
-        const bool real = t0 + r < z.T;
-        fg_copy_async(to_v + fg_swizzle<32>(r, c), real ? v + r * s.v_row + c * 8 : v, real);
-    }
-    if ((int)threadIdx.x < R / 4)
-        fg_copy_async(fg_shared(m->weight) + threadIdx.x * 16,
-                      s.weight + (b * z.H + h) * d.padded + t0 + threadIdx.x * 4, true);
-}
-
-static __device__ __forceinline__ uint32_t fg_scale2(uint32_t x, float a, float b)
-{
-    return fg_pack2(__uint_as_float(x << 16) * a, __uint_as_float(x & 0xffff0000u) * b);
-}
-
-/* A block per sequence, head and 32 columns; a warp has 16 rows.  Sums of a chunk start at 0 and
- * are then added: tensor cores cut off what is small beside a large sum. */
-template <int R>
-static __global__ void __launch_bounds__(128)
-fg_states_run(fg_ssd z, fg_decays d, fg_states s)
-{
-    extern __shared__ __align__(128) char memory[];
-    fg_state_tile<R> *tiles = (fg_state_tile<R> *)memory;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = 2 * (lane % 4);
-    const int64_t parts = z.N / FG_STATE_N, row = blockIdx.x / parts;
-    const int64_t n0 = blockIdx.x % parts * FG_STATE_N, b = row / z.H, h = row % z.H;
-    const int64_t at = (row * FG_STATE_P + 16 * warp + g) * z.N + n0 + c;
-    float state[4][4];
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            state[k][e] = s.from ? s.from[at + (e / 2) * 8 * z.N + 8 * k + e % 2] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < FG_STATE_STAGES - 1; i++) {
-        if (i < d.chunks)
-            fg_state_load<R>(z, d, s, &tiles[i], b, h, n0, s.back ? d.chunks - 1 - i : i);
-        fg_copy_commit();
-    }
-    for (int64_t i = 0; i < d.chunks; i++) {
-        const int64_t chunk = s.back ? d.chunks - 1 - i : i, next = i + FG_STATE_STAGES - 1;
-        fg_copy_wait<FG_STATE_STAGES - 2>();
-        __syncthreads();
-        if (next < d.chunks)
-            fg_state_load<R>(z, d, s, &tiles[next % FG_STATE_STAGES], b, h, n0,
-                             s.back ? d.chunks - 1 - next : next);
-        fg_copy_commit();
-        const fg_state_tile<R> *m = &tiles[i % FG_STATE_STAGES];
-        bf16 *kept = s.kept + ((row * d.chunks + chunk) * FG_STATE_P + 16 * warp + g) * z.N + n0
-            + c;
-        const float whole = d.whole[row * d.chunks + chunk];
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            *(uint32_t *)(kept + 8 * k) = fg_pack2(state[k][0], state[k][1]);
-            *(uint32_t *)(kept + 8 * z.N + 8 * k) = fg_pack2(state[k][2], state[k][3]);
-        }
-        float sum[4][4] = {};
-        const uint32_t u = fg_shared(m->u), v = fg_shared(m->v);
-#pragma unroll
-        for (int j = 0; j < R; j += 16) {
-            uint32_t a[4], q[2][4];
-            fg_ldmatrix_trans(a, u + fg_swizzle<64>(j + lane / 16 * 8 + lane % 8,
-                                                    2 * warp + lane / 8 % 2));
-#pragma unroll
-            for (int k = 0; k < 2; k++)
-                fg_ldmatrix_trans(q[k], v + fg_swizzle<32>(j + lane / 8 % 2 * 8 + lane % 8,
-                                                           2 * k + lane / 16));
-            const float2 w0 = *(const float2 *)(m->weight + j + c);
-            const float2 w1 = *(const float2 *)(m->weight + j + 8 + c);
-            a[0] = fg_scale2(a[0], w0.x, w0.y);
-            a[1] = fg_scale2(a[1], w0.x, w0.y);
-            a[2] = fg_scale2(a[2], w1.x, w1.y);
-            a[3] = fg_scale2(a[3], w1.x, w1.y);
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-                fg_mma(sum[2 * k], a, q[k][0], q[k][1]);
-                fg_mma(sum[2 * k + 1], a, q[k][2], q[k][3]);
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) state[k][e] = fmaf(state[k][e], whole, sum[k][e]);
-    }
-    if (!s.to) return;
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) s.to[at + (e / 2) * 8 * z.N + 8 * k + e % 2] = state[k][e];
-}
-
-template <int R>
-static void fg_states_launch(const fg_ssd &z, const fg_decays &d, const fg_states &s,
+static void fg_decays_launch(const fg_ssd &z, const float *dt, const float *a, const fg_decays &d,
                              cudaStream_t stream)
 {
-    const int bytes = FG_STATE_STAGES * (int)sizeof(fg_state_tile<R>);
-    cudaFuncSetAttribute(fg_states_run<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    fg_states_run<R><<<(unsigned)(z.B * z.H * (z.N / FG_STATE_N)), 128, bytes, stream>>>(z, d, s);
+    const dim3 blocks((unsigned)(z.B * d.chunks), (unsigned)((z.H + 7) / 8));
+    fg_decays_fill<R><<<blocks, 256, 0, stream>>>(z, dt, a, d);
 }
 
 /* ---- fragments of matrices in shared memory, WIDTH bf16 a row, swizzled ---------------------- */
@@ -337,6 +213,160 @@ static __device__ __forceinline__ void fg_floats_load(float *to, const float *fr
 {
     for (int i = threadIdx.x; i < n / 4; i += THREADS)
         fg_copy_async(fg_shared(to) + i * 16, from + i * 4, true);
+}
+
+/* ---- states between chunks ------------------------------------------------------------------ */
+
+/* state = whole state + sum_j u_j weight_j v_j^T over a chunk, in both directions of time:
+ *     forward   u = x, v = b, weight = push: the states that enter chunks
+ *     back      u = gy, v = c, weight = keep: the gradients of the states that leave them
+ * First every chunk's sum, then a running state that takes each sum's place. */
+struct fg_states {
+    const bf16 *u, *v;
+    int64_t u_row, v_row;                        /* elements between tokens */
+    const float *weight;
+    const float *from;                           /* f32[B,H,P,N]; NULL: 0 */
+    float *to;                                   /* the same after the last chunk, or NULL */
+    bf16 *kept;                                  /* [B,H,chunks,P,N] before each chunk */
+    int64_t parts;                               /* blocks that share a group's heads */
+    bool back;
+};
+
+#define FG_STATE_P 64                            /* head width of the tensor core kernels */
+#define FG_STATE_BLOCKS 1024                     /* about */
+
+template <int R, int N> struct fg_state_tile {
+    alignas(128) bf16 v[R * N];
+    alignas(128) bf16 u[2][R * FG_STATE_P];
+    alignas(16) float weight[2][R];
+};
+
+static __device__ __forceinline__ uint32_t fg_scale2(uint32_t x, float a, float b)
+{
+    return fg_pack2(__uint_as_float(x << 16) * a, __uint_as_float(x & 0xffff0000u) * b);
+}
+
+/* A block is a chunk and some heads of a group; a warp has 16 rows p and half the columns. */
+template <int R, int N>
+static __global__ void __launch_bounds__(256)
+fg_states_sum(fg_ssd z, fg_decays d, fg_states s)
+{
+    extern __shared__ __align__(128) char memory[];
+    fg_state_tile<R, N> *m = (fg_state_tile<R, N> *)memory;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = 2 * (lane % 4);
+    const int parts = (int)s.parts, G = (int)z.G, chunks = (int)d.chunks, H = (int)z.H, M = H / G;
+    const int part = blockIdx.x % parts, rest = blockIdx.x / parts, group = rest % G;
+    const int chunk = rest / G % chunks, b = rest / G / chunks, t0 = chunk * R;
+    const int h0 = group * M + M * part / parts, h1 = group * M + M * (part + 1) / parts;
+    const int p = warp % 4 * 16, n0 = warp / 4 * (N / 2), real = (int)z.T - t0;
+    const bf16 *u = s.u + (b * z.T + t0) * s.u_row;
+    const float *weight = s.weight + (int64_t)b * H * d.padded + t0;
+    fg_tile_load<N, 256>(m->v, s.v + (b * z.T + t0) * s.v_row + group * N, s.v_row, R, real);
+    fg_tile_load<64, 256>(m->u[0], u + h0 * 64, s.u_row, R, real);
+    fg_floats_load<256>(m->weight[0], weight + h0 * d.padded, R);
+    fg_copy_commit();
+    for (int h = h0; h < h1; h++) {
+        const int stage = (h - h0) % 2;
+        fg_copy_wait<0>();
+        __syncthreads();
+        if (h + 1 < h1) {
+            fg_tile_load<64, 256>(m->u[1 - stage], u + (h + 1) * 64, s.u_row, R, real);
+            fg_floats_load<256>(m->weight[1 - stage], weight + (h + 1) * d.padded, R);
+        }
+        fg_copy_commit();
+        float sum[N / 16][4] = {};
+#pragma unroll
+        for (int j = 0; j < R; j += 16) {
+            uint32_t a[4];
+            fg_a_trans<64>(a, fg_shared(m->u[stage]), p, j);
+            const float2 w0 = *(const float2 *)&m->weight[stage][j + c];
+            const float2 w1 = *(const float2 *)&m->weight[stage][j + 8 + c];
+            a[0] = fg_scale2(a[0], w0.x, w0.y);
+            a[1] = fg_scale2(a[1], w0.x, w0.y);
+            a[2] = fg_scale2(a[2], w1.x, w1.y);
+            a[3] = fg_scale2(a[3], w1.x, w1.y);
+#pragma unroll
+            for (int n = 0; n < N / 32; n++) {
+                uint32_t q[4];
+                fg_b<N>(q, fg_shared(m->v), j, n0 + 16 * n);
+                fg_mma(sum[2 * n], a, q[0], q[1]);
+                fg_mma(sum[2 * n + 1], a, q[2], q[3]);
+            }
+        }
+        bf16 *to = s.kept + ((((int64_t)b * H + h) * chunks + chunk) * 64 + p + g) * N + n0 + c;
+#pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            *(uint32_t *)(to + 8 * n) = fg_pack2(sum[n][0], sum[n][1]);
+            *(uint32_t *)(to + 8 * N + 8 * n) = fg_pack2(sum[n][2], sum[n][3]);
+        }
+    }
+}
+
+/* Eight elements a thread, FG_STATE_AHEAD chunks under way. */
+#define FG_STATE_AHEAD 8
+
+static __global__ void __launch_bounds__(128) fg_states_pass(fg_decays d, fg_states s, int64_t size)
+{
+    const int64_t blocks = (size + 1023) / 1024, row = blockIdx.x / blocks;
+    const int64_t i = 8 * ((int64_t)(blockIdx.x % blocks) * 128 + threadIdx.x);
+    const float *whole = d.whole + row * d.chunks;
+    bf16 *kept = s.kept + row * d.chunks * size + i;
+    float state[8] = {};
+    if (i >= size) return;
+#pragma unroll
+    for (int e = 0; e < 8; e++) if (s.from) state[e] = s.from[row * size + i + e];
+    for (int64_t c0 = 0; c0 < d.chunks; c0 += FG_STATE_AHEAD) {
+        uint4 raw[FG_STATE_AHEAD];
+        float decay[FG_STATE_AHEAD];
+#pragma unroll
+        for (int k = 0; k < FG_STATE_AHEAD; k++) {
+            const int64_t at = s.back ? d.chunks - 1 - (c0 + k) : c0 + k;
+            if (c0 + k >= d.chunks) continue;
+            raw[k] = *(const uint4 *)(kept + at * size);
+            decay[k] = whole[at];
+        }
+#pragma unroll
+        for (int k = 0; k < FG_STATE_AHEAD; k++) {
+            const int64_t at = s.back ? d.chunks - 1 - (c0 + k) : c0 + k;
+            float sum[8];
+            if (c0 + k >= d.chunks) continue;
+            *(uint4 *)(kept + at * size)
+                = make_uint4(fg_pack2(state[0], state[1]), fg_pack2(state[2], state[3]),
+                             fg_pack2(state[4], state[5]), fg_pack2(state[6], state[7]));
+            fg_unpack(raw[k], sum);
+#pragma unroll
+            for (int e = 0; e < 8; e++) state[e] = fmaf(state[e], decay[k], sum[e]);
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < 8; e++) if (s.to) s.to[row * size + i + e] = state[e];
+}
+
+/* Blocks that share a group's heads, so that there are about `blocks`. */
+static inline int64_t fg_ssd_parts(const fg_ssd &z, int64_t chunks, int64_t blocks)
+{
+    const int64_t each = z.B * chunks * z.G, M = z.H / z.G, parts = (blocks + each - 1) / each;
+    return parts < M ? parts : M;
+}
+
+template <int R, int N>
+static void fg_states_launch_of(const fg_ssd &z, const fg_decays &d, const fg_states &s,
+                                cudaStream_t stream)
+{
+    const int bytes = (int)sizeof(fg_state_tile<R, N>);
+    cudaFuncSetAttribute(fg_states_sum<R, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const unsigned blocks = (unsigned)(z.B * d.chunks * z.G * s.parts);
+    fg_states_sum<R, N><<<blocks, 256, bytes, stream>>>(z, d, s);
+    const unsigned passes = fg_blocks(64 * N, 1024) * (unsigned)(z.B * z.H);
+    fg_states_pass<<<passes, 128, 0, stream>>>(d, s, 64 * N);
+}
+
+template <int R>
+static void fg_states_launch(const fg_ssd &z, const fg_decays &d, fg_states s, cudaStream_t stream)
+{
+    s.parts = fg_ssd_parts(z, d.chunks, FG_STATE_BLOCKS);
+    if (z.N == 128) fg_states_launch_of<R, 128>(z, d, s, stream);
+    else fg_states_launch_of<R, 64>(z, d, s, stream);
 }
 
 /* Whether the tensor core kernels take these shapes and dtypes. */

@@ -34,7 +34,7 @@ struct recurrence {
 
 /* E * 32 columns at most; a block has eight rows of one head. */
 template <int E>
-static __global__ void __launch_bounds__(256) follow(recurrence k)
+static __global__ void __launch_bounds__(256, 1) follow(recurrence k)
 {
     const fg_ssd &z = k.z;
     const int lane = threadIdx.x % 32;
@@ -105,7 +105,7 @@ template <int N> struct tile {
     alignas(128) bf16 x[CHUNK * 64];
     alignas(128) bf16 state[64 * N];
     alignas(16) float2 sum[CHUNK];
-    alignas(16) float dt[CHUNK];
+    alignas(16) float dt[CHUNK], tail[CHUNK];
 };
 
 template <int N>
@@ -118,9 +118,28 @@ static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, in
     fg_tile_load<N, 256>(m->state, k.states + (row * k.d.chunks + chunk) * 64 * N, N, 64, 64);
     fg_floats_load<256>((float *)m->sum, (const float *)(k.d.sum + at), 2 * CHUNK);
     fg_floats_load<256>(m->dt, k.d.dt + at, CHUNK);
+    fg_floats_load<256>(m->tail, k.d.tail + at, CHUNK);
 }
 
-/* A fragment of scores, decays and steps: targets r and r + 8, sources j0 .. j0 + 16. */
+/* A fragment of scores, decays and steps: targets r and r + 8, sources j0 .. j0 + 16 of an earlier
+ * block; from[low]: from that block's last token to the target. */
+static __device__ __forceinline__ void weigh_far(uint32_t *a, const float (*score)[4],
+                                                 const float *dt, const float *tail, int j0, int c,
+                                                 const float *from)
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float2 step = *(const float2 *)(dt + j0 + 8 * half + c);
+        const float2 far = *(const float2 *)(tail + j0 + 8 * half + c);
+        const float u = step.x * far.x, v = step.y * far.y;
+#pragma unroll
+        for (int low = 0; low < 2; low++)
+            a[2 * half + low] = fg_pack2(score[half][2 * low] * (u * from[low]),
+                                         score[half][2 * low + 1] * (v * from[low]));
+    }
+}
+
+/* The same on the diagonal. */
 static __device__ __forceinline__ void weigh(uint32_t *a, const float (*score)[4],
                                              const float2 *sum, const float *dt,
                                              const int32_t *segment, int r, int j0, int c,
@@ -176,7 +195,15 @@ static __device__ __forceinline__ void run_head(const chunks &k, const tile<N> *
     for (int j = 0; j < CHUNK / 16; j++) {
         if (j > warp) continue;
         uint32_t a[4];
-        weigh(a, score + 2 * j, m->sum, m->dt, segment, r, 16 * j, c, own, seg);
+        if (j == warp) {
+            weigh(a, score + 2 * j, m->sum, m->dt, segment, r, 16 * j, c, own, seg);
+        } else {
+            const float2 last = m->sum[16 * j + 15];
+            const int in = segment[16 * j + 15];
+            const float from[2] = { seg[0] == in ? fg_exp2(fg_two_diff(own[0], last)) : 0.0f,
+                                    seg[1] == in ? fg_exp2(fg_two_diff(own[1], last)) : 0.0f };
+            weigh_far(a, score + 2 * j, m->dt, m->tail, 16 * j, c, from);
+        }
 #pragma unroll
         for (int p = 0; p < 4; p++) {
             uint32_t v[4];
@@ -279,13 +306,10 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream
     k.skip = (const float *)e->in[D];
     k.states = states;
     k.y = (bf16 *)e->out[0];
-    const int64_t each = z.B * k.d.chunks * z.G, M = z.H / z.G;
-    k.parts = each >= BLOCKS ? 1 : (BLOCKS + each - 1) / each;
-    k.parts = k.parts < M ? k.parts : M;
-    fg_decays_fill<CHUNK><<<(unsigned)(z.B * k.d.chunks), 256, 0, stream>>>(
-        z, (const float *)e->in[DT], (const float *)e->in[A], k.d);
+    k.parts = fg_ssd_parts(z, k.d.chunks, BLOCKS);
+    fg_decays_launch<CHUNK>(z, (const float *)e->in[DT], (const float *)e->in[A], k.d, stream);
     fg_states_launch<CHUNK>(z, k.d, { k.x, k.b, k.x_row, k.b_row, k.d.push,
-                                      (const float *)e->in[STATE], (float *)e->out[1], states,
+                                      (const float *)e->in[STATE], (float *)e->out[1], states, 0,
                                       false }, stream);
     if (z.N == 128) run_chunks_launch<128>(k, stream);
     else run_chunks_launch<64>(k, stream);

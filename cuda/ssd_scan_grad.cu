@@ -40,13 +40,23 @@ static sums sums_cut(void *base, size_t *used, const fg_ssd &z, int64_t chunks, 
     return s;
 }
 
-/* Sums of one head over a chunk, in shared memory; up to four parts each. */
+/* Sums of one head over a chunk, in shared memory, in parts. */
+#define PARTS 4
+#define WARPS 16
 struct totals {
-    float row[2][CHUNK], column[4][CHUNK];       /* of z below the diagonal */
-    float u[2][CHUNK], w[2][CHUNK];              /* keep_i gy_i^T S c_i, left_j x_j^T R b_j */
-    float gu[2][CHUNK], gy[2][CHUNK];            /* gu_j.x_j, gy_j.x_j */
-    float both[8];                               /* <R,S> */
+    float row[PARTS][CHUNK], column[PARTS][CHUNK];     /* of z below the diagonal */
+    float u[PARTS][CHUNK], w[PARTS][CHUNK];      /* keep_i gy_i^T S c_i, left_j x_j^T R b_j */
+    float gu[PARTS][CHUNK], gy[PARTS][CHUNK];    /* gu_j.x_j, gy_j.x_j */
+    float both[WARPS];                           /* <R,S> */
 };
+
+static __device__ __forceinline__ float part_sum(const float (*x)[CHUNK], int t)
+{
+    float sum = x[0][t];
+#pragma unroll
+    for (int k = 1; k < PARTS; k++) sum += x[k][t];
+    return sum;
+}
 
 static __device__ __forceinline__ float before(float x)      /* sum over lower lanes */
 {
@@ -70,15 +80,12 @@ static __device__ __forceinline__ void settle(const totals &m, const float *dt,
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int t = 2 * lane + e;
-        float column = 0;
-#pragma unroll
-        for (int k = 0; k < 4; k++) column += m.column[k][t];
-        cross[e] = column - (m.row[0][t] + m.row[1][t]);
-        u[e] = m.u[0][t] + m.u[1][t];
-        w[e] = dt[t] * (m.w[0][t] + m.w[1][t]);
+        cross[e] = part_sum(m.column, t) - part_sum(m.row, t);
+        u[e] = part_sum(m.u, t);
+        w[e] = dt[t] * part_sum(m.w, t);
     }
 #pragma unroll
-    for (int k = 0; k < 8; k++) both += m.both[k];
+    for (int k = 0; k < WARPS; k++) both += m.both[k];
     const float crossed = before(cross[0] + cross[1]), pushed = before(w[0] + w[1]);
     const float all = fg_warp_sum(u[0] + u[1]), pulled = all - before(u[0] + u[1]);
 #pragma unroll
@@ -87,9 +94,9 @@ static __device__ __forceinline__ void settle(const totals &m, const float *dt,
         const float gl = (e ? crossed + cross[0] : crossed) + (e ? pulled - u[0] : pulled)
             + (e ? pushed + w[0] : pushed) + whole * both;
         const bool counts = t < real && segment[t] >= 0;
-        if (t < real) gdt[t * row] = counts ? fmaf(rate, gl, m.gu[0][t] + m.gu[1][t]) : 0.0f;
+        if (t < real) gdt[t * row] = counts ? fmaf(rate, gl, part_sum(m.gu, t)) : 0.0f;
         a += counts ? dt[t] * gl : 0.0f;
-        d += counts ? m.gy[0][t] + m.gy[1][t] : 0.0f;
+        d += counts ? part_sum(m.gy, t) : 0.0f;
     }
     a = fg_warp_sum(a);
     d = fg_warp_sum(d);
@@ -110,13 +117,15 @@ struct chunks {
     int64_t x_row, gy_row, b_row, c_row;
 };
 
+#define THREADS (32 * WARPS)
+
 template <int N> struct tile {
     alignas(128) bf16 x[CHUNK * 64];
     alignas(128) bf16 gy[CHUNK * 64];
     alignas(128) bf16 state[64 * N];
     alignas(128) bf16 pull[64 * N];
     alignas(16) float2 sum[CHUNK];
-    alignas(16) float dt[CHUNK], keep[CHUNK], left[CHUNK];
+    alignas(16) float dt[CHUNK], tail[CHUNK], keep[CHUNK], left[CHUNK];
 };
 template <int N> struct shared {
     tile<N> tiles[2];
@@ -127,29 +136,34 @@ template <int N> struct shared {
     totals t;
 };
 
-/* A warp's part of the chunk: 16 rows; 32 columns of 64, or half the columns of N. */
-struct lot { int row, half, g, c; };
+/* A warp's part of the chunk: 16 rows; 16 columns of 64, or a quarter of the columns of N. */
+struct lot { int row, quarter, g, c; };
 
 template <int N> struct kept {                   /* over heads, in registers */
-    float score[4][4], q[4][4];                  /* c_i.b_j and sums of q_ij; rows i, columns j */
-    float gb[N / 16][4], gc[N / 16][4];
+    float score[2][4], q[2][4];                  /* c_i.b_j and sums of q_ij; rows i, columns j */
+    float gb[N / 32][4], gc[N / 32][4];
 };
 
 template <int N>
-static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, int64_t b,
-                                                 int64_t chunk, int64_t h)
+static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, int b, int chunk,
+                                                 int h)
 {
-    const int64_t t0 = chunk * CHUNK, row = b * k.z.H + h, at = row * k.d.padded + t0;
-    const int64_t token = b * k.z.T + t0, real = k.z.T - t0;
+    const int t0 = chunk * CHUNK, real = (int)k.z.T - t0;
+    const int64_t row = b * k.z.H + h, at = row * k.d.padded + t0, token = b * k.z.T + t0;
     const int64_t state = (row * k.d.chunks + chunk) * 64 * N;
-    fg_tile_load<64, 256>(m->x, k.x + token * k.x_row + h * 64, k.x_row, CHUNK, real);
-    fg_tile_load<64, 256>(m->gy, k.gy + token * k.gy_row + h * 64, k.gy_row, CHUNK, real);
-    fg_tile_load<N, 256>(m->state, k.states + state, N, 64, 64);
-    fg_tile_load<N, 256>(m->pull, k.pulls + state, N, 64, 64);
-    fg_floats_load<256>((float *)m->sum, (const float *)(k.d.sum + at), 2 * CHUNK);
-    fg_floats_load<256>(m->dt, k.d.dt + at, CHUNK);
-    fg_floats_load<256>(m->keep, k.d.keep + at, CHUNK);
-    fg_floats_load<256>(m->left, k.d.left + at, CHUNK);
+    fg_tile_load<64, THREADS>(m->x, k.x + token * k.x_row + h * 64, k.x_row, CHUNK, real);
+    fg_tile_load<64, THREADS>(m->gy, k.gy + token * k.gy_row + h * 64, k.gy_row, CHUNK, real);
+    fg_tile_load<N, THREADS>(m->state, k.states + state, N, 64, 64);
+    fg_tile_load<N, THREADS>(m->pull, k.pulls + state, N, 64, 64);
+    const int i = threadIdx.x % 16 * 4;
+    switch (threadIdx.x / 16) {
+    case 0: fg_copy_async(fg_shared(&m->sum[i]), k.d.sum + at + i, true); break;
+    case 1: fg_copy_async(fg_shared(&m->sum[i + 2]), k.d.sum + at + i + 2, true); break;
+    case 2: fg_copy_async(fg_shared(&m->dt[i]), k.d.dt + at + i, true); break;
+    case 3: fg_copy_async(fg_shared(&m->tail[i]), k.d.tail + at + i, true); break;
+    case 4: fg_copy_async(fg_shared(&m->keep[i]), k.d.keep + at + i, true); break;
+    case 5: fg_copy_async(fg_shared(&m->left[i]), k.d.left + at + i, true); break;
+    }
 }
 
 static __device__ __forceinline__ float quad_sum(float x)
@@ -164,86 +178,106 @@ static __device__ __forceinline__ float group_sum(float x)
     return x + __shfl_xor_sync(~0u, x, 16);
 }
 /* Rows g and g + 8 of a lot, summed over its columns. */
-static __device__ __forceinline__ void put_rows(const lot &l, float *to, float low, float high)
+static __device__ __forceinline__ void put_rows(const lot &l, float (*to)[CHUNK], float low,
+                                                float high)
 {
     low = quad_sum(low);
     high = quad_sum(high);
-    if (l.c == 0) to[l.row + l.g] = low, to[l.row + l.g + 8] = high;
+    if (l.c == 0) to[l.quarter][l.row + l.g] = low, to[l.quarter][l.row + l.g + 8] = high;
 }
 
-/* q and its sums of z; (c_i.b_j) L_ij to shared memory.  a: gy's fragments of the rows. */
+/* Decays of the pairs (i, j) and (i, j + 1) of a lot's tile; near: it lies on the diagonal. */
+template <int N>
+static __device__ __forceinline__ float2 decay_of(const shared<N> *m, const tile<N> *h, bool near,
+                                                  int i, int j, float2 own, int seg, float from)
+{
+    if (!near) {
+        const float2 tail = *(const float2 *)(h->tail + j);
+        return make_float2(tail.x * from, tail.y * from);
+    }
+    const float4 s = *(const float4 *)(h->sum + j);
+    const int2 segs = *(const int2 *)(m->segment + j);
+    const float u = fg_exp2(fg_two_diff(own, make_float2(s.x, s.y)));
+    const float v = fg_exp2(fg_two_diff(own, make_float2(s.z, s.w)));
+    return make_float2(j <= i && segs.x == seg ? u : 0.0f, j < i && segs.y == seg ? v : 0.0f);
+}
+
+/* q and its sums of z; (c_i.b_j) L_ij to shared memory. */
 template <int N>
 static __device__ __forceinline__ void pairs(shared<N> *m, const tile<N> *h, const lot &l,
-                                             const uint32_t (*a)[4], kept<N> *k)
+                                             kept<N> *k)
 {
-    float e[4][4] = {}, row[2] = { 0 };
-    const uint32_t x = fg_shared(h->x);
-    const bool seen = 32 * l.half <= l.row + 15;
+    const int i0 = l.row + l.g, j0 = 16 * l.quarter, last = j0 + 15;
+    float e[2][4] = {}, row[2] = { 0 };
+    const bool near = l.row == j0, seen = j0 <= l.row;
+    const uint32_t x = fg_shared(h->x), gy = fg_shared(h->gy);
 #pragma unroll
-    for (int p = 0; p < 4; p++)
+    for (int p = 0; p < 4; p++) {
+        if (!seen) continue;
+        uint32_t a[4], v[4];
+        fg_a<64>(a, gy, l.row, 16 * p);
+        fg_b_trans<64>(v, x, 16 * p, j0);
+        fg_mma(e[0], a, v[0], v[1]);
+        fg_mma(e[1], a, v[2], v[3]);
+    }
+    float2 own[2];
+    float from[2];
+    int seg[2];
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            if (!seen) continue;
-            uint32_t v[4];
-            fg_b_trans<64>(v, x, 16 * p, 32 * l.half + 16 * n);
-            fg_mma(e[2 * n], a[p], v[0], v[1]);
-            fg_mma(e[2 * n + 1], a[p], v[2], v[3]);
-        }
-    const int i0 = l.row + l.g;
-    const float2 own[2] = { h->sum[i0], h->sum[i0 + 8] };
-    const int seg[2] = { m->segment[i0], m->segment[i0 + 8] };
+    for (int low = 0; low < 2; low++) {
+        own[low] = h->sum[i0 + 8 * low];
+        seg[low] = m->segment[i0 + 8 * low];
+        from[low] = seg[low] == m->segment[last] ? fg_exp2(fg_two_diff(own[low], h->sum[last]))
+                                                 : 0.0f;
+    }
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-        const int j = 32 * l.half + 8 * n + l.c;
-        const float4 s = *(const float4 *)(h->sum + j);
+    for (int n = 0; n < 2; n++) {
+        const int j = j0 + 8 * n + l.c;
         const float2 dt = *(const float2 *)(h->dt + j);
-        const int2 segs = *(const int2 *)(m->segment + j);
         float column[2] = { 0 };
 #pragma unroll
         for (int low = 0; low < 2; low++) {
+            if (!seen) continue;
             const int i = i0 + 8 * low;
-            const float u = fg_exp2(fg_two_diff(own[low], make_float2(s.x, s.y)));
-            const float v = fg_exp2(fg_two_diff(own[low], make_float2(s.z, s.w)));
-            const bool sees = j <= i && segs.x == seg[low], also = j < i && segs.y == seg[low];
+            const float2 d = decay_of<N>(m, h, near, i, j, own[low], seg[low], from[low]);
             const float s0 = k->score[n][2 * low], s1 = k->score[n][2 * low + 1];
-            const float q0 = sees ? e[n][2 * low] * u * dt.x : 0.0f;
-            const float q1 = also ? e[n][2 * low + 1] * v * dt.y : 0.0f;
-            const float z0 = j < i && sees ? s0 * q0 : 0.0f;
-            const float z1 = j + 1 < i && also ? s1 * q1 : 0.0f;
+            const float q0 = e[n][2 * low] * d.x * dt.x, q1 = e[n][2 * low + 1] * d.y * dt.y;
+            const float z0 = j < i ? s0 * q0 : 0.0f, z1 = j + 1 < i ? s1 * q1 : 0.0f;
             k->q[n][2 * low] += q0;
             k->q[n][2 * low + 1] += q1;
             row[low] += z0 + z1;
             column[0] += z0;
             column[1] += z1;
             *(uint32_t *)((char *)m->w + fg_swizzle<64>(i, j / 8) + 2 * l.c)
-                = fg_pack2(sees ? s0 * u : 0.0f, also ? s1 * v : 0.0f);
+                = fg_pack2(s0 * d.x, s1 * d.y);
         }
         column[0] = group_sum(column[0]);
         column[1] = group_sum(column[1]);
         if (l.g == 0) *(float2 *)&m->t.column[l.row / 16][j] = make_float2(column[0], column[1]);
     }
-    put_rows(l, m->t.row[l.half], row[0], row[1]);
+    put_rows(l, m->t.row, row[0], row[1]);
 }
 
 /* gc += keep_i S^T gy_i, and what that says of the decays. */
 template <int N>
 static __device__ __forceinline__ void from_state(shared<N> *m, const tile<N> *h, const lot &l,
-                                                  const uint32_t (*a)[4], kept<N> *k)
+                                                  kept<N> *k)
 {
     const int i = l.row + l.g;
     const float keep[2] = { h->keep[i], h->keep[i + 8] };
-    const uint32_t state = fg_shared(h->state);
+    const uint32_t state = fg_shared(h->state), gy = fg_shared(h->gy);
     float u[2] = { 0 };
 #pragma unroll
-    for (int n = 0; n < N / 32; n++) {
-        const int n0 = N / 2 * l.half + 16 * n;
+    for (int n = 0; n < N / 64; n++) {
+        const int n0 = N / 4 * l.quarter + 16 * n;
         float sum[2][4] = {};
 #pragma unroll
         for (int p = 0; p < 4; p++) {
-            uint32_t v[4];
+            uint32_t a[4], v[4];
+            fg_a<64>(a, gy, l.row, 16 * p);
             fg_b<N>(v, state, 16 * p, n0);
-            fg_mma(sum[0], a[p], v[0], v[1]);
-            fg_mma(sum[1], a[p], v[2], v[3]);
+            fg_mma(sum[0], a, v[0], v[1]);
+            fg_mma(sum[1], a, v[2], v[3]);
         }
 #pragma unroll
         for (int part = 0; part < 2; part++)
@@ -257,7 +291,7 @@ static __device__ __forceinline__ void from_state(shared<N> *m, const tile<N> *h
                 k->gc[2 * n + part][2 * low + 1] += v1;
             }
     }
-    put_rows(l, m->t.u[l.half], u[0], u[1]);
+    put_rows(l, m->t.u, u[0], u[1]);
 }
 
 /* gu = left_j R b_j and what it says of the decays; gb += dt_j left_j R^T x_j; <R,S>. */
@@ -272,26 +306,22 @@ static __device__ __forceinline__ void to_state(shared<N> *m, const tile<N> *h, 
     float w[2] = { 0 }, both = 0;
 #pragma unroll
     for (int n = 0; n < N / 16; n++) {
-        uint32_t a[4];
+        uint32_t a[4], v[4];
         fg_a<N>(a, b, l.row, 16 * n);
-#pragma unroll
-        for (int p = 0; p < 2; p++) {
-            uint32_t v[4];
-            fg_b_trans<N>(v, pull, 16 * n, 32 * l.half + 16 * p);
-            fg_mma(gu[2 * p], a, v[0], v[1]);
-            fg_mma(gu[2 * p + 1], a, v[2], v[3]);
-        }
+        fg_b_trans<N>(v, pull, 16 * n, 16 * l.quarter);
+        fg_mma(gu[0], a, v[0], v[1]);
+        fg_mma(gu[1], a, v[2], v[3]);
     }
 #pragma unroll
-    for (int p = 0; p < 4; p++)
+    for (int p = 0; p < 2; p++)
 #pragma unroll
         for (int low = 0; low < 2; low++) {
-            const float2 v = fg_pair<64>(h->x, j + 8 * low, 32 * l.half + 8 * p + l.c);
+            const float2 v = fg_pair<64>(h->x, j + 8 * low, 16 * l.quarter + 8 * p + l.c);
             gu[p][2 * low] *= left[low];
             gu[p][2 * low + 1] *= left[low];
             w[low] = fmaf(gu[p][2 * low], v.x, fmaf(gu[p][2 * low + 1], v.y, w[low]));
         }
-    put_rows(l, m->t.w[l.half], w[0], w[1]);
+    put_rows(l, m->t.w, w[0], w[1]);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
         uint32_t a[4];
@@ -301,18 +331,18 @@ static __device__ __forceinline__ void to_state(shared<N> *m, const tile<N> *h, 
         a[2] = fg_scale2(a[2], push[0], push[0]);
         a[3] = fg_scale2(a[3], push[1], push[1]);
 #pragma unroll
-        for (int n = 0; n < N / 32; n++) {
+        for (int n = 0; n < N / 64; n++) {
             uint32_t v[4];
-            fg_b<N>(v, pull, 16 * p, N / 2 * l.half + 16 * n);
+            fg_b<N>(v, pull, 16 * p, N / 4 * l.quarter + 16 * n);
             fg_mma(k->gb[2 * n], a, v[0], v[1]);
             fg_mma(k->gb[2 * n + 1], a, v[2], v[3]);
         }
     }
 #pragma unroll
-    for (int i = threadIdx.x; i < 64 * N / 8; i += 256) {
+    for (int i = 0; i < 64 * N / 8 / THREADS; i++) {
         float s[8], r[8];
-        fg_unpack(((const uint4 *)h->state)[i], s);
-        fg_unpack(((const uint4 *)h->pull)[i], r);
+        fg_unpack(((const uint4 *)h->state)[threadIdx.x + i * THREADS], s);
+        fg_unpack(((const uint4 *)h->pull)[threadIdx.x + i * THREADS], r);
 #pragma unroll
         for (int e = 0; e < 8; e++) both = fmaf(s[e], r[e], both);
     }
@@ -323,8 +353,8 @@ static __device__ __forceinline__ void to_state(shared<N> *m, const tile<N> *h, 
 /* gu += sum_(i>=j) w_ij gy_i; gx. */
 template <int N>
 static __device__ __forceinline__ void finish(const chunks &k, shared<N> *m, const tile<N> *h,
-                                              const lot &l, float (*gu)[4], int64_t b, int64_t t0,
-                                              int64_t head)
+                                              const lot &l, float (*gu)[4], int b, int t0,
+                                              int head)
 {
     const int j = l.row + l.g;
     const uint32_t w = fg_shared(m->w), gy = fg_shared(h->gy);
@@ -333,49 +363,44 @@ static __device__ __forceinline__ void finish(const chunks &k, shared<N> *m, con
 #pragma unroll
     for (int i = 0; i < CHUNK; i += 16) {
         if (i < l.row) continue;
-        uint32_t a[4];
+        uint32_t a[4], v[4];
         fg_a_trans<64>(a, w, l.row, i);
-#pragma unroll
-        for (int p = 0; p < 2; p++) {
-            uint32_t v[4];
-            fg_b<64>(v, gy, i, 32 * l.half + 16 * p);
-            fg_mma(gu[2 * p], a, v[0], v[1]);
-            fg_mma(gu[2 * p + 1], a, v[2], v[3]);
-        }
+        fg_b<64>(v, gy, i, 16 * l.quarter);
+        fg_mma(gu[0], a, v[0], v[1]);
+        fg_mma(gu[1], a, v[2], v[3]);
     }
 #pragma unroll
     for (int low = 0; low < 2; low++) {
         const int r = j + 8 * low;
         const bool pad = m->segment[r] < 0;
-        bf16 *to = k.gx + ((b * k.z.T + t0 + r) * k.z.H + head) * 64 + 32 * l.half + l.c;
+        const float dt = h->dt[r];
+        bf16 *to = k.gx + ((b * k.z.T + t0 + r) * k.z.H + head) * 64 + 16 * l.quarter + l.c;
 #pragma unroll
-        for (int p = 0; p < 4; p++) {
-            const float2 x = fg_pair<64>(h->x, r, 32 * l.half + 8 * p + l.c);
-            const float2 y = fg_pair<64>(h->gy, r, 32 * l.half + 8 * p + l.c);
+        for (int p = 0; p < 2; p++) {
+            const float2 x = fg_pair<64>(h->x, r, 16 * l.quarter + 8 * p + l.c);
+            const float2 y = fg_pair<64>(h->gy, r, 16 * l.quarter + 8 * p + l.c);
             const float u = gu[p][2 * low], v = gu[p][2 * low + 1];
             on_x[low] = fmaf(u, x.x, fmaf(v, x.y, on_x[low]));
             on_y[low] = fmaf(y.x, x.x, fmaf(y.y, x.y, on_y[low]));
-            const float dt = h->dt[r];
             const uint32_t g = fg_pack2(fmaf(dt, u, skip * y.x), fmaf(dt, v, skip * y.y));
             if (t0 + r < k.z.T) *(uint32_t *)(to + 8 * p) = pad ? 0u : g;
         }
     }
-    put_rows(l, m->t.gu[l.half], on_x[0], on_x[1]);
-    put_rows(l, m->t.gy[l.half], on_y[0], on_y[1]);
+    put_rows(l, m->t.gu, on_x[0], on_x[1]);
+    put_rows(l, m->t.gy, on_y[0], on_y[1]);
 }
 
 /* gb and gc: what q, summed over heads, adds; then out. */
 template <int N>
 static __device__ __forceinline__ void close(const chunks &k, shared<N> *m, const lot &l,
-                                             kept<N> *r, int64_t b, int64_t t0, int64_t g,
-                                             int64_t part)
+                                             kept<N> *r, int b, int t0, int g, int part)
 {
     const uint32_t q = fg_shared(m->w), bs = fg_shared(m->b), cs = fg_shared(m->c);
 #pragma unroll
-    for (int n = 0; n < 4; n++)
+    for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int low = 0; low < 2; low++)
-            *(uint32_t *)((char *)m->w + fg_swizzle<64>(l.row + l.g + 8 * low, 4 * l.half + n)
+            *(uint32_t *)((char *)m->w + fg_swizzle<64>(l.row + l.g + 8 * low, 2 * l.quarter + n)
                           + 2 * l.c) = fg_pack2(r->q[n][2 * low], r->q[n][2 * low + 1]);
     __syncthreads();
 #pragma unroll
@@ -385,15 +410,15 @@ static __device__ __forceinline__ void close(const chunks &k, shared<N> *m, cons
         if (old) fg_a<64>(a, q, l.row, i);
         if (late) fg_a_trans<64>(at, q, l.row, i);
 #pragma unroll
-        for (int n = 0; n < N / 32; n++) {
+        for (int n = 0; n < N / 64; n++) {
             uint32_t v[4];
             if (old) {
-                fg_b<N>(v, bs, i, N / 2 * l.half + 16 * n);
+                fg_b<N>(v, bs, i, N / 4 * l.quarter + 16 * n);
                 fg_mma(r->gc[2 * n], a, v[0], v[1]);
                 fg_mma(r->gc[2 * n + 1], a, v[2], v[3]);
             }
             if (late) {
-                fg_b<N>(v, cs, i, N / 2 * l.half + 16 * n);
+                fg_b<N>(v, cs, i, N / 4 * l.quarter + 16 * n);
                 fg_mma(r->gb[2 * n], at, v[0], v[1]);
                 fg_mma(r->gb[2 * n + 1], at, v[2], v[3]);
             }
@@ -404,9 +429,9 @@ static __device__ __forceinline__ void close(const chunks &k, shared<N> *m, cons
     for (int low = 0; low < 2; low++) {
         const int64_t t = t0 + l.row + l.g + 8 * low;
         if (t >= k.z.T) continue;
-        const int64_t at = ((b * k.z.T + t) * k.z.G + g) * N + N / 2 * l.half + l.c;
+        const int64_t at = ((b * k.z.T + t) * k.z.G + g) * N + N / 4 * l.quarter + l.c;
 #pragma unroll
-        for (int n = 0; n < N / 16; n++)
+        for (int n = 0; n < N / 32; n++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const float vb = r->gb[n][2 * low + e], vc = r->gc[n][2 * low + e];
@@ -421,62 +446,57 @@ static __device__ __forceinline__ void close(const chunks &k, shared<N> *m, cons
     }
 }
 
-/* A block is a chunk and some heads of a group. */
+/* A block is a chunk and some heads of a group.  Warps of one scheduler have tiles of all distances
+ * from the diagonal. */
 template <int N>
-static __global__ void __launch_bounds__(256, 1) run_chunks(chunks k)
+static __global__ void __launch_bounds__(THREADS, 1) run_chunks(chunks k)
 {
     extern __shared__ __align__(128) char memory[];
     shared<N> *m = (shared<N> *)memory;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const lot l = { warp / 2 * 16, warp % 2, lane / 4, 2 * (lane % 4) };
-    int64_t i = blockIdx.x;
-    const int64_t part = i % k.s.parts, g = (i /= k.s.parts) % k.z.G;
-    const int64_t chunk = (i /= k.z.G) % k.d.chunks, b = i / k.d.chunks, t0 = chunk * CHUNK;
-    const int64_t M = k.z.H / k.z.G, real = k.z.T - t0, token = b * k.z.T + t0;
-    const int64_t h0 = g * M + M * part / k.s.parts, h1 = g * M + M * (part + 1) / k.s.parts;
+    const lot l = { warp / 4 * 16, warp % 4 ^ warp / 4, lane / 4, 2 * (lane % 4) };
+    const int parts = (int)k.s.parts, G = (int)k.z.G, chunks = (int)k.d.chunks, H = (int)k.z.H;
+    const int part = blockIdx.x % parts, rest = blockIdx.x / parts, g = rest % G;
+    const int chunk = rest / G % chunks, b = rest / G / chunks, t0 = chunk * CHUNK, M = H / G;
+    const int h0 = g * M + M * part / parts, h1 = g * M + M * (part + 1) / parts;
+    const int real = (int)k.z.T - t0;
+    const int64_t token = b * k.z.T + t0;
     kept<N> r = {};
-    fg_tile_load<N, 256>(m->b, k.b + token * k.b_row + g * N, k.b_row, CHUNK, real);
-    fg_tile_load<N, 256>(m->c, k.c + token * k.c_row + g * N, k.c_row, CHUNK, real);
-    if (threadIdx.x < CHUNK) m->segment[threadIdx.x] = k.d.segment[b * k.d.padded + t0
-                                                                  + threadIdx.x];
+    fg_tile_load<N, THREADS>(m->b, k.b + token * k.b_row + g * N, k.b_row, CHUNK, real);
+    fg_tile_load<N, THREADS>(m->c, k.c + token * k.c_row + g * N, k.c_row, CHUNK, real);
+    if (threadIdx.x < CHUNK)
+        m->segment[threadIdx.x] = k.d.segment[b * k.d.padded + t0 + threadIdx.x];
     load_head<N>(k, &m->tiles[0], b, chunk, h0);
     fg_copy_commit();
     fg_copy_wait<0>();
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < N / 16; n++) {
-        uint32_t a[4];
+        uint32_t a[4], v[4];
         fg_a<N>(a, fg_shared(m->c), l.row, 16 * n);
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            uint32_t v[4];
-            fg_b_trans<N>(v, fg_shared(m->b), 16 * n, 32 * l.half + 16 * j);
-            fg_mma(r.score[2 * j], a, v[0], v[1]);
-            fg_mma(r.score[2 * j + 1], a, v[2], v[3]);
-        }
+        fg_b_trans<N>(v, fg_shared(m->b), 16 * n, 16 * l.quarter);
+        fg_mma(r.score[0], a, v[0], v[1]);
+        fg_mma(r.score[1], a, v[2], v[3]);
     }
-    for (int64_t h = h0; h < h1; h++) {
-        const int stage = (int)((h - h0) % 2);
+    for (int h = h0; h < h1; h++) {
+        const int stage = (h - h0) % 2;
         const tile<N> *own = &m->tiles[stage];
         fg_copy_wait<0>();
         __syncthreads();
         if (h + 1 < h1) load_head<N>(k, &m->tiles[1 - stage], b, chunk, h + 1);
         fg_copy_commit();
-        uint32_t a[4][4];
-        float gu[4][4] = {};
-#pragma unroll
-        for (int p = 0; p < 4; p++) fg_a<64>(a[p], fg_shared(own->gy), l.row, 16 * p);
-        pairs<N>(m, own, l, a, &r);
-        from_state<N>(m, own, l, a, &r);
+        float gu[2][4] = {};
+        pairs<N>(m, own, l, &r);
+        from_state<N>(m, own, l, &r);
         to_state<N>(m, own, l, gu, &r);
         __syncthreads();
         finish<N>(k, m, own, l, gu, b, t0, h);
         __syncthreads();
-        if (warp == (int)(h % 8)) {
-            const int64_t at = (b * k.d.chunks + chunk) * k.z.H + h;
+        if (warp == h % WARPS) {
+            const int at = (b * chunks + chunk) * H + h;
             settle(m->t, own->dt, m->segment, k.rate[h],
-                   k.d.whole[(b * k.z.H + h) * k.d.chunks + chunk], real,
-                   k.gdt + token * k.z.H + h, k.z.H, k.s.ga + at, k.s.gd + at);
+                   k.d.whole[((int64_t)b * H + h) * chunks + chunk], real, k.gdt + token * H + h,
+                   H, k.s.ga + at, k.s.gd + at);
         }
     }
     __syncthreads();
@@ -488,7 +508,7 @@ template <int N> static void run_chunks_launch(const chunks &k, cudaStream_t str
     const int bytes = (int)sizeof(shared<N>);
     cudaFuncSetAttribute(run_chunks<N>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     const unsigned blocks = (unsigned)(k.z.B * k.d.chunks * k.z.G * k.s.parts);
-    run_chunks<N><<<blocks, 256, bytes, stream>>>(k);
+    run_chunks<N><<<blocks, THREADS, bytes, stream>>>(k);
 }
 
 /* ---- any shape and dtype, in f32 ------------------------------------------------------------- */
@@ -524,8 +544,8 @@ struct work { float *states, *s, *r, *w, *q, *z, *gu, *part, *inter; };
 struct view { int64_t b, h, g, chunk, token, at; int real; };
 
 /* s = whole s + sum_j weight_j u_jp v_jn */
-static __device__ __forceinline__ void advance(const plain &k, const view &v, const rows_of &u, const rows_of &y,
-                               const float *weight, float *s)
+static __device__ __forceinline__ void advance(const plain &k, const view &v, const rows_of &u,
+                                               const rows_of &y, const float *weight, float *s)
 {
     const float whole = k.d.whole[(v.b * k.z.H + v.h) * k.d.chunks + v.chunk];
     for (int64_t i = threadIdx.x; i < k.z.P * k.z.N; i += blockDim.x) {
@@ -539,8 +559,8 @@ static __device__ __forceinline__ void advance(const plain &k, const view &v, co
     __syncthreads();
 }
 
-static __device__ __forceinline__ void plain_pairs(const plain &k, const view &v, const int32_t *segment,
-                                   const work &m)
+static __device__ __forceinline__ void plain_pairs(const plain &k, const view &v,
+                                                   const int32_t *segment, const work &m)
 {
     for (int i0 = threadIdx.x; i0 < CHUNK * CHUNK; i0 += blockDim.x) {
         const int i = i0 / CHUNK, j = i0 % CHUNK;
@@ -566,8 +586,8 @@ static __device__ __forceinline__ void plain_pairs(const plain &k, const view &v
 }
 
 /* gu and its part through the state; gb, gc added to this task's sums. */
-static __device__ __forceinline__ void plain_products(const plain &k, const view &v, const work &m, float *gb,
-                                      float *gc)
+static __device__ __forceinline__ void plain_products(const plain &k, const view &v, const work &m,
+                                                      float *gb, float *gc)
 {
     const int64_t P = k.z.P, N = k.z.N;
     for (int64_t i = threadIdx.x; i < v.real * P; i += blockDim.x) {
@@ -599,8 +619,9 @@ static __device__ __forceinline__ void plain_products(const plain &k, const view
 }
 
 /* A warp per token. */
-static __device__ __forceinline__ void plain_totals(const plain &k, const view &v, const int32_t *segment,
-                                    const work &m, totals *t)
+static __device__ __forceinline__ void plain_totals(const plain &k, const view &v,
+                                                    const int32_t *segment, const work &m,
+                                                    totals *t)
 {
     const int lane = threadIdx.x % 32;
     const int64_t P = k.z.P, N = k.z.N;
@@ -627,17 +648,19 @@ static __device__ __forceinline__ void plain_totals(const plain &k, const view &
         if (lane) continue;
         t->row[0][i] = row, t->column[0][i] = column, t->u[0][i] = u, t->w[0][i] = w;
         t->gu[0][i] = gu, t->gy[0][i] = gy;
-        t->row[1][i] = t->u[1][i] = t->w[1][i] = t->gu[1][i] = t->gy[1][i] = 0;
-        t->column[1][i] = t->column[2][i] = t->column[3][i] = 0;
+        for (int n = 1; n < PARTS; n++)
+            t->row[n][i]
+                = t->column[n][i] = t->u[n][i] = t->w[n][i] = t->gu[n][i] = t->gy[n][i] = 0;
     }
     float both = 0;
     for (int64_t i = threadIdx.x; i < P * N; i += blockDim.x) both = fmaf(m.s[i], m.r[i], both);
     both = fg_warp_sum(both);
-    if (lane == 0) t->both[threadIdx.x / 32] = both;
+    if (lane == 0) t->both[threadIdx.x / 32] = both, t->both[WARPS / 2 + threadIdx.x / 32] = 0;
     __syncthreads();
 }
 
-static __device__ __forceinline__ void plain_head(const plain &k, view v, const work &m, float *gb, float *gc)
+static __device__ __forceinline__ void plain_head(const plain &k, view v, const work &m, float *gb,
+                                                  float *gc)
 {
     __shared__ totals t;
     const fg_ssd &z = k.z;
@@ -735,9 +758,8 @@ static layout cut(const fg_ssd &z, bool tensor, void *base, size_t *used)
 {
     layout m = {};
     m.d = fg_decays_cut(base, used, z, CHUNK);
-    const int64_t each = z.B * m.d.chunks * z.G, M = z.H / z.G;
-    int64_t parts = tensor ? (BLOCKS + each - 1) / each : TASKS;
-    parts = parts < M ? parts : M;
+    const int64_t M = z.H / z.G, plain = TASKS < M ? TASKS : M;
+    const int64_t parts = tensor ? fg_ssd_parts(z, m.d.chunks, BLOCKS) : plain;
     m.s = sums_cut(base, used, z, m.d.chunks, parts);
     const int64_t states = z.B * z.H * m.d.chunks * z.P * z.N;
     if (tensor) {
@@ -764,10 +786,11 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, const layout &m, cu
     k.gx = (bf16 *)e->out[GX], k.gdt = (float *)e->out[GDT];
     k.gb = fg_output_of(e, GB), k.gc = fg_output_of(e, GC);
     fg_states_launch<CHUNK>(z, m.d, { k.x, k.b, k.x_row, k.b_row, m.d.push,
-                                      (const float *)e->in[STATE], NULL, m.states, false }, stream);
+                                      (const float *)e->in[STATE], NULL, m.states, 0,
+                                      false }, stream);
     fg_states_launch<CHUNK>(z, m.d, { k.gy, k.c, k.gy_row, k.c_row, m.d.keep,
                                       (const float *)e->in[GEND], (float *)e->out[GSTATE],
-                                      m.pulls, true }, stream);
+                                      m.pulls, 0, true }, stream);
     if (z.N == 128) run_chunks_launch<128>(k, stream);
     else run_chunks_launch<64>(k, stream);
 }
@@ -802,8 +825,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     const bool tensor = in_chunks(&c);
     size_t used = 0;
     const layout m = cut(z, tensor, e->scratch, &used);
-    fg_decays_fill<CHUNK><<<(unsigned)(z.B * m.d.chunks), 256, 0, stream>>>(
-        z, (const float *)e->in[DT], (const float *)e->in[A], m.d);
+    fg_decays_launch<CHUNK>(z, (const float *)e->in[DT], (const float *)e->in[A], m.d, stream);
     if (tensor) chunks_launch(e, z, m, stream);
     else plain_launch(e, z, m, stream);
     const int64_t n = z.B * z.T * z.G * z.N;
