@@ -197,22 +197,62 @@ static __device__ __forceinline__ float2 fg_pair(const bf16 *m, int r, int c)
 }
 
 /* ROWS tokens of WIDTH columns to shared memory; tokens from `real` on become 0. */
-template <int WIDTH, int THREADS>
+template <int WIDTH, int ROWS, int THREADS>
 static __device__ __forceinline__ void fg_tile_load(bf16 *to, const bf16 *from, int64_t row,
-                                                    int rows, int64_t real)
+                                                    int real)
 {
-    const uint32_t m = fg_shared(to);
-    for (int i = threadIdx.x; i < rows * (WIDTH / 8); i += THREADS) {
-        const int r = i / (WIDTH / 8), c = i % (WIDTH / 8);
-        fg_copy_async(m + fg_swizzle<WIDTH>(r, c), r < real ? from + r * row + c * 8 : from,
-                      r < real);
+    constexpr int EIGHTS = WIDTH / 8, STEP = THREADS / EIGHTS;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "");
+    const int r0 = threadIdx.x / EIGHTS, c = threadIdx.x % EIGHTS;
+    const uint32_t m = fg_shared(to) + fg_swizzle<WIDTH>(r0, c);
+    const bf16 *p = from + r0 * row + c * 8;
+#pragma unroll
+    for (int k = 0; k < ROWS / STEP; k++) {
+        const bool in = r0 + k * STEP < real;
+        fg_copy_async(m + k * STEP * WIDTH * 2, in ? p + k * STEP * row : from, in);
     }
 }
-template <int THREADS>
-static __device__ __forceinline__ void fg_floats_load(float *to, const float *from, int n)
+/* The same rows one behind the other. */
+template <int WIDTH, int ROWS, int THREADS>
+static __device__ __forceinline__ void fg_tile_load(bf16 *to, const bf16 *from)
 {
-    for (int i = threadIdx.x; i < n / 4; i += THREADS)
-        fg_copy_async(fg_shared(to) + i * 16, from + i * 4, true);
+    constexpr int EIGHTS = WIDTH / 8, STEP = THREADS / EIGHTS;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "");
+    const int r0 = threadIdx.x / EIGHTS, c = threadIdx.x % EIGHTS;
+    const uint32_t m = fg_shared(to) + fg_swizzle<WIDTH>(r0, c);
+    const bf16 *p = from + threadIdx.x * 8;
+#pragma unroll
+    for (int k = 0; k < ROWS / STEP; k++)
+        fg_copy_async(m + k * STEP * WIDTH * 2, p + k * STEP * WIDTH, true);
+}
+/* N floats, a multiple of 4. */
+template <int N>
+static __device__ __forceinline__ void fg_floats_load(float *to, const float *from)
+{
+    const int i = threadIdx.x * 4;
+    if (i < N) fg_copy_async(fg_shared(to + i), from + i, true);
+}
+
+/* Lane q of four gets word q of each: v[k] becomes what lane k had in v[q].  So four columns of 16
+ * bits a lane and tile become eight of one tile: one store instead of four. */
+static __device__ __forceinline__ void fg_quad_turn(uint32_t *v)
+{
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    uint32_t s = odd ? v[0] : v[1], t = odd ? v[2] : v[3];
+    s = __shfl_xor_sync(~0u, s, 1);
+    t = __shfl_xor_sync(~0u, t, 1);
+    if (odd) v[0] = s, v[2] = t;
+    else v[1] = s, v[3] = t;
+    s = high ? v[0] : v[2];
+    t = high ? v[1] : v[3];
+    s = __shfl_xor_sync(~0u, s, 2);
+    t = __shfl_xor_sync(~0u, t, 2);
+    if (high) v[0] = s, v[1] = t;
+    else v[2] = s, v[3] = t;
+}
+static __device__ __forceinline__ void fg_store4(bf16 *to, const uint32_t *v)
+{
+    *(uint4 *)to = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
 /* ---- states between chunks ------------------------------------------------------------------ */
@@ -261,17 +301,17 @@ fg_states_sum(fg_ssd z, fg_decays d, fg_states s)
     const int p = warp % 4 * 16, n0 = warp / 4 * (N / 2), real = (int)z.T - t0;
     const bf16 *u = s.u + (b * z.T + t0) * s.u_row;
     const float *weight = s.weight + (int64_t)b * H * d.padded + t0;
-    fg_tile_load<N, 256>(m->v, s.v + (b * z.T + t0) * s.v_row + group * N, s.v_row, R, real);
-    fg_tile_load<64, 256>(m->u[0], u + h0 * 64, s.u_row, R, real);
-    fg_floats_load<256>(m->weight[0], weight + h0 * d.padded, R);
+    fg_tile_load<N, R, 256>(m->v, s.v + (b * z.T + t0) * s.v_row + group * N, s.v_row, real);
+    fg_tile_load<64, R, 256>(m->u[0], u + h0 * 64, s.u_row, real);
+    fg_floats_load<R>(m->weight[0], weight + h0 * d.padded);
     fg_copy_commit();
     for (int h = h0; h < h1; h++) {
         const int stage = (h - h0) % 2;
         fg_copy_wait<0>();
         __syncthreads();
         if (h + 1 < h1) {
-            fg_tile_load<64, 256>(m->u[1 - stage], u + (h + 1) * 64, s.u_row, R, real);
-            fg_floats_load<256>(m->weight[1 - stage], weight + (h + 1) * d.padded, R);
+            fg_tile_load<64, R, 256>(m->u[1 - stage], u + (h + 1) * 64, s.u_row, real);
+            fg_floats_load<R>(m->weight[1 - stage], weight + (h + 1) * d.padded);
         }
         fg_copy_commit();
         float sum[N / 16][4] = {};
@@ -293,12 +333,19 @@ fg_states_sum(fg_ssd z, fg_decays d, fg_states s)
                 fg_mma(sum[2 * n + 1], a, q[2], q[3]);
             }
         }
-        bf16 *to = s.kept + ((((int64_t)b * H + h) * chunks + chunk) * 64 + p + g) * N + n0 + c;
+        bf16 *to = s.kept + ((((int64_t)b * H + h) * chunks + chunk) * 64 + p + g) * N + n0
+            + 8 * (lane % 4);
 #pragma unroll
-        for (int n = 0; n < N / 16; n++) {
-            *(uint32_t *)(to + 8 * n) = fg_pack2(sum[n][0], sum[n][1]);
-            *(uint32_t *)(to + 8 * N + 8 * n) = fg_pack2(sum[n][2], sum[n][3]);
-        }
+        for (int n = 0; n < N / 16; n += 4)
+#pragma unroll
+            for (int low = 0; low < 2; low++) {
+                uint32_t v[4];
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    v[k] = fg_pack2(sum[n + k][2 * low], sum[n + k][2 * low + 1]);
+                fg_quad_turn(v);
+                fg_store4(to + 8 * low * N + 8 * n, v);
+            }
     }
 }
 

@@ -109,16 +109,22 @@ template <int N> struct tile {
 };
 
 template <int N>
-static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, int64_t b,
-                                                 int64_t chunk, int64_t h)
+static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, int b, int chunk,
+                                                 int h)
 {
-    const int64_t t0 = chunk * CHUNK, row = b * k.z.H + h, at = row * k.d.padded + t0;
-    fg_tile_load<64, 256>(m->x, k.x + (b * k.z.T + t0) * k.x_row + h * 64, k.x_row, CHUNK,
-                          k.z.T - t0);
-    fg_tile_load<N, 256>(m->state, k.states + (row * k.d.chunks + chunk) * 64 * N, N, 64, 64);
-    fg_floats_load<256>((float *)m->sum, (const float *)(k.d.sum + at), 2 * CHUNK);
-    fg_floats_load<256>(m->dt, k.d.dt + at, CHUNK);
-    fg_floats_load<256>(m->tail, k.d.tail + at, CHUNK);
+    const int t0 = chunk * CHUNK;
+    const int64_t row = b * k.z.H + h, at = row * k.d.padded + t0;
+    fg_tile_load<64, CHUNK, 256>(m->x, k.x + (b * k.z.T + t0) * k.x_row + h * 64, k.x_row,
+                                 (int)k.z.T - t0);
+    fg_tile_load<N, 64, 256>(m->state, k.states + (row * k.d.chunks + chunk) * 64 * N);
+    const int i = threadIdx.x % 64 * 4;
+    switch (threadIdx.x / 64) {                  /* two warps each */
+    case 0: fg_copy_async(fg_shared((float *)m->sum + i), (const float *)(k.d.sum + at) + i, true);
+            break;
+    case 1: if (i < CHUNK) fg_copy_async(fg_shared(m->dt + i), k.d.dt + at + i, true);
+            break;
+    case 2: if (i < CHUNK) fg_copy_async(fg_shared(m->tail + i), k.d.tail + at + i, true);
+    }
 }
 
 /* A fragment of scores, decays and steps: targets r and r + 8, sources j0 .. j0 + 16 of an earlier
@@ -166,13 +172,13 @@ static __device__ __forceinline__ void weigh(uint32_t *a, const float (*score)[4
 /* y of this warp's 16 rows of one head. */
 template <int N>
 static __device__ __forceinline__ void run_head(const chunks &k, const tile<N> *m,
-                                                const int32_t *segment, int64_t b, int64_t chunk,
-                                                int64_t h, const uint32_t (*q)[4],
-                                                const float (*score)[4])
+                                                const int32_t *segment, int b, int chunk, int h,
+                                                const uint32_t (*q)[4], const float (*score)[4])
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = 2 * (lane % 4);
     const int r = 16 * warp + g;
-    const int64_t t0 = chunk * CHUNK, at = (b * k.z.H + h) * k.d.padded + t0;
+    const int t0 = chunk * CHUNK;
+    const int64_t at = (b * k.z.H + h) * k.d.padded + t0;
     const float keep[2] = { k.d.keep[at + r], k.d.keep[at + r + 8] };
     const float2 own[2] = { m->sum[r], m->sum[r + 8] };
     const int seg[2] = { segment[r], segment[r + 8] };
@@ -216,13 +222,19 @@ static __device__ __forceinline__ void run_head(const chunks &k, const tile<N> *
 #pragma unroll
     for (int low = 0; low < 2; low++) {
         const int i = r + 8 * low;
-        if (t0 + i >= k.z.T) continue;
-        bf16 *to = k.y + ((b * k.z.T + t0 + i) * k.z.H + h) * 64 + c;
+        bf16 *to = k.y + ((b * k.z.T + t0 + i) * k.z.H + h) * 64 + 8 * (lane % 4);
 #pragma unroll
-        for (int p = 0; p < 8; p++) {
-            const float2 v = fg_pair<64>(m->x, i, 8 * p + c);
-            const float u = fmaf(skip, v.x, y[p][2 * low]), w = fmaf(skip, v.y, y[p][2 * low + 1]);
-            *(uint32_t *)(to + 8 * p) = seg[low] < 0 ? 0u : fg_pack2(u, w);
+        for (int n = 0; n < 8; n += 4) {
+            uint32_t out[4];
+#pragma unroll
+            for (int p = 0; p < 4; p++) {
+                const float2 v = fg_pair<64>(m->x, i, 8 * (n + p) + c);
+                const float u = fmaf(skip, v.x, y[n + p][2 * low]);
+                const float w = fmaf(skip, v.y, y[n + p][2 * low + 1]);
+                out[p] = seg[low] < 0 ? 0u : fg_pack2(u, w);
+            }
+            fg_quad_turn(out);
+            if (t0 + i < k.z.T) fg_store4(to + 8 * n, out);
         }
     }
 }
@@ -235,10 +247,11 @@ static __global__ void __launch_bounds__(256, 1) run_chunks(chunks k)
     tile<N> *tiles = (tile<N> *)memory;
     int32_t *segment = (int32_t *)(tiles + 2);
     const int warp = threadIdx.x / 32;
-    int64_t i = blockIdx.x;
-    const int64_t part = i % k.parts, g = (i /= k.parts) % k.z.G, chunk = (i /= k.z.G) % k.d.chunks;
-    const int64_t b = i / k.d.chunks, t0 = chunk * CHUNK, M = k.z.H / k.z.G, real = k.z.T - t0;
-    const int64_t h0 = g * M + M * part / k.parts, h1 = g * M + M * (part + 1) / k.parts;
+    const int parts = (int)k.parts, G = (int)k.z.G, count = (int)k.d.chunks, M = (int)k.z.H / G;
+    const int part = blockIdx.x % parts, rest = blockIdx.x / parts, g = rest % G;
+    const int chunk = rest / G % count, b = rest / G / count, t0 = chunk * CHUNK;
+    const int h0 = g * M + M * part / parts, h1 = g * M + M * (part + 1) / parts;
+    const int real = (int)k.z.T - t0;
     if ((int)threadIdx.x < CHUNK) segment[threadIdx.x] = k.d.segment[b * k.d.padded + t0
                                                                      + threadIdx.x];
     uint32_t q[N / 16][4];
@@ -246,8 +259,8 @@ static __global__ void __launch_bounds__(256, 1) run_chunks(chunks k)
     /* the scores, with b and c where the tiles of heads will be */
     bf16 *bs = (bf16 *)memory, *cs = bs + CHUNK * N;
     const int64_t at = b * k.z.T + t0;
-    fg_tile_load<N, 256>(bs, k.b + at * k.b_row + g * N, k.b_row, CHUNK, real);
-    fg_tile_load<N, 256>(cs, k.c + at * k.c_row + g * N, k.c_row, CHUNK, real);
+    fg_tile_load<N, CHUNK, 256>(bs, k.b + at * k.b_row + g * N, k.b_row, real);
+    fg_tile_load<N, CHUNK, 256>(cs, k.c + at * k.c_row + g * N, k.c_row, real);
     fg_copy_commit();
     fg_copy_wait<0>();
     __syncthreads();
@@ -267,8 +280,8 @@ static __global__ void __launch_bounds__(256, 1) run_chunks(chunks k)
     __syncthreads();
     load_head<N>(k, &tiles[0], b, chunk, h0);
     fg_copy_commit();
-    for (int64_t h = h0; h < h1; h++) {
-        const int stage = (int)((h - h0) % 2);
+    for (int h = h0; h < h1; h++) {
+        const int stage = (h - h0) % 2;
         if (h + 1 < h1) load_head<N>(k, &tiles[1 - stage], b, chunk, h + 1);
         fg_copy_commit();
         fg_copy_wait<1>();

@@ -70,10 +70,10 @@ static __device__ __forceinline__ float before(float x)      /* sum over lower l
 }
 
 /* gdt, ga and gd of one head and chunk by one warp; a lane has two tokens. */
-static __device__ __forceinline__ void settle(const totals &m, const float *dt,
-                                              const int32_t *segment, float rate, float whole,
-                                              int64_t real, float *gdt, int64_t row, float *ga,
-                                              float *gd)
+static __device__ __noinline__ void settle(const totals &m, const float *dt,
+                                           const int32_t *segment, float rate, float whole,
+                                           int64_t real, float *gdt, int64_t row, float *ga,
+                                           float *gd)
 {
     const int lane = threadIdx.x % 32;
     float cross[2], u[2], w[2], both = 0, a = 0, d = 0;
@@ -151,10 +151,10 @@ static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, in
     const int t0 = chunk * CHUNK, real = (int)k.z.T - t0;
     const int64_t row = b * k.z.H + h, at = row * k.d.padded + t0, token = b * k.z.T + t0;
     const int64_t state = (row * k.d.chunks + chunk) * 64 * N;
-    fg_tile_load<64, THREADS>(m->x, k.x + token * k.x_row + h * 64, k.x_row, CHUNK, real);
-    fg_tile_load<64, THREADS>(m->gy, k.gy + token * k.gy_row + h * 64, k.gy_row, CHUNK, real);
-    fg_tile_load<N, THREADS>(m->state, k.states + state, N, 64, 64);
-    fg_tile_load<N, THREADS>(m->pull, k.pulls + state, N, 64, 64);
+    fg_tile_load<64, CHUNK, THREADS>(m->x, k.x + token * k.x_row + h * 64, k.x_row, real);
+    fg_tile_load<64, CHUNK, THREADS>(m->gy, k.gy + token * k.gy_row + h * 64, k.gy_row, real);
+    fg_tile_load<N, 64, THREADS>(m->state, k.states + state);
+    fg_tile_load<N, 64, THREADS>(m->pull, k.pulls + state);
     const int i = threadIdx.x % 16 * 4;
     switch (threadIdx.x / 16) {
     case 0: fg_copy_async(fg_shared(&m->sum[i]), k.d.sum + at + i, true); break;
@@ -338,7 +338,7 @@ static __device__ __forceinline__ void to_state(shared<N> *m, const tile<N> *h, 
             fg_mma(k->gb[2 * n + 1], a, v[2], v[3]);
         }
     }
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < 64 * N / 8 / THREADS; i++) {
         float s[8], r[8];
         fg_unpack(((const uint4 *)h->state)[threadIdx.x + i * THREADS], s);
@@ -369,12 +369,12 @@ static __device__ __forceinline__ void finish(const chunks &k, shared<N> *m, con
         fg_mma(gu[0], a, v[0], v[1]);
         fg_mma(gu[1], a, v[2], v[3]);
     }
+    uint32_t out[4];
 #pragma unroll
     for (int low = 0; low < 2; low++) {
         const int r = j + 8 * low;
         const bool pad = m->segment[r] < 0;
         const float dt = h->dt[r];
-        bf16 *to = k.gx + ((b * k.z.T + t0 + r) * k.z.H + head) * 64 + 16 * l.quarter + l.c;
 #pragma unroll
         for (int p = 0; p < 2; p++) {
             const float2 x = fg_pair<64>(h->x, r, 16 * l.quarter + 8 * p + l.c);
@@ -383,9 +383,13 @@ static __device__ __forceinline__ void finish(const chunks &k, shared<N> *m, con
             on_x[low] = fmaf(u, x.x, fmaf(v, x.y, on_x[low]));
             on_y[low] = fmaf(y.x, x.x, fmaf(y.y, x.y, on_y[low]));
             const uint32_t g = fg_pack2(fmaf(dt, u, skip * y.x), fmaf(dt, v, skip * y.y));
-            if (t0 + r < k.z.T) *(uint32_t *)(to + 8 * p) = pad ? 0u : g;
+            out[2 * low + p] = pad ? 0u : g;
         }
     }
+    fg_quad_turn(out);
+    const int own = t0 + j + l.c / 4 * 8, column = 16 * l.quarter + l.c % 4 * 4;
+    if (own < k.z.T)
+        fg_store4(k.gx + ((b * k.z.T + own) * k.z.H + head) * 64 + column, out);
     put_rows(l, m->t.gu, on_x[0], on_x[1]);
     put_rows(l, m->t.gy, on_y[0], on_y[1]);
 }
@@ -462,8 +466,8 @@ static __global__ void __launch_bounds__(THREADS, 1) run_chunks(chunks k)
     const int real = (int)k.z.T - t0;
     const int64_t token = b * k.z.T + t0;
     kept<N> r = {};
-    fg_tile_load<N, THREADS>(m->b, k.b + token * k.b_row + g * N, k.b_row, CHUNK, real);
-    fg_tile_load<N, THREADS>(m->c, k.c + token * k.c_row + g * N, k.c_row, CHUNK, real);
+    fg_tile_load<N, CHUNK, THREADS>(m->b, k.b + token * k.b_row + g * N, k.b_row, real);
+    fg_tile_load<N, CHUNK, THREADS>(m->c, k.c + token * k.c_row + g * N, k.c_row, real);
     if (threadIdx.x < CHUNK)
         m->segment[threadIdx.x] = k.d.segment[b * k.d.padded + t0 + threadIdx.x];
     load_head<N>(k, &m->tiles[0], b, chunk, h0);
@@ -532,16 +536,40 @@ struct plain {
     int64_t each;
 };
 
-/* A block's own memory: states [chunks][P][N], s, r [P][N], w, q, z [64][64], gu, part [64][P],
- * inter [64][N]. */
+/* A block's own memory: states [chunks][P][N]; s, r [P][N]; of pairs w, q, z [i][j] and q turned;
+ * and with a column per token x, gy, gu, part [P][64], b, c, inter [N][64]. */
 static int64_t plain_floats(const fg_ssd &z, int64_t chunks)
 {
-    return (chunks + 2) * z.P * z.N + 3 * CHUNK * CHUNK + 2 * CHUNK * z.P + CHUNK * z.N;
+    return (chunks + 2) * z.P * z.N + 4 * CHUNK * CHUNK + CHUNK * (4 * z.P + 3 * z.N);
 }
-struct work { float *states, *s, *r, *w, *q, *z, *gu, *part, *inter; };
+struct work {
+    float *states, *s, *r, *w, *q, *z, *turned, *x, *gy, *gu, *part, *b, *c, *inter;
+};
+static __device__ __forceinline__ work work_of(float *own, const fg_ssd &z, int64_t chunks)
+{
+    work m;
+    m.states = own;
+    m.s = m.states + chunks * z.P * z.N, m.r = m.s + z.P * z.N;
+    m.w = m.r + z.P * z.N, m.q = m.w + CHUNK * CHUNK, m.z = m.q + CHUNK * CHUNK;
+    m.turned = m.z + CHUNK * CHUNK;
+    m.x = m.turned + CHUNK * CHUNK, m.gy = m.x + CHUNK * z.P, m.gu = m.gy + CHUNK * z.P;
+    m.part = m.gu + CHUNK * z.P;
+    m.b = m.part + CHUNK * z.P, m.c = m.b + CHUNK * z.N, m.inter = m.c + CHUNK * z.N;
+    return m;
+}
 
 /* A chunk of one head, as the kernels below see it. */
 struct view { int64_t b, h, g, chunk, token, at; int real; };
+
+/* to[i][t] = row token + t of r, column first + i; 0 behind the last token. */
+static __device__ __forceinline__ void turn(const view &v, const rows_of &r, int64_t first,
+                                            int64_t n, float *to)
+{
+    for (int64_t i = threadIdx.x; i < n * CHUNK; i += blockDim.x) {
+        const int64_t t = i / n, k = i % n;
+        to[k * CHUNK + t] = t < v.real ? get(r, v.token + t, first + k) : 0.0f;
+    }
+}
 
 /* s = whole s + sum_j weight_j u_jp v_jn */
 static __device__ __forceinline__ void advance(const plain &k, const view &v, const rows_of &u,
@@ -562,25 +590,24 @@ static __device__ __forceinline__ void advance(const plain &k, const view &v, co
 static __device__ __forceinline__ void plain_pairs(const plain &k, const view &v,
                                                    const int32_t *segment, const work &m)
 {
-    for (int i0 = threadIdx.x; i0 < CHUNK * CHUNK; i0 += blockDim.x) {
-        const int i = i0 / CHUNK, j = i0 % CHUNK;
+    for (int n = threadIdx.x; n < CHUNK * CHUNK; n += blockDim.x) {
+        const int i = n / CHUNK, j = n % CHUNK;
         float w = 0, q = 0, z = 0;
         if (j <= i && i < v.real && segment[i] == segment[j]) {
             float e = 0, score = 0;
             for (int64_t p = 0; p < k.z.P; p++)
-                e = fmaf(get(k.gy, v.token + i, v.h * k.z.P + p),
-                         get(k.x, v.token + j, v.h * k.z.P + p), e);
-            for (int64_t n = 0; n < k.z.N; n++)
-                score = fmaf(get(k.c, v.token + i, v.g * k.z.N + n),
-                             get(k.b, v.token + j, v.g * k.z.N + n), score);
+                e = fmaf(m.gy[p * CHUNK + i], m.x[p * CHUNK + j], e);
+            for (int64_t c = 0; c < k.z.N; c++)
+                score = fmaf(m.c[c * CHUNK + i], m.b[c * CHUNK + j], score);
             const float d = exp2f(fg_two_diff(k.d.sum[v.at + i], k.d.sum[v.at + j]));
             w = score * d;
             q = e * d * k.d.dt[v.at + j];
             z = j < i ? q * score : 0;
         }
-        m.w[i0] = w;
-        m.q[i0] = q;
-        m.z[i0] = z;
+        m.w[n] = w;
+        m.q[n] = q;
+        m.z[n] = z;
+        m.turned[j * CHUNK + i] = q;
     }
     __syncthreads();
 }
@@ -590,72 +617,78 @@ static __device__ __forceinline__ void plain_products(const plain &k, const view
                                                       float *gb, float *gc)
 {
     const int64_t P = k.z.P, N = k.z.N;
-    for (int64_t i = threadIdx.x; i < v.real * P; i += blockDim.x) {
-        const int64_t j = i / P, p = i % P;
+    for (int64_t i = threadIdx.x; i < P * CHUNK; i += blockDim.x) {
+        const int64_t p = i / CHUNK, j = i % CHUNK;
         float sum = 0, pairs = 0;
-        for (int64_t n = 0; n < N; n++)
-            sum = fmaf(m.r[p * N + n], get(k.b, v.token + j, v.g * N + n), sum);
-        for (int64_t t = j; t < v.real; t++)
-            pairs = fmaf(m.w[t * CHUNK + j], get(k.gy, v.token + t, v.h * P + p), pairs);
+        for (int64_t n = 0; n < N; n++) sum = fmaf(m.r[p * N + n], m.b[n * CHUNK + j], sum);
+        for (int t = 0; t < v.real; t++)
+            pairs = fmaf(m.w[t * CHUNK + j], m.gy[p * CHUNK + t], pairs);
         m.part[i] = k.d.left[v.at + j] * sum;
         m.gu[i] = pairs + m.part[i];
     }
-    for (int64_t i = threadIdx.x; i < v.real * N; i += blockDim.x) {
-        const int64_t t = i / N, n = i % N, to = ((v.token + t) * k.z.G + v.g) * N + n;
+    for (int64_t i = threadIdx.x; i < N * CHUNK; i += blockDim.x) {
+        const int64_t n = i / CHUNK, t = i % CHUNK, to = ((v.token + t) * k.z.G + v.g) * N + n;
         float back = 0, on = 0, c = 0, b = 0;
         for (int64_t p = 0; p < P; p++) {
-            back = fmaf(m.s[p * N + n], get(k.gy, v.token + t, v.h * P + p), back);
-            on = fmaf(m.r[p * N + n], get(k.x, v.token + t, v.h * P + p), on);
+            back = fmaf(m.s[p * N + n], m.gy[p * CHUNK + t], back);
+            on = fmaf(m.r[p * N + n], m.x[p * CHUNK + t], on);
         }
-        for (int64_t j = 0; j <= t; j++)
-            c = fmaf(m.q[t * CHUNK + j], get(k.b, v.token + j, v.g * N + n), c);
-        for (int64_t j = t; j < v.real; j++)
-            b = fmaf(m.q[j * CHUNK + t], get(k.c, v.token + j, v.g * N + n), b);
+        for (int j = 0; j < v.real; j++) {
+            c = fmaf(m.turned[j * CHUNK + t], m.b[n * CHUNK + j], c);
+            b = fmaf(m.q[j * CHUNK + t], m.c[n * CHUNK + j], b);
+        }
         m.inter[i] = k.d.keep[v.at + t] * back;
+        if (t >= v.real) continue;
         gc[to] += c + m.inter[i];
         gb[to] += fmaf(k.d.push[v.at + t], on, b);
     }
     __syncthreads();
 }
 
-/* A warp per token. */
+/* gx; and a thread per token and two sums. */
 static __device__ __forceinline__ void plain_totals(const plain &k, const view &v,
                                                     const int32_t *segment, const work &m,
                                                     totals *t)
 {
-    const int lane = threadIdx.x % 32;
     const int64_t P = k.z.P, N = k.z.N;
+    const int i = threadIdx.x % CHUNK;
     const float skip = k.skip.p ? k.skip[v.h] : 0.0f;
-    for (int i = threadIdx.x / 32; i < CHUNK; i += blockDim.x / 32) {
-        float row = 0, column = 0, u = 0, w = 0, gu = 0, gy = 0;
-        for (int j = lane; j < CHUNK; j += 32) {
-            row += m.z[i * CHUNK + j];
-            column += m.z[j * CHUNK + i];
+    float one = 0, two = 0, both = 0;
+    switch (threadIdx.x / CHUNK) {
+    case 0:
+        for (int j = 0; j < CHUNK; j++) one += m.z[i * CHUNK + j], two += m.z[j * CHUNK + i];
+        t->row[0][i] = one, t->column[0][i] = two;
+        break;
+    case 1:
+        for (int64_t n = 0; n < N; n++) one = fmaf(m.inter[n * CHUNK + i], m.c[n * CHUNK + i], one);
+        t->u[0][i] = one;
+        break;
+    case 2:
+        for (int64_t p = 0; p < P; p++) {
+            one = fmaf(m.part[p * CHUNK + i], m.x[p * CHUNK + i], one);
+            two = fmaf(m.gu[p * CHUNK + i], m.x[p * CHUNK + i], two);
         }
-        for (int64_t n = lane; n < N && i < v.real; n += 32)
-            u = fmaf(m.inter[i * N + n], get(k.c, v.token + i, v.g * N + n), u);
-        for (int64_t p = lane; p < P && i < v.real; p += 32) {
-            const float x = get(k.x, v.token + i, v.h * P + p);
-            const float y = get(k.gy, v.token + i, v.h * P + p), g = m.gu[i * P + p];
-            w = fmaf(m.part[i * P + p], x, w);
-            gu = fmaf(g, x, gu);
-            gy = fmaf(y, x, gy);
-            k.gx.put(((v.token + i) * k.z.H + v.h) * P + p,
-                     segment[i] < 0 ? 0.0f : fmaf(k.d.dt[v.at + i], g, skip * y));
+        t->w[0][i] = one, t->gu[0][i] = two;
+        break;
+    default:
+        for (int64_t p = 0; p < P; p++) one = fmaf(m.gy[p * CHUNK + i], m.x[p * CHUNK + i], one);
+        t->gy[0][i] = one;
+        for (int n = 1; n < PARTS; n++) {
+            t->row[n][i] = t->column[n][i] = t->u[n][i] = 0;
+            t->w[n][i] = t->gu[n][i] = t->gy[n][i] = 0;
         }
-        row = fg_warp_sum(row), column = fg_warp_sum(column), u = fg_warp_sum(u);
-        w = fg_warp_sum(w), gu = fg_warp_sum(gu), gy = fg_warp_sum(gy);
-        if (lane) continue;
-        t->row[0][i] = row, t->column[0][i] = column, t->u[0][i] = u, t->w[0][i] = w;
-        t->gu[0][i] = gu, t->gy[0][i] = gy;
-        for (int n = 1; n < PARTS; n++)
-            t->row[n][i]
-                = t->column[n][i] = t->u[n][i] = t->w[n][i] = t->gu[n][i] = t->gy[n][i] = 0;
     }
-    float both = 0;
-    for (int64_t i = threadIdx.x; i < P * N; i += blockDim.x) both = fmaf(m.s[i], m.r[i], both);
+    for (int64_t n = threadIdx.x; n < v.real * P; n += blockDim.x) {
+        const int64_t j = n / P, p = n % P;
+        const float g = fmaf(k.d.dt[v.at + j], m.gu[p * CHUNK + j], skip * m.gy[p * CHUNK + j]);
+        k.gx.put(((v.token + j) * k.z.H + v.h) * P + p, segment[j] < 0 ? 0.0f : g);
+    }
+    for (int64_t n = threadIdx.x; n < P * N; n += blockDim.x) both = fmaf(m.s[n], m.r[n], both);
     both = fg_warp_sum(both);
-    if (lane == 0) t->both[threadIdx.x / 32] = both, t->both[WARPS / 2 + threadIdx.x / 32] = 0;
+    if (threadIdx.x % 32 == 0) {
+        t->both[threadIdx.x / 32] = both;
+        t->both[WARPS / 2 + threadIdx.x / 32] = 0;
+    }
     __syncthreads();
 }
 
@@ -685,6 +718,11 @@ static __device__ __forceinline__ void plain_head(const plain &k, view v, const 
             continue;
         }
         const int32_t *segment = k.d.segment + v.b * k.d.padded + v.chunk * CHUNK;
+        turn(v, k.x, v.h * z.P, z.P, m.x);
+        turn(v, k.gy, v.h * z.P, z.P, m.gy);
+        turn(v, k.b, v.g * z.N, z.N, m.b);
+        turn(v, k.c, v.g * z.N, z.N, m.c);
+        __syncthreads();
         plain_pairs(k, v, segment, m);
         plain_products(k, v, m, gb, gc);
         plain_totals(k, v, segment, m, &t);
@@ -702,14 +740,10 @@ static __global__ void __launch_bounds__(256, 1) run_plain(plain k)
 {
     const fg_ssd &z = k.z;
     const int64_t task = blockIdx.x % k.s.parts, g = blockIdx.x / k.s.parts % z.G;
-    const int64_t b = blockIdx.x / k.s.parts / z.G, M = z.H / z.G, size = z.P * z.N;
+    const int64_t b = blockIdx.x / k.s.parts / z.G, M = z.H / z.G;
     const int64_t all = z.B * z.T * z.G * z.N;
-    float *own = k.own + blockIdx.x * k.each, *gb = k.s.gb + task * all, *gc = k.s.gc + task * all;
-    work m;
-    m.states = own;
-    m.s = m.states + k.d.chunks * size, m.r = m.s + size;
-    m.w = m.r + size, m.q = m.w + CHUNK * CHUNK, m.z = m.q + CHUNK * CHUNK;
-    m.gu = m.z + CHUNK * CHUNK, m.part = m.gu + CHUNK * z.P, m.inter = m.part + CHUNK * z.P;
+    float *gb = k.s.gb + task * all, *gc = k.s.gc + task * all;
+    const work m = work_of(k.own + blockIdx.x * k.each, z, k.d.chunks);
     for (int64_t i = threadIdx.x; i < z.T * z.N; i += blockDim.x) {
         const int64_t at = ((b * z.T + i / z.N) * z.G + g) * z.N + i % z.N;
         gb[at] = gc[at] = 0;
