@@ -274,7 +274,8 @@ static measurement measure(cublasLtHandle_t handle, const fg_gemm_call *g, descr
     return m;
 }
 
-/* The index of the best of n candidates: see gemm.cuh on bits. */
+/* The index of the best of n candidates: see gemm.cuh on bits.  One with other bits that does not
+ * split K is none: seen were some that round the product before they add the bias. */
 static int best_of(cublasLtHandle_t handle, const fg_gemm_call *g, description *d,
                    const cublasLtMatmulHeuristicResult_t *result, int n, cudaStream_t stream)
 {
@@ -292,7 +293,8 @@ static int best_of(cublasLtHandle_t handle, const fg_gemm_call *g, description *
     for (int i = 0; i < n; i++) {
         if (m[i].time < 0) continue;
         const bool like = m[0].time >= 0 && m[i].bits == m[0].bits && m[i].split == m[0].split;
-        int *best = like ? &same : &other;
+        int *best = like ? &same : m[i].split >> 32 > 1 || m[0].time < 0 ? &other : nullptr;
+        if (best == nullptr) continue;
         if (*best < 0 || m[i].time < m[*best].time) *best = i;
     }
     if (same < 0) return other < 0 ? 0 : other;
@@ -391,7 +393,7 @@ static const void *offset(const void *p, int64_t elements, fg_dtype type)
 }
 
 /* Cuts what is left of an extent over a multiple of EVEN off as a product of its own.  Of K that
- * remainder is first, so that y, if bf16, rounds it and not the main sum a second time. */
+ * remainder is first: y, if bf16, rounds it and then the sum. */
 static void cut_product(const fg_gemm_call *g, cudaStream_t stream)
 {
     const bool cut = worth_cutting(g);

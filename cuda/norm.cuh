@@ -6,10 +6,10 @@
  * of 8 elements a thread: every input is read once and every output written once.  A segment is
  *   - one group, n <= 4096: all its threads sum;
  *   - or 512 elements of several groups of n = 8, 16, .. 256: n / 8 neighbouring lanes sum.
- * Blocks stay and walk the rows; the next row is on its way while the present one is summed.
  * Any other n goes element by element, one warp to a group, and reads its inputs twice.
- * The gain's gradient: each block adds the rows it is given, in order, and leaves one row of
- * partial sums, then a second kernel adds those.  Blocks and rows are set by the shape alone. */
+ * The gradient's blocks walk the rows they are given, in order; the next row is on its way while
+ * the present one is summed.  Each leaves one row of partial sums of gw, and a second kernel adds
+ * those.  Blocks and rows are set by the shape alone. */
 #ifndef FG_NORM_CUH
 #define FG_NORM_CUH
 #include "kernel.cuh"
@@ -21,14 +21,11 @@ enum {
     NORM_ROWS = 4                /* that a block of the gradient walks at the least */
 };
 
-/* Blocks that a processor holds, by the threads of a segment and their vectors: what registers
- * allow.  H100, 2026-11. */
-template <int THREADS, int VECS> constexpr int norm_forward_blocks =
-    THREADS == 32 ? (VECS == 1 ? 6 : 4) : THREADS == 128 ? 6 : THREADS == 192 ? 4
-    : THREADS == 256 ? 3 : THREADS == 384 ? 2 : 1;
+/* Blocks of the gradient that a processor holds, by the threads of a segment and their vectors:
+ * what registers allow.  H100, 2026-11. */
 template <int THREADS, int VECS> constexpr int norm_backward_blocks =
-    THREADS == 32 ? (VECS == 1 ? 5 : 3) : THREADS == 128 ? 4 : THREADS == 192 ? 3
-    : THREADS == 256 ? 2 : 1;
+    THREADS == 32 ? (VECS == 1 ? 5 : 3) : THREADS == 128 ? 4
+    : THREADS == 192 ? (VECS == 1 ? 3 : 2) : THREADS == 256 ? 2 : 1;
 
 /* Row r of a tensor of rows of D elements begins at r / per * pitch + r % per * D. */
 struct norm_rows { int64_t per, pitch, D; };
@@ -58,7 +55,7 @@ struct norm_size {
         else if ((segment) <= 1024) { USE(128, 1); } \
         else if ((segment) <= 1536) { USE(192, 1); } \
         else if ((segment) <= 2048) { USE(256, 1); } \
-        else if ((segment) <= 3072) { USE(384, 1); } \
+        else if ((segment) <= 3072) { USE(192, 2); } \
         else { USE(512, 1); } \
     } while (0)
 
@@ -195,67 +192,47 @@ struct norm_forward {
     float eps;
 };
 
-/* What one row needs from memory. */
-template <int VECS> struct norm_forward_row { norm_values<VECS> x, other; };
-
 template <bool GATED, int THREADS, int VECS>
-static __device__ __forceinline__ void
-norm_forward_fetch(norm_forward_row<VECS> &r, const norm_forward &a, int64_t row,
-                   const norm_place<THREADS, VECS> &place)
+static __global__ void __launch_bounds__(norm_block<THREADS>) norm_whole(const norm_forward a)
 {
-    norm_fetch(r.x, a.x, norm_row(a.x_rows, row), place.at, place.ok);
-    if (GATED) norm_fetch(r.other, a.g, norm_row(a.g_rows, row), place.at, place.ok);
-    else if (a.more.p) norm_fetch(r.other, a.more, row * a.s.D, place.at, place.ok);
-}
-
-template <bool GATED, int THREADS, int VECS>
-static __global__ void
-__launch_bounds__(norm_block<THREADS>, (norm_forward_blocks<THREADS, VECS>))
-norm_whole(const norm_forward a)
-{
-    const int held = THREADS == 32 ? NORM_WARPS : 1;
-    const int64_t stride = (int64_t)gridDim.x * held;
-    int64_t row = blockIdx.x * (int64_t)held + (THREADS == 32 ? threadIdx.x / 32 : 0);
+    const int64_t row = THREADS == 32
+                      ? blockIdx.x * (int64_t)NORM_WARPS + threadIdx.x / 32 : blockIdx.x;
     if (row >= a.s.rows) return;
     const norm_place<THREADS, VECS> place(a.s, blockIdx.y);
-    fg_vec8 w[VECS];
+    norm_values<VECS> x, other;
+    norm_fetch(x, a.x, norm_row(a.x_rows, row), place.at, place.ok);
+    if (GATED) norm_fetch(other, a.g, norm_row(a.g_rows, row), place.at, place.ok);
+    else if (a.more.p) norm_fetch(other, a.more, row * a.s.D, place.at, place.ok);
+    norm_widen(x, a.x.narrow);
+    if (!GATED && a.more.p) {
+        norm_widen(other, a.more.narrow);
 #pragma unroll
-    for (int i = 0; i < VECS; i++) w[i] = fg_load8(a.w, place.w[i]);
-    norm_forward_row<VECS> next;
-    norm_forward_fetch<GATED>(next, a, row, place);
-    for (int slot = 0; row < a.s.rows; row += stride, slot ^= 1) {
-        norm_values<VECS> x = next.x, other = next.other;
-        if (row + stride < a.s.rows) norm_forward_fetch<GATED>(next, a, row + stride, place);
-        norm_widen(x, a.x.narrow);
-        if (!GATED && a.more.p) {
-            norm_widen(other, a.more.narrow);
+        for (int i = 0; i < VECS; i++)
 #pragma unroll
-            for (int i = 0; i < VECS; i++)
-#pragma unroll
-                for (int k = 0; k < 8; k++) x.v[i][k] += other.v[i][k];
-            norm_put(x, a.sum, row * a.s.D, place.at, place.ok);
-        }
-        float rstd[VECS];
-#pragma unroll
-        for (int i = 0; i < VECS; i++) {
-            rstd[i] = 0;
-#pragma unroll
-            for (int k = 0; k < 8; k++) rstd[i] += x.v[i][k] * x.v[i][k];
-        }
-        norm_group_sums<THREADS>(rstd, a.s.lanes, slot);
-        if (GATED) norm_widen(other, a.g.narrow);
-#pragma unroll
-        for (int i = 0; i < VECS; i++) {
-            rstd[i] = 1.0f / sqrtf(rstd[i] / (float)a.s.n + a.eps);
-            if (place.first[i]) a.rstd[row * a.s.groups + place.group[i]] = rstd[i];
-#pragma unroll
-            for (int k = 0; k < 8; k++) {
-                x.v[i][k] = x.v[i][k] * rstd[i] * w[i][k];
-                if (GATED) x.v[i][k] *= norm_sigmoid(other.v[i][k]);
-            }
-        }
-        norm_put(x, a.y, norm_row(a.y_rows, row), place.at, place.ok);
+            for (int k = 0; k < 8; k++) x.v[i][k] += other.v[i][k];
+        norm_put(x, a.sum, row * a.s.D, place.at, place.ok);
     }
+    float rstd[VECS];
+#pragma unroll
+    for (int i = 0; i < VECS; i++) {
+        rstd[i] = 0;
+#pragma unroll
+        for (int k = 0; k < 8; k++) rstd[i] += x.v[i][k] * x.v[i][k];
+    }
+    norm_group_sums<THREADS>(rstd, a.s.lanes, 0);
+    if (GATED) norm_widen(other, a.g.narrow);
+#pragma unroll
+    for (int i = 0; i < VECS; i++) {
+        rstd[i] = 1.0f / sqrtf(rstd[i] / (float)a.s.n + a.eps);
+        if (place.first[i]) a.rstd[row * a.s.groups + place.group[i]] = rstd[i];
+        const fg_vec8 w = fg_load8(a.w, place.w[i]);
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            x.v[i][k] = x.v[i][k] * rstd[i] * w[k];
+            if (GATED) x.v[i][k] *= norm_sigmoid(other.v[i][k]);
+        }
+    }
+    norm_put(x, a.y, norm_row(a.y_rows, row), place.at, place.ok);
 }
 
 /* Groups of any length: one warp to a group, element by element. */
@@ -291,10 +268,7 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_elements(const no
 template <bool GATED, int THREADS, int VECS>
 static void norm_start(const norm_forward &a, cudaStream_t stream)
 {
-    const int64_t blocks = fg_blocks(a.s.rows, THREADS == 32 ? NORM_WARPS : 1);
-    const int64_t all = (int64_t)fg_processors() * norm_forward_blocks<THREADS, VECS>;
-    const int64_t most = (all + a.s.segments - 1) / a.s.segments;
-    const dim3 grid((unsigned)(blocks < most ? blocks : most), (unsigned)a.s.segments);
+    const dim3 grid(fg_blocks(a.s.rows, THREADS == 32 ? NORM_WARPS : 1), (unsigned)a.s.segments);
     norm_whole<GATED, THREADS, VECS><<<grid, norm_block<THREADS>, 0, stream>>>(a);
 }
 
