@@ -143,6 +143,9 @@ static void add_timing(fg_plan *p, const fg_node *n, double seconds)
     t->bytes += c.bytes;
 }
 
+/* Element `i` of a row-wise tensor in memory that was copied as it lies. */
+static int64_t lies_at(const fg_rows *r, int64_t i) { return i / r->width * r->pitch + i % r->width; }
+
 /* NaN and infinity stop the run and name their node.  -infinity does not: it is what a masked score
  * and the log-sum-exp of nothing are. */
 static fg_status check_values(fg_plan *p, const fg_node *n, const fg_exec *e)
@@ -152,12 +155,14 @@ static fg_status check_values(fg_plan *p, const fg_node *n, const fg_exec *e)
         const fg_value *v = &p->low->values[n->out[o]];
         const int64_t count = fg_shape_count(v->shape);
         if (v->type == FG_I32 || !count) continue;
-        float *x = malloc((size_t)count * sizeof *x);
+        const fg_rows *rows = &e->out_rows[o];
+        const int64_t all = lies_at(rows, count - 1) + 1;
+        float *x = malloc((size_t)all * sizeof *x);
         if (!x) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while checking values");
-        fg_status s = b->ops->download(b, x, e->out[o], count, v->type);
+        fg_status s = b->ops->download(b, x, e->out[o], all, v->type);
         int64_t bad = 0;
-        while (!s && bad < count && x[bad] < INFINITY) bad++;
-        const float value = bad < count ? x[bad] : 0;
+        while (!s && bad < count && x[lies_at(rows, bad)] < INFINITY) bad++;
+        const float value = bad < count ? x[lies_at(rows, bad)] : 0;
         free(x);
         if (s || bad == count) continue;
         char path[200], shape[160];
