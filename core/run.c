@@ -102,7 +102,7 @@ fg_status fg_write(fg_plan *p, fg_tensor t, const void *data, size_t bytes)
     return s ? fg__plan_fail(p, s, "write: %s: %s", v->name, fg_backend_message(b)) : FG_OK;
 }
 
-fg_status fg_read(fg_plan *p, fg_tensor t, void *data, size_t bytes)
+static fg_status read_value(fg_plan *p, fg_tensor t, void *data, size_t bytes, bool later)
 {
     if (!p) return FG_ERR_MEMORY;
     if (p->status || fg__prepare(p)) return p->status;
@@ -113,9 +113,21 @@ fg_status fg_read(fg_plan *p, fg_tensor t, void *data, size_t bytes)
                              "read: the tensor is not an output (fg_output keeps it)");
     const fg_value *v = &p->graph->values[id];
     fg_backend *b = p->store->backend;
-    const fg_status s = b->ops->download(b, data, fg__plan_data(p, t), fg_shape_count(v->shape),
-                                         p->low->values[p->map[id]].type);
+    const fg_dtype type = p->low->values[p->map[id]].type;
+    const fg_status s = (later && b->ops->download_later ? b->ops->download_later
+                                                         : b->ops->download)(
+        b, data, fg__plan_data(p, t), fg_shape_count(v->shape), type);
     return s ? fg__plan_fail(p, s, "read: %s", fg_backend_message(b)) : FG_OK;
+}
+
+fg_status fg_read(fg_plan *p, fg_tensor t, void *data, size_t bytes)
+{
+    return read_value(p, t, data, bytes, false);
+}
+
+fg_status fg_read_later(fg_plan *p, fg_tensor t, void *data, size_t bytes)
+{
+    return read_value(p, t, data, bytes, true);
 }
 
 static double now(void)
@@ -199,26 +211,51 @@ static fg_status launch_all(fg_plan *p, bool fixed)
     return FG_OK;
 }
 
-/* One node at a time, each between two marks of the device's own clock where it has one. */
-static fg_status launch_timed(fg_plan *p)
+/* The first of the nodes from k on that is launched; n_nodes if none is. */
+static uint32_t next_launched(const fg_plan *p, uint32_t k)
+{
+    while (k < p->low->n_nodes && (p->quiet[k] || p->fixed[k])) k++;
+    return k;
+}
+
+/* Nodes of one op that follow each other, between two marks of the device's own clock: a device may
+ * launch them together. */
+static fg_status launch_marked(fg_plan *p)
 {
     fg_backend *b = p->store->backend;
     const uint32_t n = p->low->n_nodes;
+    const fg_op *last = NULL;
     fg_status s = FG_OK;
-    for (uint32_t k = 0; k < n && !s; k++) {
-        const double start = now();
-        if (b->ops->mark) s = b->ops->mark(b, (int)k);
-        const bool runs = !p->quiet[k] && !p->fixed[k];
-        if (!s && runs && launch(p, k)) return p->status;
-        if (!s && !b->ops->mark && runs && !(s = b->ops->sync(b)))
-            add_timing(p, &p->low->nodes[k], now() - start);
+    for (uint32_t k = next_launched(p, 0); k < n && !s; k = next_launched(p, k + 1)) {
+        if (p->low->nodes[k].op != last) s = b->ops->mark(b, (int)k);
+        last = p->low->nodes[k].op;
+        if (!s && launch(p, k)) return p->status;
     }
-    if (!s && b->ops->mark) s = b->ops->mark(b, (int)n);
+    if (!s) s = b->ops->mark(b, (int)n);
     if (!s) s = b->ops->sync(b);
-    for (uint32_t k = 0; k < n && !s && b->ops->mark; k++)
-        if (!p->quiet[k] && !p->fixed[k])
-            add_timing(p, &p->low->nodes[k], b->ops->elapsed(b, (int)k, (int)k + 1));
-    return s ? fg__plan_fail(p, s, "%s", fg_backend_message(b)) : FG_OK;
+    if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
+    for (uint32_t k = next_launched(p, 0), end; k < n; k = end) {
+        const fg_op *op = p->low->nodes[k].op;
+        for (end = k; end < n && p->low->nodes[end].op == op; end = next_launched(p, end + 1)) { }
+        const double seconds = b->ops->elapsed(b, (int)k, (int)end);
+        for (uint32_t i = k; i < end; i = next_launched(p, i + 1))
+            add_timing(p, &p->low->nodes[i], i == k ? seconds : 0);
+    }
+    return FG_OK;
+}
+
+static fg_status launch_timed(fg_plan *p)
+{
+    fg_backend *b = p->store->backend;
+    if (b->ops->mark) return launch_marked(p);
+    for (uint32_t k = next_launched(p, 0); k < p->low->n_nodes; k = next_launched(p, k + 1)) {
+        const double start = now();
+        if (launch(p, k)) return p->status;
+        const fg_status s = b->ops->sync(b);
+        if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
+        add_timing(p, &p->low->nodes[k], now() - start);
+    }
+    return FG_OK;
 }
 
 /* The first run launches node by node, so that kernels can make their choices; the second is
