@@ -10,13 +10,13 @@
  * in a tile of queries sees are never loaded, and only those that cross a border are masked.
  *   bf16  matrix units, weights rounded to bf16, sums in f32
  *   f32   ordinary multiply-adds in f32 throughout
- *   few queries against a cache, bf16: see "splits" below
+ *   bf16 on Hopper: forget_attention_sm90.cu; few queries against a cache: ..._split.cu
  * The maximum follows only when it is SLACK behind (as on the CPU): the sums so far hardly ever
  * have to be scaled.  What a row gets depends on its own keys alone, never on others in its tile.
  * Bytes: q, k, v, log_f and o once, if the L2 cache holds k and v of a section of heads. */
-#include <limits.h>
-#include <math.h>
-#include "attention.cuh"
+#include "forget_attention.cuh"
+
+#define L2_SAFE (32 << 20)                       /* bytes of k and v that stay in the L2 cache */
 
 /* Queries a tile = 16 * WARPS * ROWS, keys a tile = KEYS, blocks a multiprocessor = BLOCKS. */
 template <int D> struct tuned;
@@ -25,126 +25,6 @@ template <> struct tuned<64>  { enum { WARPS = 4, ROWS = 2, KEYS = 64, BLOCKS = 
 template <> struct tuned<96>  { enum { WARPS = 4, ROWS = 2, KEYS = 32, BLOCKS = 2 }; };
 template <> struct tuned<128> { enum { WARPS = 4, ROWS = 2, KEYS = 32, BLOCKS = 2 }; };
 template <> struct tuned<256> { enum { WARPS = 4, ROWS = 1, KEYS = 32, BLOCKS = 1 }; };
-
-#define SLACK   8.0f
-#define NO_KEY  INT_MAX
-#define FEW     16                               /* queries against a cache, at most: splits */
-#define GATES   8                                /* of a thread, in a split of at most 1024 keys */
-#define L2_SAFE (32 << 20)                       /* bytes of k and v that stay in the L2 cache */
-
-struct problem {                                 /* as in ops/forget_attention.c */
-    const void *q, *k, *v;
-    const float *log_f;
-    const int32_t *first, *past;
-    void *o;
-    float *lse;
-    int64_t q_pitch, k_pitch, v_pitch, f_pitch;  /* elements from token to token */
-    fg_gates gates;
-    int B, M, N, H, Hkv, D;
-    int window;                                  /* 1 .. N */
-    int section;                                 /* heads of sequences that are worked on at once */
-    float scale;                                 /* of q.k, in units of log2 */
-    bool vectors;                                /* rows can be read 16 bytes at a time */
-    int splits, split_keys;                      /* 0 splits: tiles; most keys of a split */
-    struct split_row *split_rows;                /* [B,Hkv,groups,FEW,splits] */
-    float *split_sums;                           /* [B,Hkv,groups,FEW,splits,width] */
-};
-
-/* The first key that query t of sequence b, at position i, sees; NO_KEY: none. */
-static __device__ __forceinline__ int first_key(const problem &p, int b, int t, int i)
-{
-    const int low = p.first && t < p.M ? max(0, p.first[(int64_t)b * p.M + t]) : 0;
-    if (t >= p.M || i >= p.N || low > i) return NO_KEY;
-    return max(low, i - p.window + 1);
-}
-
-/* ---- a tile of queries ----------------------------------------------------------------------- */
-
-struct place {                                   /* of a block of threads */
-    int b, h, t0;                                /* sequence, head, first query */
-    int past, keys;                              /* position of query 0; keys there are */
-    int low_min, low_max;                        /* over the first keys of queries that see any */
-};
-
-/* Longest tiles first, heads of a section side by side. */
-static __device__ place find_place(const problem &p, int queries)
-{
-    place w;
-    const int tiles = (p.M + queries - 1) / queries, heads = p.B * p.H;
-    const int64_t each = (int64_t)p.section * tiles;
-    const int s = (int)(blockIdx.x / each), i = (int)(blockIdx.x % each);
-    const int wide = min(p.section, heads - s * p.section), bh = s * p.section + i % wide;
-    w.b = bh / p.H, w.h = bh % p.H;
-    w.t0 = (tiles - 1 - i / wide) * queries;
-    w.past = p.past ? min(max(0, *p.past), p.N) : 0;
-    w.keys = min(p.N, w.past + p.M);
-    w.low_min = NO_KEY, w.low_max = -1;
-    return w;
-}
-
-/* Fills low_min and low_max; all threads of the block, at least as many as queries / 2. */
-static __device__ void find_bounds(const problem &p, place &w, int queries)
-{
-    __shared__ int part[2][32];
-    int low = NO_KEY, high = -1;
-    for (int t = threadIdx.x; t < queries; t += blockDim.x) {
-        const int x = first_key(p, w.b, w.t0 + t, w.past + w.t0 + t);
-        low = min(low, x);
-        high = max(high, x == NO_KEY ? -1 : x);
-    }
-    low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
-    if (threadIdx.x % 32 == 0) part[0][threadIdx.x / 32] = low, part[1][threadIdx.x / 32] = high;
-    __syncthreads();
-    for (int i = 0; i < (int)blockDim.x / 32; i++) {
-        w.low_min = min(w.low_min, part[0][i]);
-        w.low_max = max(w.low_max, part[1][i]);
-    }
-}
-
-/* Base of the block of gates that a position lies in; 0 if there is no gate. */
-static __device__ __forceinline__ double base_at(const problem &p, const place &w, int position)
-{
-    if (!p.log_f) return 0;
-    const int64_t head = (int64_t)w.b * p.H + w.h;
-    return p.gates.block[head * p.gates.blocks + min(position, p.N - 1) / FG_GATE_BLOCK].base;
-}
-
-/* A row i and what is known of its sum over keys, both without the row's own part of the bias,
- * C_i - base: it goes into lse alone. */
-struct row_state {
-    int low;                                     /* first key; NO_KEY: sees none */
-    float max, sum;                              /* sum_j 2^(s_ij - max) */
-};
-
-static __device__ __forceinline__ row_state row_start(const problem &p, const place &w, int t)
-{
-    return { first_key(p, w.b, t, w.past + t), -INFINITY, 0 };
-}
-
-/* C_i - base, for a row that sees keys; NaN if it sees beyond a bad gate. */
-static __device__ __forceinline__ float row_bias(const problem &p, const place &w, int low, int i,
-                                                 double base)
-{
-    if (!p.log_f) return 0;
-    const int64_t head = (int64_t)w.b * p.H + w.h;
-    const fg_gate_block *block = p.gates.block + head * p.gates.blocks;
-    const float ell = p.gates.ell[head * p.gates.padded + i];
-    return fg_gate_bad(block, low, i) ? NAN : ell + (float)(block[i / FG_GATE_BLOCK].base - base);
-}
-
-/* What a row has under a new tile whose greatest score, without what the tile's keys have in
- * common (`between`), is `most`: returns what to subtract from the tile's scores; *keep: the worth
- * of the sums so far. */
-static __device__ __forceinline__ float row_pivot(row_state &r, float most, float between,
-                                                  float *keep)
-{
-    const float before = r.max - between;
-    *keep = 1;
-    if (!(most > before + SLACK)) return before == -INFINITY ? 0 : before;   /* NaN stays NaN */
-    *keep = fg_exp2(before - most);
-    r.max = most + between;
-    return most;
-}
 
 /* ---- bf16 ------------------------------------------------------------------------------------ */
 
@@ -157,40 +37,12 @@ template <int D_> struct shape {
         SHARED = QUERIES * D * 2 + 2 * STAGE
     };
     static constexpr bool KEEP_Q = D <= 64;      /* q in registers */
+    static __device__ __forceinline__ uint32_t at(int r, int c) { return fg_swizzle<D>(r, c); }
     typedef float scores[ROWS][KEYS / 8][4];
     typedef float sums[ROWS][D / 8][4];
     typedef uint32_t weights[ROWS][KEYS / 16][4];
     typedef uint32_t queries[ROWS][KEEP_Q ? D / 16 : 1][4];
 };
-
-/* Eight elements of a row that may begin anywhere, those from `real` on 0. */
-static __device__ __forceinline__ void load_odd(uint32_t to, const bf16 *from, int real)
-{
-    uint32_t w[4] = { 0, 0, 0, 0 };
-#pragma unroll
-    for (int d = 0; d < 8; d++)
-        if (d < real) w[d / 2] |= (uint32_t)__bfloat16_as_ushort(from[d]) << (d % 2 * 16);
-    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};"
-                 :: "r"(to), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
-}
-
-/* Rows [0,R) of a matrix with `real` rows, D of them wide, to shared memory, zeros around. */
-template <int WIDTH, int R, int THREADS, bool ALIGNED>
-static __device__ __forceinline__ void load_rows(uint32_t to, const bf16 *from, int64_t pitch,
-                                                 int real, int D, unsigned thread)
-{
-    constexpr unsigned CHUNKS = WIDTH / 8, ALL = R * CHUNKS, EACH = (ALL + THREADS - 1) / THREADS;
-#pragma unroll
-    for (unsigned k = 0; k < EACH; k++) {
-        const unsigned i = k * THREADS + thread, r = i / CHUNKS, c = i % CHUNKS;
-        if (ALL % THREADS && i >= ALL) break;
-        const uint32_t at = to + fg_swizzle<WIDTH>((int)r, (int)c);
-        const bool in = (int)r < real && (int)c * 8 < D;
-        const bf16 *x = from + r * pitch + c * 8;
-        if (ALIGNED) fg_copy_async(at, in ? x : from, in);
-        else load_odd(at, x, in ? D - (int)c * 8 : 0);
-    }
-}
 
 /* Keys [j0, j0 + KEYS) of k and v, and their ell. */
 template <class S, bool GATE, bool ALIGNED>
@@ -206,176 +58,6 @@ static __device__ __forceinline__ void load_keys(uint32_t to, const problem &p, 
     if (GATE && threadIdx.x < S::KEYS / 4) {
         const float *ell = p.gates.ell + ((int64_t)w.b * p.H + w.h) * p.gates.padded + j0;
         fg_copy_async(to + 2 * S::TILE + threadIdx.x * 16, ell + threadIdx.x * 4, true);
-    }
-}
-
-/* The 16 x 16 block k of the warp's m-th 16 queries. */
-template <class S>
-static __device__ __forceinline__ void load_query(uint32_t *a, uint32_t q, int m, int k)
-{
-    const int lane = threadIdx.x % 32, r = (threadIdx.x / 32 * S::ROWS + m) * 16;
-    fg_ldmatrix(a, q + fg_swizzle<S::D>(r + lane % 16, 2 * k + lane / 16));
-}
-
-/* s = q k^T of this warp's queries and a tile of keys. */
-template <class S>
-static __device__ __forceinline__ void multiply_keys(typename S::scores &s,
-                                                     const typename S::queries &kept,
-                                                     uint32_t q, uint32_t k)
-{
-    const int lane = threadIdx.x % 32, r = lane / 16 * 8 + lane % 8, c = lane / 8 % 2;
-#pragma unroll
-    for (int m = 0; m < S::ROWS; m++)
-#pragma unroll
-        for (int n = 0; n < S::KEYS / 8; n++) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
-#pragma unroll
-    for (int i = 0; i < S::D / 16; i++) {
-        uint32_t a[S::ROWS][4];
-#pragma unroll
-        for (int m = 0; m < S::ROWS; m++) {
-            if (!S::KEEP_Q) load_query<S>(a[m], q, m, i);
-            else for (int x = 0; x < 4; x++) a[m][x] = kept[m][S::KEEP_Q ? i : 0][x];
-        }
-#pragma unroll
-        for (int n = 0; n < S::KEYS / 16; n++) {
-            uint32_t b[4];
-            fg_ldmatrix(b, k + fg_swizzle<S::D>(n * 16 + r, 2 * i + c));
-#pragma unroll
-            for (int m = 0; m < S::ROWS; m++) {
-                fg_mma(s[m][2 * n], a[m], b[0], b[1]);
-                fg_mma(s[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-        }
-    }
-}
-
-/* o += weights v */
-template <class S>
-static __device__ __forceinline__ void add_values(typename S::sums &o,
-                                                  const typename S::weights &a, uint32_t v)
-{
-    const int lane = threadIdx.x % 32, r = lane % 16, c = lane / 16;
-#pragma unroll
-    for (int k = 0; k < S::KEYS / 16; k++)
-#pragma unroll
-        for (int n = 0; n < S::D / 16; n++) {
-            uint32_t b[4];
-            fg_ldmatrix_trans(b, v + fg_swizzle<S::D>(k * 16 + r, 2 * n + c));
-#pragma unroll
-            for (int m = 0; m < S::ROWS; m++) {
-                fg_mma(o[m][2 * n], a[m][k], b[0], b[1]);
-                fg_mma(o[m][2 * n + 1], a[m][k], b[2], b[3]);
-            }
-        }
-}
-
-/* Adds the keys' part of the bias; what a row does not see becomes -inf.  Row 0 is at position i
- * (lane / 4 added), column 0 is key j0. */
-template <class S, bool GATE, bool MASK>
-static __device__ __forceinline__ void bias_scores(typename S::scores &s, const float *ell,
-                                                   const row_state (&rows)[S::ROWS][2],
-                                                   float scale, int i, int j0)
-{
-    const int c = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < S::KEYS / 8; n++) {
-        const float2 e = GATE ? *(const float2 *)(ell + n * 8 + c) : make_float2(0, 0);
-#pragma unroll
-        for (int m = 0; m < S::ROWS; m++)
-#pragma unroll
-            for (int x = 0; x < 4; x++) {
-                float y = fmaf(s[m][n][x], scale, x % 2 ? -e.y : -e.x);
-                if (MASK) {
-                    const int low = rows[m][x / 2].low, at = i + m * 16 + x / 2 * 8;
-                    const unsigned j = (unsigned)(j0 + n * 8 + c + x % 2 - low);
-                    y = j <= (unsigned)(at - low) ? y : -INFINITY;
-                }
-                s[m][n][x] = y;
-            }
-    }
-}
-
-/* Scores to weights, packed as the left operand of the next product. */
-template <class S>
-static __device__ __forceinline__ void softmax(typename S::weights &a,
-                                               typename S::scores &s,
-                                               typename S::sums &o,
-                                               row_state (&rows)[S::ROWS][2], float between)
-{
-    float pivot[S::ROWS][2], keep[S::ROWS][2];
-    bool scaled = false;
-#pragma unroll
-    for (int m = 0; m < S::ROWS; m++)
-#pragma unroll
-        for (int x = 0; x < 2; x++) {
-            float most = s[m][0][2 * x];
-#pragma unroll
-            for (int n = 0; n < S::KEYS / 8; n++)
-                most = fmaxf(most, fmaxf(s[m][n][2 * x], s[m][n][2 * x + 1]));
-            most = fg_warp_max<4>(most);
-            pivot[m][x] = row_pivot(rows[m][x], most, between, &keep[m][x]);
-            scaled |= keep[m][x] != 1;
-        }
-    if (__any_sync(~0u, scaled)) {
-#pragma unroll
-        for (int m = 0; m < S::ROWS; m++) {
-            rows[m][0].sum *= keep[m][0], rows[m][1].sum *= keep[m][1];
-#pragma unroll
-            for (int n = 0; n < S::D / 8; n++)
-#pragma unroll
-                for (int x = 0; x < 4; x++) o[m][n][x] *= keep[m][x / 2];
-        }
-    }
-#pragma unroll
-    for (int m = 0; m < S::ROWS; m++)
-#pragma unroll
-        for (int n = 0; n < S::KEYS / 8; n++) {
-            float y[4];
-#pragma unroll
-            for (int x = 0; x < 4; x++) y[x] = fg_exp2(s[m][n][x] - pivot[m][x / 2]);
-            rows[m][0].sum += y[0] + y[1], rows[m][1].sum += y[2] + y[3];
-            a[m][n / 2][n % 2 * 2] = fg_pack2(y[0], y[1]);
-            a[m][n / 2][n % 2 * 2 + 1] = fg_pack2(y[2], y[3]);
-        }
-}
-
-/* The warp's rows of o and lse.  room: its own rows of the tile of queries in shared memory. */
-template <class S>
-static __device__ __forceinline__ void store_rows(const problem &p, const place &w,
-                                                  typename S::sums &o,
-                                                  row_state (&rows)[S::ROWS][2], char *room,
-                                                  double base)
-{
-    const int lane = threadIdx.x % 32, r0 = threadIdx.x / 32 * 16 * S::ROWS;
-    const int64_t token = (int64_t)w.b * p.M + w.t0 + r0;
-    __syncwarp();
-#pragma unroll
-    for (int m = 0; m < S::ROWS; m++)
-#pragma unroll
-        for (int x = 0; x < 2; x++) {
-            const row_state u = rows[m][x];
-            const int r = m * 16 + x * 8 + lane / 4, t = w.t0 + r0 + r;
-            const bool sees = u.low != NO_KEY;
-            const float bias = sees ? row_bias(p, w, u.low, w.past + t, base) : 0;
-            const float sum = fg_warp_sum<4>(u.sum), part = 1 / sum + 0 * bias;   /* NaN to all */
-#pragma unroll
-            for (int n = 0; n < S::D / 8; n++) {
-                const uint32_t y = fg_pack2(o[m][n][2 * x] * part, o[m][n][2 * x + 1] * part);
-                *(uint32_t *)(room + fg_swizzle<S::D>(r, n) + lane % 4 * 4) = sees ? y : 0;
-            }
-            if (lane % 4 == 0 && t < p.M)
-                p.lse[(token + r) * p.H + w.h] =
-                    sees ? (u.max + bias + log2f(sum)) * (float)FG_LN_2 : -INFINITY;
-        }
-    __syncwarp();
-    const int chunks = (p.D + 7) / 8, n = min(16 * S::ROWS, p.M - w.t0 - r0);
-    for (int i = lane; i < n * chunks; i += 32) {
-        const int r = i / chunks, c = i % chunks;
-        const uint4 y = *(const uint4 *)(room + fg_swizzle<S::D>(r, c));
-        bf16 *to = (bf16 *)p.o + ((token + r) * p.H + w.h) * p.D + c * 8;
-        if (p.D % 8 == 0) { *(uint4 *)to = y; continue; }
-        const bf16 *from = (const bf16 *)(room + fg_swizzle<S::D>(r, c));
-        for (int d = 0; d < 8 && c * 8 + d < p.D; d++) to[d] = from[d];
     }
 }
 
@@ -431,13 +113,12 @@ tiles_bf16(const __grid_constant__ problem p)
 {
     typedef shape<D> S;
     extern __shared__ __align__(1024) char shared[];
-    place w = find_place(p, S::QUERIES);
+    const place w = find_place(p, S::QUERIES, blockIdx.x);
     const bf16 *q = (const bf16 *)p.q + ((int64_t)w.b * p.M + w.t0) * p.q_pitch + w.h * p.D;
     load_rows<D, S::QUERIES, S::THREADS, ALIGNED>(fg_shared(shared), q, p.q_pitch, p.M - w.t0, p.D,
                                                   threadIdx.x);
-    find_bounds(p, w, S::QUERIES);
     const int r0 = threadIdx.x / 32 * 16 * S::ROWS;
-    const double base = base_at(p, w, w.past + w.t0);
+    const double base = base_at(p, w, w.past + w.t0 + r0);
     row_state rows[S::ROWS][2];
     typename S::sums o;
 #pragma unroll
@@ -449,7 +130,7 @@ tiles_bf16(const __grid_constant__ problem p)
     }
     if (w.low_min != NO_KEY) walk<S, GATE, ALIGNED>(p, w, shared, o, rows, base);
     else fg_copy_wait<0>(), __syncthreads();
-    store_rows<S>(p, w, o, rows, shared + r0 * D * 2, base);
+    store_rows<S>(p, w, o, rows, shared + r0 * D * 2, r0, base);
 }
 
 /* ---- f32: 256 threads, each with 4 queries and every 16th key -------------------------------- */
@@ -585,8 +266,7 @@ static __global__ void __launch_bounds__(256, 1) tiles_f32(const __grid_constant
     typedef shape_f32<D> S;
     extern __shared__ __align__(1024) float shared_f32[];
     float *q = shared_f32, *kv = q + S::QUERIES * S::LINE, *weights = kv + S::KEYS * S::LINE;
-    place w = find_place(p, S::QUERIES);
-    find_bounds(p, w, S::QUERIES);
+    const place w = find_place(p, S::QUERIES, blockIdx.x);
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16, i = w.past + w.t0 + ty * 4;
     const double base = base_at(p, w, w.past + w.t0);
     load_f32<S>(q, (const float *)p.q + ((int64_t)w.b * p.M + w.t0) * p.q_pitch + w.h * p.D,
@@ -622,391 +302,11 @@ static __global__ void __launch_bounds__(256, 1) tiles_f32(const __grid_constant
     store_f32<D>(p, w, o, rows, base);
 }
 
-/* ---- splits: few queries against a cache ------------------------------------------------------
- *
- * The rows (query, head) that share a head of k and v are taken FEW at a time, and their keys cut
- * in equal splits, each for a block of threads; a warp takes every 4th tile of a split.  A split
- * counts the bias from its own last key e: ell_j = C_j - C_e, which is exact where it matters.
- * split_join puts the splits of a row together, for which each says how far it is from the split
- * before (`step`).  The grid is that of a full cache, so that a captured launch stays right as the
- * cache fills.
- * Bytes: k and v once, 4 D + 24 a row and split written and read again. */
-
-/* Between two kernels of one launch, from sm_90 on: the second may start while the first ends, and
- * waits for what the first wrote. */
-static __device__ __forceinline__ void start_next()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-static __device__ __forceinline__ void wait_for_last()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-struct split_row {
-    double step;                                 /* C_e - C_e of the split before */
-    float max, sum;                              /* as in row_state */
-    int bad;                                     /* last bad gate up to the group's first query */
-};
-
-template <int D_> struct split_shape {
-    enum {
-        D = D_, WARPS = 4, THREADS = 128, ROWS = 1, KEYS = D <= 64 ? 32 : 16,
-        STAGES = D <= 128 ? 3 : 2, TILE = KEYS * D * 2, STAGE = 2 * TILE,
-        SHARED = WARPS * STAGES * STAGE, BLOCKS = D <= 128 ? 2 : 1
-    };
-    static constexpr bool KEEP_Q = true;
-    typedef float scores[1][KEYS / 8][4];
-    typedef float sums[1][D / 8][4];
-    typedef uint32_t weights[1][KEYS / 16][4];
-    typedef uint32_t queries[1][D / 16][4];
-};
-
-/* A group of up to FEW rows and the keys that any of them sees. */
-struct split_group {
-    int b, kv, row0, rows, past;
-    int begin, end, length;                      /* keys; begin = end: none; of a split */
-};
-
-/* Whole warps call it. */
-static __device__ split_group find_group(const problem &p, int64_t at)
-{
-    split_group g;
-    const int each = p.H / p.Hkv, groups = (p.M * each + FEW - 1) / FEW;
-    g.row0 = (int)(at % groups) * FEW;
-    g.kv = (int)(at / groups % p.Hkv), g.b = (int)(at / groups / p.Hkv);
-    g.rows = min(FEW, p.M * each - g.row0);
-    g.past = min(max(0, *p.past), p.N);
-    const int t = (g.row0 + min((int)threadIdx.x % 32, g.rows - 1)) / each;
-    const int low = first_key(p, g.b, t, g.past + t);
-    g.begin = __reduce_min_sync(~0u, low) / 16 * 16;
-    g.end = __reduce_max_sync(~0u, low == NO_KEY ? 0 : g.past + t + 1);
-    g.begin = min(g.begin, g.end);
-    const int keys = g.end - g.begin;
-    g.length = ((keys + p.splits - 1) / p.splits + 63) / 64 * 64;
-    return g;
-}
-
-/* Heads differ in their gates: rows of one head share a slot. */
-static __device__ __forceinline__ int slots_of(const problem &p) { return min(p.H / p.Hkv, FEW); }
-static __device__ __forceinline__ int slot_of(const problem &p, const split_group &g, int r)
-{
-    const int each = p.H / p.Hkv;
-    return each < FEW ? (g.row0 + r) % each : r;
-}
-
-/* The thread's gates of keys [k0,k1), one after another, of the head in `slot`. */
-static __device__ __forceinline__ void split_gates_load(float (&x)[GATES], const problem &p,
-                                                        const split_group &g, int slot, int k0,
-                                                        int k1)
-{
-    const int each = p.H / p.Hkv, h = g.kv * each + (each < FEW ? slot : (g.row0 + slot) % each);
-    const int n = (k1 - k0 + 127) / 128, j0 = k0 + threadIdx.x * n;
-    const float *f = p.log_f + ((int64_t)g.b * p.N + j0) * p.f_pitch + h;
-#pragma unroll
-    for (int u = 0; u < GATES; u++) x[u] = u < n && j0 + u < k1 ? f[u * p.f_pitch] : 0;
-}
-
-/* ell of keys [k0,k1) from all threads' gates; *step and *bad as in split_row. */
-static __device__ void split_gates(const float (&x)[GATES], const problem &p, const split_group &g,
-                                   int k0, int k1, float *ell, double *step, int *bad)
-{
-    __shared__ double part[4];
-    __shared__ int part_bad[4];
-    const int n = (k1 - k0 + 127) / 128, j0 = k0 + threadIdx.x * n, warp = threadIdx.x / 32;
-    const int upto = g.past + g.row0 / (p.H / p.Hkv);
-    double sum = 0;
-    int last = -1;
-#pragma unroll
-    for (int u = 0; u < GATES; u++) {
-        if (fg_gate_is_bad(x[u]) && j0 + u <= upto) last = j0 + u;
-        sum += (double)fg_gate_clamp(x[u]) * FG_LOG2_E;
-    }
-    const double here = fg_warp_prefix(sum);
-    last = __reduce_max_sync(~0u, last);
-    __syncthreads();                             /* the last slot's readers are done */
-    if (threadIdx.x % 32 == 31) part[warp] = here, part_bad[warp] = last;
-    __syncthreads();
-    double c = here - sum, all = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (i < warp) c += part[i];
-        all += part[i];
-        last = max(last, part_bad[i]);
-    }
-    c -= all;
-#pragma unroll
-    for (int u = 0; u < GATES; u++) {
-        c += (double)fg_gate_clamp(x[u]) * FG_LOG2_E;
-        if (u < n && j0 + u < k1) ell[j0 + u - k0] = (float)c;
-    }
-    if (threadIdx.x == 0) *step = all, *bad = last;
-}
-
-template <class S, bool ALIGNED>
-static __device__ __forceinline__ void split_load(uint32_t to, const problem &p,
-                                                  const split_group &g, int j0, int k1)
-{
-    if (j0 < k1) {
-        const int64_t row = (int64_t)g.b * p.N + j0, kv = (int64_t)g.kv * p.D;
-        const int lane = threadIdx.x % 32;
-        load_rows<S::D, S::KEYS, 32, ALIGNED>(to, (const bf16 *)p.k + row * p.k_pitch + kv,
-                                              p.k_pitch, k1 - j0, p.D, lane);
-        load_rows<S::D, S::KEYS, 32, ALIGNED>(to + S::TILE,
-                                              (const bf16 *)p.v + row * p.v_pitch + kv, p.v_pitch,
-                                              k1 - j0, p.D, lane);
-    }
-    fg_copy_commit();
-}
-
-/* The group's rows of q as fragments, and what their keys are. */
-template <class S>
-static __device__ __forceinline__ void split_queries(const problem &p, const split_group &g,
-                                                     typename S::queries &a,
-                                                     row_state (&rows)[1][2])
-{
-    const int lane = threadIdx.x % 32, each = p.H / p.Hkv;
-#pragma unroll
-    for (int x = 0; x < 2; x++) {
-        const int r = x * 8 + lane / 4, t = (g.row0 + r) / each;
-        const bool real = r < g.rows;
-        rows[0][x] = { real ? first_key(p, g.b, t, g.past + t) : NO_KEY, -INFINITY, 0 };
-        const bf16 *q = (const bf16 *)p.q
-                      + (real ? ((int64_t)g.b * p.M + t) * p.q_pitch
-                                    + (g.kv * each + (g.row0 + r) % each) * (int64_t)p.D : 0);
-#pragma unroll
-        for (int i = 0; i < S::D / 16; i++)
-#pragma unroll
-            for (int y = 0; y < 2; y++) {
-                const int d = i * 16 + y * 8 + lane % 4 * 2;
-                const float low = real && d < p.D ? __bfloat162float(q[d]) : 0;
-                const float high = real && d + 1 < p.D ? __bfloat162float(q[d + 1]) : 0;
-                a[0][i][2 * y + x] = fg_pack2(low, high);
-            }
-    }
-}
-
-/* The bias of each row's own head, and the mask. */
-template <class S, bool GATE>
-static __device__ __forceinline__ void split_bias(typename S::scores &s, const problem &p,
-                                                  const float *const (&ell)[2],
-                                                  const int (&at)[2], const row_state (&rows)[1][2],
-                                                  int j0)
-{
-    const int c = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < S::KEYS / 8; n++)
-#pragma unroll
-        for (int x = 0; x < 2; x++) {
-            const float2 e = GATE ? *(const float2 *)(ell[x] + n * 8 + c) : make_float2(0, 0);
-#pragma unroll
-            for (int y = 0; y < 2; y++) {
-                const int j = j0 + n * 8 + c + y, low = rows[0][x].low;
-                const float z = fmaf(s[0][n][2 * x + y], p.scale, y ? -e.y : -e.x);
-                s[0][n][2 * x + y] = j >= low && j <= at[x] ? z : -INFINITY;
-            }
-        }
-}
-
-/* Adds up the warps' sums and writes the split's. */
-template <class S>
-static __device__ __forceinline__ void split_store(const problem &p, const split_group &g,
-                                                   typename S::sums &o, row_state (&rows)[1][2],
-                                                   float *room, int64_t at, int split,
-                                                   const double *steps, const int *bads)
-{
-    __shared__ float most[S::WARPS][FEW], sum[S::WARPS][FEW];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    fg_copy_wait<0>();
-    __syncthreads();                             /* the tiles make room */
-#pragma unroll
-    for (int x = 0; x < 2; x++) {
-        const int r = x * 8 + lane / 4;
-        const float all = fg_warp_sum<4>(rows[0][x].sum);
-        if (lane % 4 == 0) most[warp][r] = rows[0][x].max, sum[warp][r] = all;
-#pragma unroll
-        for (int n = 0; n < S::D / 8; n++)
-            *(float2 *)(room + (warp * FEW + r) * S::D + n * 8 + lane % 4 * 2) =
-                make_float2(o[0][n][2 * x], o[0][n][2 * x + 1]);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < g.rows * S::D; i += S::THREADS) {
-        const int r = i / S::D, d = i % S::D;
-        float top = -INFINITY, y = 0, all = 0;
-        for (int w = 0; w < S::WARPS; w++) top = fmaxf(top, most[w][r]);
-        for (int w = 0; w < S::WARPS; w++) {
-            const float keep = fg_exp2(most[w][r] - (top == -INFINITY ? 0 : top));
-            y = fmaf(keep, room[(w * FEW + r) * S::D + d], y);
-            all = fmaf(keep, sum[w][r], all);
-        }
-        const int64_t row = (at * FEW + r) * p.splits + split;
-        p.split_sums[row * S::D + d] = y;
-        if (d == 0) {
-            const int slot = slot_of(p, g, r);
-            p.split_rows[row] = { p.log_f ? steps[slot] : 0, top, all, p.log_f ? bads[slot] : -1 };
-        }
-    }
-}
-
-template <int D, bool GATE, bool ALIGNED>
-static __global__ void __launch_bounds__(128, split_shape<D>::BLOCKS)
-split_keys(const __grid_constant__ problem p)
-{
-    typedef split_shape<D> S;
-    extern __shared__ __align__(1024) char shared[];
-    __shared__ double steps[FEW];
-    __shared__ int bads[FEW];
-    const int heads = gridDim.x / p.splits, split = blockIdx.x / heads;
-    const int64_t at = blockIdx.x % heads;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    start_next();
-    const split_group g = find_group(p, at);
-    const int k0 = g.begin + split * g.length, k1 = min(k0 + g.length, g.end);
-    if (k0 >= k1) return;
-    float *ell = (float *)(shared + S::SHARED), x[GATES];
-    const uint32_t stages = fg_shared(shared) + warp * S::STAGES * S::STAGE;
-    int j0 = k0 + warp * S::KEYS, ahead = j0;
-    typename S::queries q;
-    row_state rows[1][2];
-    if (GATE) split_gates_load(x, p, g, 0, k0, k1);    /* before k and v, or they come after them */
-    split_queries<S>(p, g, q, rows);
-#pragma unroll
-    for (int i = 0; i < S::STAGES - 1; i++, ahead += S::WARPS * S::KEYS)
-        split_load<S, ALIGNED>(stages + i * S::STAGE, p, g, ahead, k1);
-    for (int i = 0; GATE && i < slots_of(p); i++) {
-        if (i) split_gates_load(x, p, g, i, k0, k1);
-        split_gates(x, p, g, k0, k1, ell + i * p.split_keys, steps + i, bads + i);
-    }
-    __syncthreads();
-    const float *mine[2];
-    int upto[2];
-#pragma unroll
-    for (int x = 0; x < 2; x++) {
-        const int r = min(x * 8 + lane / 4, g.rows - 1);
-        mine[x] = ell + slot_of(p, g, r) * p.split_keys - k0;
-        upto[x] = min(g.past + (g.row0 + r) / (p.H / p.Hkv), k1 - 1);
-    }
-    typename S::sums o = {};
-    for (int stage = 0; j0 < k1; j0 += S::WARPS * S::KEYS, ahead += S::WARPS * S::KEYS) {
-        fg_copy_wait<S::STAGES - 2>();
-        __syncwarp();
-        const int free = stage ? stage - 1 : S::STAGES - 1;
-        split_load<S, ALIGNED>(stages + free * S::STAGE, p, g, ahead, k1);
-        const uint32_t k = stages + stage * S::STAGE;
-        const float *const bias[2] = { mine[0] + j0, mine[1] + j0 };
-        typename S::scores s;
-        typename S::weights a;
-        multiply_keys<S>(s, q, 0, k);
-        split_bias<S, GATE>(s, p, bias, upto, rows, j0);
-        softmax<S>(a, s, o, rows, 0);
-        add_values<S>(o, a, k + S::TILE);
-        stage = stage + 1 == S::STAGES ? 0 : stage + 1;
-    }
-    split_store<S>(p, g, o, rows, (float *)shared, at, split, steps, bads);
-}
-
-/* How far query i of the row is before the group's last position, in units of log2, and whether a
- * bad gate lies between the group's first query and i. */
-static __device__ double split_late(const problem &p, const split_group &g, int h, int i, int low,
-                                    bool *bad)
-{
-    double late = 0;
-    const float *f = p.log_f + (int64_t)g.b * p.N * p.f_pitch + h;
-    for (int t = g.past + g.row0 / (p.H / p.Hkv) + 1; t < g.end; t++) {
-        const float x = f[t * p.f_pitch];
-        if (t > i) late += (double)fg_gate_clamp(x) * FG_LOG2_E;
-        else if (t > low && fg_gate_is_bad(x)) *bad = true;
-    }
-    return late;
-}
-
-/* One block of threads per row; WIDTH: of split_sums.  weight[splits] in shared memory. */
-template <int WIDTH>
-static __global__ void __launch_bounds__(128) split_join(const __grid_constant__ problem p)
-{
-    extern __shared__ float weight[];
-    const int h = blockIdx.x % p.H, each = p.H / p.Hkv, groups = (p.M * each + FEW - 1) / FEW;
-    const int t = blockIdx.x / p.H % p.M, r = t * each + h % each, lane = threadIdx.x % 32;
-    const int64_t b = blockIdx.x / p.H / p.M, at = (b * p.Hkv + h / each) * groups + r / FEW;
-    const split_group g = find_group(p, at);
-    const int i = g.past + t, low = first_key(p, (int)b, t, i);
-    const int64_t row = (at * FEW + r % FEW) * p.splits, to = blockIdx.x;
-    if (low == NO_KEY) {
-        for (int d = threadIdx.x; d < p.D; d += 128) ((bf16 *)p.o)[to * p.D + d] = bf16(0.0f);
-        if (threadIdx.x == 0) p.lse[to] = -INFINITY;
-        return;
-    }
-    const int n = (g.end - g.begin + g.length - 1) / g.length;
-    bool bad = false;
-    double behind = p.log_f ? -split_late(p, g, h, i, low, &bad) : 0;
-    float most = -INFINITY, sum = 0;
-    wait_for_last();
-    for (int k = 0; k < n; k += 32) {            /* every warp the same; the last split first */
-        const int s = n - 1 - k - lane;
-        const split_row x = s >= 0 ? p.split_rows[row + s] : split_row{ 0, -INFINITY, 0, -1 };
-        const double from = behind + fg_warp_prefix(x.step);
-        const float y = x.max + (float)(from - x.step);
-        behind = __shfl_sync(~0u, from, 31);
-        bad = __any_sync(~0u, bad || x.bad > low);
-        most = fmaxf(most, fg_warp_max(y));
-        if (s >= 0 && threadIdx.x < 32) weight[s] = y;
-    }
-    if (most == -INFINITY) most = 0;             /* NaN only */
-    __syncthreads();
-    for (int s = threadIdx.x; s < n; s += 128) weight[s] = fg_exp2(weight[s] - most);
-    __syncthreads();
-    for (int s = lane; s < n; s += 32) sum = fmaf(weight[s], p.split_rows[row + s].sum, sum);
-    sum = fg_warp_sum(sum);
-    const float part = bad ? NAN : 1 / sum;
-    for (int d = threadIdx.x; d < p.D; d += 128) {
-        float y = 0;
-#pragma unroll 8
-        for (int s = 0; s < n; s++) y = fmaf(weight[s], p.split_sums[(row + s) * WIDTH + d], y);
-        ((bf16 *)p.o)[to * p.D + d] = __float2bfloat16_rn(y * part);
-    }
-    if (threadIdx.x == 0) p.lse[to] = bad ? NAN : (most + log2f(sum)) * (float)FG_LN_2;
-}
-
 /* ---- launch ---------------------------------------------------------------------------------- */
-
-/* after: the kernel waits by itself for the one before it (wait_for_last). */
-template <class K>
-static void start(K *kernel, int64_t blocks, int threads, int shared, const problem &p,
-                  cudaStream_t stream, bool after = false)
-{
-    int device = 0, major = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t c = {};
-    c.gridDim = dim3((unsigned)blocks), c.blockDim = dim3((unsigned)threads);
-    c.dynamicSmemBytes = (size_t)shared, c.stream = stream;
-    c.attrs = &early, c.numAttrs = after && major >= 9;
-    cudaLaunchKernelEx(&c, kernel, p);
-}
-
-template <int D, bool ALIGNED> static void start_splits(const problem &p, cudaStream_t stream)
-{
-    typedef split_shape<D> S;
-    const int each = p.H / p.Hkv, groups = (p.M * each + FEW - 1) / FEW;
-    const int ell = p.log_f ? (each < FEW ? each : FEW) * p.split_keys * 4 : 0;
-    start(p.log_f ? split_keys<D, true, ALIGNED> : split_keys<D, false, ALIGNED>,
-          (int64_t)p.B * p.Hkv * groups * p.splits, S::THREADS, S::SHARED + ell, p, stream);
-    const int weights = (p.splits + 31) / 32 * 128;
-    start(split_join<D>, (int64_t)p.B * p.M * p.H, 128, weights, p, stream, true);
-}
 
 template <int D, bool ALIGNED> static void start_bf16(const problem &p, cudaStream_t stream)
 {
     typedef shape<D> S;
-    if (p.splits) { start_splits<D, ALIGNED>(p, stream); return; }
     const int64_t blocks = (int64_t)fg_blocks(p.M, S::QUERIES) * p.B * p.H;
     start(p.log_f ? tiles_bf16<D, true, ALIGNED> : tiles_bf16<D, false, ALIGNED>, blocks,
           S::THREADS, S::SHARED, p, stream);
@@ -1018,42 +318,20 @@ template <int D> static void start_f32(const problem &p, cudaStream_t stream)
           stream);
 }
 
-/* Splits that fill the device once, of at most 1024 keys; 0: tiles it is. */
-static int splits_of(int64_t B, int64_t M, int64_t N, int64_t H, int64_t Hkv, int64_t D)
-{
-    const int64_t heads = B * Hkv * ((M * (H / Hkv) + FEW - 1) / FEW), most = (N + 63) / 64;
-    const int64_t least = (N + 1023) / 1024, fill = fg_processors() * (D <= 128 ? 2 : 1) / heads;
-    int device = 0, room = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    const int64_t slots = H / Hkv < FEW ? H / Hkv : FEW;
-    if (room < (D <= 128 ? 98 : 130) * 1024 + slots * 4096 || least > 4096) return 0;
-    return (int)(fill < least ? least : fill > most ? most : fill);
-}
-
-/* Cuts scratch for what `p` needs; returns the bytes. */
+/* Cuts scratch for what p needs; returns the bytes. */
 static size_t cut(problem *p, void *scratch)
 {
-    size_t bytes = 0;
-    if (!p->splits) {
-        p->gates = fg_gates_cut(scratch, p->B, p->log_f ? p->N : 0, p->H, &bytes);
-        return bytes;
-    }
-    const int64_t groups = (p->M * (p->H / p->Hkv) + FEW - 1) / FEW;
-    const int64_t rows = (int64_t)p->B * p->Hkv * groups * FEW * p->splits;
-    p->split_sums = (float *)scratch;
-    bytes = (size_t)rows * (p->D <= 64 ? 64 : p->D <= 128 ? 128 : 256) * sizeof(float);
-    p->split_rows = scratch ? (split_row *)((char *)scratch + bytes) : nullptr;
-    return bytes + (size_t)rows * sizeof(split_row);
+    if (p->splits) return fg_forget_attention_cut_splits(p, scratch);
+    size_t bytes;
+    p->gates = fg_gates_cut(scratch, p->B, p->log_f ? p->N : 0, p->H, &bytes);
+    return bytes;
 }
 
 static void sizes(problem *p, const fg_shape *q, const fg_shape *k, bool cache, bool narrow)
 {
     p->B = (int)q->dim[0], p->M = (int)q->dim[1], p->H = (int)q->dim[2], p->D = (int)q->dim[3];
     p->N = (int)k->dim[1], p->Hkv = (int)k->dim[2];
-    const bool few = cache && narrow && p->M <= FEW;
-    p->splits = few ? splits_of(p->B, p->M, p->N, p->H, p->Hkv, p->D) : 0;
-    p->split_keys = p->splits ? ((p->N + p->splits - 1) / p->splits + 63) / 64 * 64 : 0;
+    p->splits = cache && narrow && p->M <= FEW ? fg_forget_attention_splits(*p) : 0;
 }
 
 static problem problem_of(const fg_exec *e)
@@ -1081,10 +359,14 @@ static problem problem_of(const fg_exec *e)
 
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
-    const problem p = problem_of(e);
+    problem p = problem_of(e);
     const bool narrow = e->in_type[0] == FG_BF16;
-    if (p.log_f && !p.splits)
-        fg_gates_scan(p.log_f, p.f_pitch, p.B, p.N, p.H, &p.gates, stream);
+    if (p.splits) { fg_forget_attention_start_splits(p, stream); return; }
+    const bool sm90 = narrow && fg_forget_attention_fits_sm90(p);
+    p.ell_unit = sm90 ? -p.scale : 1;
+    if (p.log_f)
+        fg_gates_scan(p.log_f, p.f_pitch, p.B, p.N, p.H, &p.gates, stream, 1 / (double)p.ell_unit);
+    if (sm90) { fg_forget_attention_start_sm90(p, stream); return; }
     if (!narrow) {
         if (p.D <= 64) start_f32<64>(p, stream);
         else if (p.D <= 128) start_f32<128>(p, stream);
