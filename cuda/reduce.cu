@@ -103,13 +103,13 @@ static __global__ void __launch_bounds__(fg_team_block<T>)
 sum_rows(fg_in x, fg_out y, int64_t count, int64_t S, int64_t length, fg_divisor pieces,
          float factor)
 {
-    constexpr int U = 4;
+    constexpr int U = T < 32 ? 1 : 4;
     const int64_t o = (int64_t)blockIdx.x * fg_team_rows<T> + threadIdx.x / T;
     const int64_t k = fg_divide(o, pieces), from = (o - k * pieces.d) * length;
     const int64_t to = from + length < S ? from + length : S;
     const fg_row r = fg_row_at(k * S + from, o < count ? k * S + to : k * S + from);
     const int lane = threadIdx.x % T;
-    float sum[U] = { 0 };
+    float sum[4] = { 0 };
     for (int64_t i = lane; i < r.eights; i += U * T) {
         fg_raw8 raw[U];
 #pragma unroll

@@ -9,10 +9,7 @@
 
 #define THREADS 256
 #ifndef STRIP
-#define STRIP   4
-#endif
-#ifndef GRAD_STRIP
-#define GRAD_STRIP 4
+#define STRIP   2
 #endif
 
 struct geometry {
@@ -118,7 +115,7 @@ FG_KERNEL(shift_mix) = { .launch = launch, .pitched_in = 3, .pitched_out = 1 };
 template <bool WIDE>
 static __global__ void __launch_bounds__(THREADS) mix_grad(geometry k, tensors z, int lanes)
 {
-    constexpr int STEPS = GRAD_STRIP;
+    constexpr int STEPS = STRIP;
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     const bool there = i < k.B * k.strips.d * k.columns.d;
     const spot at = spot_of(k, there ? i : 0, 8, STEPS);
@@ -193,7 +190,7 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     const bool eights = s->dim[3] % 8 == 0 && lanes <= 32 && (lanes & (lanes - 1)) == 0
                         && fg_in_eights(&e->in_rows[0]) && fg_in_eights(&e->in_rows[1])
                         && fg_in_eights(&e->out_rows[0]);
-    geometry k = geometry_of(s, eights ? 8 : 1, GRAD_STRIP);
+    geometry k = geometry_of(s, eights ? 8 : 1, STRIP);
     k.first = (const int32_t *)e->in[3];
     tensors z = {};
     z.gy = fg_input_of(e, 0), z.x = fg_input_of(e, 1), z.a = fg_input_of(e, 2);
