@@ -11,7 +11,7 @@
 
 #define THREADS 256
 #define CHUNK   64
-#define ROWS    4
+#define ROWS    8
 
 /* ---- embedding ------------------------------------------------------------------------------ */
 

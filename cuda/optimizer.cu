@@ -104,7 +104,7 @@ FG_KERNEL(accumulate) = { .launch = accumulate_launch, .pitched_in = 2 };
 /* ---- adamw ---------------------------------------------------------------------------------- */
 
 #define ADAM_THREADS 256
-#define ADAM_BLOCKS  (4 * 132)                   /* as many as an H100 holds at once */
+#define ADAM_BLOCKS  (8 * 132)                   /* at most; what an H100 holds at once */
 
 enum { P, M, V, G, CLIP, LR, STEP };
 
@@ -139,19 +139,25 @@ adamw(adam a, float *p, float *m, float *v, fg_in g, const float *clip, const fl
 {
     const factors f = factors_of(a, clip, lr, step);
     if (!isfinite(f.clip)) return;
-    const int64_t stride = (int64_t)gridDim.x * ADAM_THREADS * 8;
-    int64_t i = 8 * ((int64_t)blockIdx.x * ADAM_THREADS + threadIdx.x);
-    for (; i + 8 <= n; i += stride) {
-        const fg_raw8 raw = fg_load_raw8(g, i);
-        const fg_out po = { p, false }, mo = { m, false }, vo = { v, false };
-        fg_vec8 pv = fg_load8(fg_in{ p, false }, i), mv = fg_load8(fg_in{ m, false }, i);
-        fg_vec8 vv = fg_load8(fg_in{ v, false }, i);
-        const fg_vec8 gv = fg_floats(g, raw);
+    const fg_in pi = { p, false }, mi = { m, false }, vi = { v, false };
+    const int64_t stride = (int64_t)gridDim.x * ADAM_THREADS * 4;
+    int64_t i = 4 * ((int64_t)blockIdx.x * ADAM_THREADS + threadIdx.x);
+    for (; i + 4 <= n; i += stride) {
+        fg_some<4> raw[4];
+        float pv[4], mv[4], vv[4], gv[4];
+        raw[0].load(pi, i);
+        raw[1].load(mi, i);
+        raw[2].load(vi, i);
+        raw[3].load(g, i);
+        raw[0].floats(pi, pv);
+        raw[1].floats(mi, mv);
+        raw[2].floats(vi, vv);
+        raw[3].floats(g, gv);
 #pragma unroll
-        for (int j = 0; j < 8; j++) update(a, f, gv[j], &pv[j], &mv[j], &vv[j]);
-        fg_store8(po, i, pv);
-        fg_store8(mo, i, mv);
-        fg_store8(vo, i, vv);
+        for (int j = 0; j < 4; j++) update(a, f, gv[j], &pv[j], &mv[j], &vv[j]);
+        fg_store_some<4>(fg_out{ p, false }, i, pv);
+        fg_store_some<4>(fg_out{ m, false }, i, mv);
+        fg_store_some<4>(fg_out{ v, false }, i, vv);
     }
     for (; i < n; i++) update(a, f, g[i], &p[i], &m[i], &v[i]);
 }
@@ -164,7 +170,7 @@ static void adamw_launch(const fg_exec *e, cudaStream_t stream)
                      .beta2 = (float)a->beta2, .rest2 = (float)(1 - a->beta2),
                      .eps = (float)a->eps };
     const int64_t n = fg_count_of(&e->in_shape[P]);
-    const unsigned blocks = fg_blocks(n, 8 * ADAM_THREADS);
+    const unsigned blocks = fg_blocks(n, 4 * ADAM_THREADS);
     adamw<<<blocks < ADAM_BLOCKS ? blocks : ADAM_BLOCKS, ADAM_THREADS, 0, stream>>>(
         k, (float *)e->out[P], (float *)e->out[M], (float *)e->out[V], fg_input_of(e, G),
         (const float *)e->in[CLIP], (const float *)e->in[LR], (const float *)e->in[STEP], n);

@@ -771,7 +771,7 @@ static double copy_rate(double bytes)
     static std::vector<std::pair<double, double>> known;
     for (const auto &k : known) if (k.first == bytes) return k.second;
     void *a, *b;
-    const size_t half = (size_t)(bytes / 2) / 256 * 256;
+    const size_t half = ((size_t)(bytes / 2) + 65535) / 65536 * 65536;      /* no odd ends */
     need(cudaMalloc(&a, half), "cudaMalloc");
     need(cudaMalloc(&b, half), "cudaMalloc");
     cudaMemset(a, 0, half);
