@@ -84,7 +84,7 @@ softmax_long_rows(fg_in x, fg_out y, int64_t n)
         else if (eights <= 1024)                                                                 \
             kernel<512, 2><<<(unsigned)(rows), 512, 0, stream>>>(__VA_ARGS__);                   \
         else if (eights <= 2048)                                                                 \
-            kernel<512, 4><<<(unsigned)(rows), 512, 0, stream>>>(__VA_ARGS__);                   \
+            kernel<1024, 2><<<(unsigned)(rows), 1024, 0, stream>>>(__VA_ARGS__);                   \
         else long_launch;                                                                        \
     } while (0)
 
