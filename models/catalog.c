@@ -46,6 +46,13 @@ static fg_tensor transformer_llama(fg_loc at, fg_tensor tokens, const size *s)
     return (transformer_lm)(at, tokens, &c);
 }
 
+static fg_tensor mamba2(fg_loc at, fg_tensor tokens, const size *s)
+{
+    mamba2_config c = mamba2_lm_config(50257, s->width, s->layers, s->heads);
+    c.recompute = s->recompute;
+    return (mamba2_lm)(at, tokens, &c);
+}
+
 #define BUDGET_2B  2684354560            /* 2.5, 7 and 15 * 2^30 tokens */
 #define BUDGET_7B  7516192768
 #define BUDGET_16B 16106127360
@@ -70,6 +77,9 @@ static const struct {
     MODEL("transformer-pro-125m",   transformer_pro,   2e-3, BUDGET_2B,   768, 12, 12,    0, false),
     MODEL("transformer-pro-360m",   transformer_pro,   2e-3, BUDGET_7B,  1024, 24, 16,    0, false),
     MODEL("transformer-pro-760m",   transformer_pro,   1e-3, BUDGET_16B, 1536, 24, 12,    0, true),
+    MODEL("mamba2-125m",            mamba2,            2e-3, BUDGET_2B,   768, 24, 24,    0, false),
+    MODEL("mamba2-360m",            mamba2,            2e-3, BUDGET_7B,  1024, 48, 32,    0, false),
+    MODEL("mamba2-760m",            mamba2,            1e-3, BUDGET_16B, 1536, 48, 48,    0, true),
     MODEL("transformer-swa-760m",   transformer_llama, 1e-3, BUDGET_16B, 1536, 24, 12, 2048, true),
 };
 
