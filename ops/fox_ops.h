@@ -95,6 +95,14 @@ FG_API fg_tensor (fg_causal_conv)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor
 FG_API fg_tensor (fg_forget_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v,
                                        fg_tensor log_f, double scale, int64_t window);
 
+/* Linear attention with a decay for every key channel (Yang et al. 2024, arXiv 2312.06635, eq. 3):
+ *     S_t = diag(e^(log_a_t)) S_(t-1) + k_t v_t^T,   o_t = scale S_t^T q_t
+ * q, k: [B,T,H,K]; v: [B,T,H,V]; log_a: f32[B,T,H,K], natural log of the decay, <= 0.
+ * state: f32[B,H,K,V], S before the first row; {0}: zeros (with caches always {0}: they hold it).
+ * o: [B,T,H,V]; fg_result(o, 1) is S after the last row: f32[B,H,K,V]. */
+FG_API fg_tensor (fg_gated_linear_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v,
+                                             fg_tensor log_a, double scale, fg_tensor state);
+
 /* ---- the list of all ops --------------------------------------------------------------------- */
 
 /* inputs and outputs are names between blanks ("?" after an optional one), attributes are
@@ -154,6 +162,7 @@ FG_API fg_tensor   fg_op_example(fg_graph *g, int i, int k);
 #define fg_shift_mix(...)    fg_shift_mix(FG_HERE, __VA_ARGS__)
 #define fg_causal_conv(...)  fg_causal_conv(FG_HERE, __VA_ARGS__)
 #define fg_forget_attention(...) fg_forget_attention(FG_HERE, __VA_ARGS__)
+#define fg_gated_linear_attention(...) fg_gated_linear_attention(FG_HERE, __VA_ARGS__)
 
 #ifdef __cplusplus
 }
