@@ -86,11 +86,11 @@ static void load(const fg__scan *z, const fg_exec *e, int i, int64_t b, int64_t 
                  int64_t n, const work *w)
 {
     const int64_t at = ((b * z->T + t) * z->H + h) * z->K, row = z->H * z->K;
-    const fg_real *v = e->in[i + 2];
-    fg__load_rows((const fg_real *)e->in[i] + at, row, n, z->K, z->Kp, w->q);
-    fg__load_rows((const fg_real *)e->in[i + 1] + at, row, n, z->K, z->Kp, w->k);
-    fg__load_rows((const fg_real *)e->in[i + 3] + at, row, n, z->K, z->Kp, w->a);
-    fg__load_rows(v + ((b * z->T + t) * z->H + h) * z->V, z->H * z->V, n, z->V, z->Vp, w->v);
+    const fg_real *v = fg__in(e, i + 2, ((b * z->T + t) * z->H + h) * z->V);
+    fg__load_rows(fg__in(e, i, at), row, n, z->K, z->Kp, w->q);
+    fg__load_rows(fg__in(e, i + 1, at), row, n, z->K, z->Kp, w->k);
+    fg__load_rows(fg__in(e, i + 3, at), row, n, z->K, z->Kp, w->a);
+    fg__load_rows(v, z->H * z->V, n, z->V, z->Vp, w->v);
     for (int64_t j = 0; j < n * z->Kp; j += FG_LANES)
         fg_vstore(w->a + j, fg_vexp(fg_vload(w->a + j)));
 }
@@ -167,7 +167,7 @@ static void head(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h, cons
     const int64_t own = (b * z->H + h) * z->K * z->V, row = z->H * z->V;
     fg__run r = { 0 };
     for (int64_t t0 = 0; t0 < z->T; t0 = r.t1) {
-        fg_real *o = (fg_real *)e->out[0] + ((b * z->T + t0) * z->H + h) * z->V;
+        fg_real *o = fg__out(e, 0, ((b * z->T + t0) * z->H + h) * z->V);
         r = fg__run_from(z, b, t0);
         fg__load_state(z, r.carried ? state + own : NULL, w->S);
         if (r.padding) fg__clear_rows(o, row, r.t1 - t0, z->V);
@@ -178,17 +178,17 @@ static void head(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h, cons
             fg__store_rows(w->o, z->Vp, n, z->V, o + (t - t0) * row, row);
         }
     }
-    fg__store_rows(w->S, z->Vp, z->K, z->V, (fg_real *)e->out[1] + own, z->V);
+    fg__store_rows(w->S, z->Vp, z->K, z->V, fg__out(e, 1, own), z->V);
 }
 
 /* One row, straight from the state before to the state after. */
 static void step(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h)
 {
     const int64_t row = b * z->H + h, K = z->K, V = z->V;
-    const fg_real *q = (const fg_real *)e->in[0] + row * K, *k = (const fg_real *)e->in[1] + row * K;
-    const fg_real *v = (const fg_real *)e->in[2] + row * V, *g = (const fg_real *)e->in[3] + row * K;
-    const fg_real *S = fg__carried(z, b) ? (const fg_real *)e->in[6] + row * K * V : NULL;
-    fg_real *o = (fg_real *)e->out[0] + row * V, *to = (fg_real *)e->out[1] + row * K * V;
+    const fg_real *q = fg__in(e, 0, row * K), *k = fg__in(e, 1, row * K);
+    const fg_real *v = fg__in(e, 2, row * V), *g = fg__in(e, 3, row * K);
+    const fg_real *S = fg__carried(z, b) ? fg__in(e, 6, row * K * V) : NULL;
+    fg_real *o = fg__out(e, 0, row * V), *to = fg__out(e, 1, row * K * V);
     const bool padding = fg__ahead(z, b, 0) > 0;
     if (padding) memset(to, 0, (size_t)(K * V) * sizeof *to);
     memset(o, 0, (size_t)V * sizeof *o);
@@ -198,8 +198,9 @@ static void step(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h)
         for (int64_t j = 0; j < V; j += FG_LANES) {
             const int64_t n = V - j;
             const bool whole = n >= FG_LANES;
+            const fg_real *before = S + (S ? d * V + j : 0);
             fg_vec x = kd * (whole ? fg_vload(v + j) : fg_vload_n(v + j, n));
-            if (S) x = fg_vfma(a, whole ? fg_vload(S + d * V + j) : fg_vload_n(S + d * V + j, n), x);
+            if (S) x = fg_vfma(a, whole ? fg_vload(before) : fg_vload_n(before, n), x);
             const fg_vec y = fg_vfma(qd, x, whole ? fg_vload(o + j) : fg_vload_n(o + j, n));
             if (whole) fg_vstore(to + d * V + j, x), fg_vstore(o + j, y);
             else fg_vstore_n(to + d * V + j, x, n), fg_vstore_n(o + j, y, n);
@@ -342,9 +343,6 @@ static fg_status grad_infer(fg_infer *c)
 }
 
 typedef struct {                         /* a thread's own, beside its work */
-    fg_real *R;                          /* [K,Vp], the gradient of the state */
-    fg_real *kept;                       /* [FG_BLOCK,K,Vp]: states before the chunks of a block */
-    fg_real *blocks;                     /* [.,K,Vp]: states before the blocks */
     fg_real *gA;                         /* [.,FG_CHUNK] */
     fg_real *turned;                     /* [Vp,FG_CHUNK] of go, then v */
     fg_real *state_side;                 /* [K,FG_CHUNK] */
@@ -355,11 +353,7 @@ typedef struct {                         /* a thread's own, beside its work */
 static grad_work grad_cut(char *base, size_t *used, const fg__scan *z)
 {
     const size_t size = sizeof(fg_real);
-    const int64_t chunks = (z->T + FG_CHUNK - 1) / FG_CHUNK;
     grad_work w;
-    w.R = fg__cut(base, used, z->K * z->Vp, size);
-    w.kept = fg__cut(base, used, fg__least(FG_BLOCK, chunks) * z->K * z->Vp, size);
-    w.blocks = fg__cut(base, used, (chunks - 1) / FG_BLOCK * z->K * z->Vp, size);
     w.gA = fg__cut(base, used, FG_CHUNK * FG_CHUNK, size);
     w.turned = fg__cut(base, used, FG_CHUNK * z->Vp, size);
     w.state_side = fg__cut(base, used, FG_CHUNK * z->Kp, size);
@@ -383,11 +377,11 @@ static void through_state(const fg__scan *z, int64_t n, const fg_real *S, const 
 
 /* gv_s = sum_t A_ts go_t + R^T k_out_s,  gA_ts = scale go_t.v_s,  gq = S go,  gk = R v */
 static void grad_products(const fg__scan *z, int64_t n, const work *w, const grad_work *u,
-                          const fg_real *S)
+                          const fg_real *S, const fg_real *R)
 {
     const fg__product from_chunk = { 0, n, 0, z->Vp, 0, n, FG_K_FROM_R, w->A, 1, FG_CHUNK, u->go,
                                      z->Vp, u->gv, z->Vp, NULL, false };
-    const fg__product from_state = { 0, n, 0, z->Vp, 0, z->K, FG_WHOLE, w->k_out, z->Kp, 1, u->R,
+    const fg__product from_state = { 0, n, 0, z->Vp, 0, z->K, FG_WHOLE, w->k_out, z->Kp, 1, R,
                                      z->Vp, u->gv, z->Vp, NULL, true };
     const fg__product weights = { 0, n, 0, FG_CHUNK, 0, z->V, FG_WHOLE, u->go, z->Vp, 1, u->turned,
                                   FG_CHUNK, u->gA, FG_CHUNK, NULL, false };
@@ -397,7 +391,7 @@ static void grad_products(const fg__scan *z, int64_t n, const work *w, const gra
     fg__turn(u->go, z->Vp, n, z->V, u->turned, FG_CHUNK);
     through_state(z, n, S, u, u->gq);
     fg__turn(w->v, z->Vp, n, z->V, u->turned, FG_CHUNK);
-    through_state(z, n, u->R, u, u->gk);
+    through_state(z, n, R, u, u->gk);
     fg__multiply(&weights);
     for (int64_t i = 0; i < n * FG_CHUNK; i++) u->gA[i] *= (fg_real)z->scale;
 }
@@ -445,7 +439,8 @@ static void grad_pairs(const fg__scan *z, int64_t n, const work *w, const grad_w
                 p[t] = fade(p[t - 1] * fg_vload(w->a + t * z->Kp + d));
             for (int64_t t = n - 1; t >= s; t--) {
                 const int64_t at = t * z->Kp + d;
-                const fg_vec x = p[t] * fg_vset(u->gA[t * FG_CHUNK + s]), xq = x * fg_vload(w->q + at);
+                const fg_vec x = p[t] * fg_vset(u->gA[t * FG_CHUNK + s]);
+                const fg_vec xq = x * fg_vload(w->q + at);
                 fg_vstore(u->gq + at, fg_vfma(x, k, fg_vload(u->gq + at)));
                 gk = gk + xq;
                 if (t == s) break;
@@ -458,20 +453,20 @@ static void grad_pairs(const fg__scan *z, int64_t n, const work *w, const grad_w
 
 /* One chunk, S before it; R goes from behind the chunk to before it. */
 static void grad_chunk(const fg__scan *z, int64_t n, const work *w, const grad_work *u,
-                       const fg_real *S)
+                       const fg_real *S, fg_real *R)
 {
     const fg__product add = { 0, z->K, 0, z->Vp, 0, n, FG_WHOLE, w->q_in, 1, z->Kp, u->go, z->Vp,
-                              u->R, z->Vp, NULL, true };
+                              R, z->Vp, NULL, true };
     fg_real *across = u->state_side;
     decays(z, n, w);
-    grad_products(z, n, w, u, S);
+    grad_products(z, n, w, u, S, R);
     for (int64_t d = 0; d < z->Kp; d++) across[d] = 0;
     for (int64_t d = 0; d < z->K; d++) {
         fg_vec sum = { 0 };
         for (int64_t j = 0; j < z->Vp; j += FG_LANES) {
-            const fg_vec r = fg_vload(u->R + d * z->Vp + j) * fg_vset(w->decay[d]);
+            const fg_vec r = fg_vload(R + d * z->Vp + j) * fg_vset(w->decay[d]);
             sum = fg_vfma(fg_vload(S + d * z->Vp + j), r, sum);
-            fg_vstore(u->R + d * z->Vp + j, r);
+            fg_vstore(R + d * z->Vp + j, r);
         }
         across[d] = fg_vsum(sum);
     }
@@ -480,82 +475,48 @@ static void grad_chunk(const fg__scan *z, int64_t n, const work *w, const grad_w
     fg__multiply(&add);
 }
 
-typedef struct { const fg_exec *e; const fg__scan *z; int64_t b, h; work w; grad_work u; } grad_head;
+typedef struct { const fg_exec *e; fg__way_back way; work w; grad_work u; } grad_head;
 
-/* States before every chunk of rows [t0,t1), at most FG_BLOCK of them, to kept; S goes on. */
-static void keep_states(const grad_head *x, int64_t t0, int64_t t1, fg_real *S, fg_real *kept)
+static void grad_pass(void *self, int64_t t, int64_t n, fg_real *S)
 {
-    const size_t size = (size_t)(x->z->K * x->z->Vp);
-    for (int64_t t = t0; t < t1; t += FG_CHUNK) {
-        const int64_t n = fg__least(FG_CHUNK, t1 - t);
-        if (kept) memcpy(kept + (size_t)((t - t0) / FG_CHUNK) * size, S, size * sizeof *S);
-        if (kept && t + FG_CHUNK >= t1) break;
-        load(x->z, x->e, 2, x->b, t, x->h, n, &x->w);
-        decays(x->z, n, &x->w);
-        pass_state(x->z, n, &x->w, S);
+    const grad_head *x = self;
+    load(x->way.z, x->e, 2, x->way.b, t, x->way.h, n, &x->w);
+    decays(x->way.z, n, &x->w);
+    pass_state(x->way.z, n, &x->w, S);
+}
+
+static void grad_back(void *self, int64_t t, int64_t n, const fg_real *S)
+{
+    const grad_head *x = self;
+    const fg__scan *z = x->way.z;
+    const int64_t row = (x->way.b * z->T + t) * z->H + x->way.h, K = row * z->K, V = row * z->V;
+    load(z, x->e, 2, x->way.b, t, x->way.h, n, &x->w);
+    fg__load_rows(fg__in(x->e, 0, V), z->H * z->V, n, z->V, z->Vp, x->u.go);
+    grad_chunk(z, n, &x->w, &x->u, S, x->way.R);
+    fg__store_rows(x->u.gq, z->Kp, n, z->K, fg__out(x->e, 0, K), z->H * z->K);
+    fg__store_rows(x->u.gk, z->Kp, n, z->K, fg__out(x->e, 1, K), z->H * z->K);
+    fg__store_rows(x->u.gv, z->Vp, n, z->V, fg__out(x->e, 2, V), z->H * z->V);
+    fg__store_rows(x->u.gg, z->Kp, n, z->K, fg__out(x->e, 3, K), z->H * z->K);
+}
+
+static void grad_clear(void *self, int64_t t, int64_t n)
+{
+    const grad_head *x = self;
+    const fg__scan *z = x->way.z;
+    for (int i = 0; i < 4; i++) {
+        const int64_t D = i == 2 ? z->V : z->K;
+        const int64_t row = (x->way.b * z->T + t) * z->H + x->way.h;
+        fg__clear_rows(fg__out(x->e, i, row * D), z->H * D, n, D);
     }
 }
 
-static void grad_rows(const grad_head *x, int64_t t, int64_t n, const fg_real *S)
+static grad_head grad_head_cut(char *base, size_t *used, const fg__scan *z)
 {
-    const fg__scan *z = x->z;
-    const int64_t row = (x->b * z->T + t) * z->H + x->h, K = row * z->K, V = row * z->V;
-    fg_real *const *out = (fg_real *const *)x->e->out;
-    load(z, x->e, 2, x->b, t, x->h, n, &x->w);
-    fg__load_rows((const fg_real *)x->e->in[0] + V, z->H * z->V, n, z->V, z->Vp, x->u.go);
-    grad_chunk(z, n, &x->w, &x->u, S);
-    fg__store_rows(x->u.gq, z->Kp, n, z->K, out[0] + K, z->H * z->K);
-    fg__store_rows(x->u.gk, z->Kp, n, z->K, out[1] + K, z->H * z->K);
-    fg__store_rows(x->u.gv, z->Vp, n, z->V, out[2] + V, z->H * z->V);
-    fg__store_rows(x->u.gg, z->Kp, n, z->K, out[3] + K, z->H * z->K);
-}
-
-/* A run from its end to its start, R in and out; the states are computed again, by blocks. */
-static void grad_run(const grad_head *x, const fg__run *r, const fg_real *state)
-{
-    const fg__scan *z = x->z;
-    const int64_t size = z->K * z->Vp, rows = FG_BLOCK * FG_CHUNK;
-    const int64_t blocks = (r->t1 - r->t0 + rows - 1) / rows;
-    fg_real *S = x->w.S;
-    fg__load_state(z, state, S);
-    for (int64_t i = 0; i + 1 < blocks; i++) {
-        memcpy(x->u.blocks + i * size, S, (size_t)size * sizeof *S);
-        keep_states(x, r->t0 + i * rows, r->t0 + (i + 1) * rows, S, NULL);
-    }
-    for (int64_t i = blocks - 1; i >= 0; i--) {
-        const int64_t t0 = r->t0 + i * rows, t1 = fg__least(t0 + rows, r->t1);
-        if (i + 1 < blocks) memcpy(S, x->u.blocks + i * size, (size_t)size * sizeof *S);
-        keep_states(x, t0, t1, S, x->u.kept);
-        for (int64_t c = (t1 - t0 - 1) / FG_CHUNK; c >= 0; c--) {
-            const int64_t t = t0 + c * FG_CHUNK;
-            grad_rows(x, t, fg__least(FG_CHUNK, t1 - t), x->u.kept + c * size);
-        }
-    }
-}
-
-static void grad_one_head(const grad_head *x)
-{
-    const fg__scan *z = x->z;
-    const int64_t own = (x->b * z->H + x->h) * z->K * z->V;
-    const fg_real *gstate = x->e->in[1], *state = x->e->in[7];
-    fg_real *const *out = (fg_real *const *)x->e->out;
-    fg__run r = { .t0 = z->T };
-    while (r.t0 > 0) {
-        const bool last = r.t0 == z->T;
-        r = fg__run_before(z, x->b, r.t0);
-        fg__load_state(z, last && gstate && !r.padding ? gstate + own : NULL, x->u.R);
-        if (!r.padding) {
-            grad_run(x, &r, r.carried ? state + own : NULL);
-            continue;
-        }
-        for (int i = 0; i < 4; i++) {
-            const int64_t D = i == 2 ? z->V : z->K;
-            fg__clear_rows(out[i] + ((x->b * z->T + r.t0) * z->H + x->h) * D, z->H * D,
-                           r.t1 - r.t0, D);
-        }
-    }
-    if (!r.carried) fg__load_state(z, NULL, x->u.R);
-    fg__store_rows(x->u.R, z->Vp, z->K, z->V, out[4] + own, z->V);
+    grad_head x = { .way = { .pass = grad_pass, .back = grad_back, .clear = grad_clear } };
+    fg__way_back_cut(&x.way, base, used, z);
+    x.w = work_cut(base, used, z);
+    x.u = grad_cut(base, used, z);
+    return x;
 }
 
 static void grad_cpu(const fg_exec *e)
@@ -567,17 +528,16 @@ static void grad_cpu(const fg_exec *e)
 #pragma omp parallel num_threads(threads)
     {
         size_t each = 0, mine = 0;
-        work_cut(NULL, &each, &z);
-        grad_cut(NULL, &each, &z);
+        grad_head_cut(NULL, &each, &z);
         mine = each * (size_t)omp_get_thread_num();
-        grad_head x = { .e = e, .z = &z };
-        x.w = work_cut(e->scratch, &mine, &z);
-        x.u = grad_cut(e->scratch, &mine, &z);
+        grad_head x = grad_head_cut(e->scratch, &mine, &z);
+        x.e = e;
+        x.way.self = &x;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < z.B * z.H; i++) {
-            x.b = i / z.H;
-            x.h = i % z.H;
-            grad_one_head(&x);
+            x.way.b = i / z.H;
+            x.way.h = i % z.H;
+            fg__head_back(&x.way, e->in[7], e->in[1], e->out[4]);
         }
     }
 }
@@ -586,10 +546,7 @@ static size_t grad_scratch(const fg_infer *c, int threads)
 {
     const fg__scan z = fg__scan_of(&c->in[3], &c->in[4], 1, NULL, NULL, NULL);
     size_t used = 0;
-    for (int i = 0; i < threads; i++) {
-        work_cut(NULL, &used, &z);
-        grad_cut(NULL, &used, &z);
-    }
+    for (int i = 0; i < threads; i++) grad_head_cut(NULL, &used, &z);
     return used;
 }
 

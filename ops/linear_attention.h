@@ -58,6 +58,15 @@ static inline fg_status fg__scan_check(fg_infer *c, int i)
     return FG_OK;
 }
 
+static inline const fg_real *fg__in(const fg_exec *e, int i, int64_t at)
+{
+    return (const fg_real *)e->in[i] + at;
+}
+static inline fg_real *fg__out(const fg_exec *e, int i, int64_t at)
+{
+    return (fg_real *)e->out[i] + at;
+}
+
 /* ---- runs ----------------------------------------------------------------------------------- */
 
 typedef struct { int64_t t0, t1; bool padding, carried; } fg__run;    /* rows [t0,t1) */
@@ -149,6 +158,81 @@ static inline void fg__load_state(const fg__scan *z, const fg_real *from, fg_rea
 {
     if (from) fg__load_rows(from, z->V, z->K, z->V, z->Vp, S);
     else memset(S, 0, (size_t)(z->K * z->Vp) * sizeof *S);
+}
+
+/* ---- the gradient's way back ----------------------------------------------------------------- */
+
+/* Of one sequence and head.  Chunks are rows [t,t+n); the state S before a chunk is computed again
+ * from the start of its run, FG_BLOCK chunks at a time, and R, the gradient of the state, goes from
+ * behind the chunk to before it. */
+typedef struct {
+    const fg__scan *z;
+    int64_t b, h;
+    fg_real *S, *R;                      /* [K,Vp] */
+    fg_real *kept, *blocks;              /* S before the chunks of a block, before the blocks */
+    void *self;
+    void (*pass)(void *self, int64_t t, int64_t n, fg_real *S);          /* S to behind the chunk */
+    void (*back)(void *self, int64_t t, int64_t n, const fg_real *S);    /* writes n rows, R */
+    void (*clear)(void *self, int64_t t, int64_t n);                     /* rows of padding */
+} fg__way_back;
+
+static inline void fg__way_back_cut(fg__way_back *w, char *base, size_t *used, const fg__scan *z)
+{
+    const int64_t size = z->K * z->Vp, chunks = (z->T + FG_CHUNK - 1) / FG_CHUNK;
+    w->z = z;
+    w->S = fg__cut(base, used, size, sizeof *w->S);
+    w->R = fg__cut(base, used, size, sizeof *w->R);
+    w->kept = fg__cut(base, used, fg__least(FG_BLOCK, chunks) * size, sizeof *w->kept);
+    w->blocks = fg__cut(base, used, (chunks - 1) / FG_BLOCK * size, sizeof *w->blocks);
+}
+
+/* S from row t0 to row t1; with kept, S before every chunk goes there. */
+static inline void fg__keep_states(const fg__way_back *w, int64_t t0, int64_t t1, fg_real *kept)
+{
+    const size_t size = (size_t)(w->z->K * w->z->Vp) * sizeof *w->S;
+    for (int64_t t = t0; t < t1; t += FG_CHUNK) {
+        if (kept) memcpy((char *)kept + (size_t)((t - t0) / FG_CHUNK) * size, w->S, size);
+        if (kept && t + FG_CHUNK >= t1) break;           /* behind the last one nobody asks */
+        w->pass(w->self, t, fg__least(FG_CHUNK, t1 - t), w->S);
+    }
+}
+
+static inline void fg__run_back(const fg__way_back *w, const fg__run *r, const fg_real *state)
+{
+    const int64_t size = w->z->K * w->z->Vp, rows = FG_BLOCK * FG_CHUNK;
+    const int64_t blocks = (r->t1 - r->t0 + rows - 1) / rows;
+    fg__load_state(w->z, state, w->S);
+    for (int64_t i = 0; i + 1 < blocks; i++) {
+        memcpy(w->blocks + i * size, w->S, (size_t)size * sizeof *w->S);
+        fg__keep_states(w, r->t0 + i * rows, r->t0 + (i + 1) * rows, NULL);
+    }
+    for (int64_t i = blocks - 1; i >= 0; i--) {
+        const int64_t t0 = r->t0 + i * rows, t1 = fg__least(t0 + rows, r->t1);
+        if (i + 1 < blocks) memcpy(w->S, w->blocks + i * size, (size_t)size * sizeof *w->S);
+        fg__keep_states(w, t0, t1, w->kept);
+        for (int64_t c = (t1 - t0 - 1) / FG_CHUNK; c >= 0; c--) {
+            const int64_t t = t0 + c * FG_CHUNK;
+            w->back(w->self, t, fg__least(FG_CHUNK, t1 - t), w->kept + c * size);
+        }
+    }
+}
+
+/* All runs, from the last; state and gstate: [B,H,K,V] or NULL, to: gradient of the state. */
+static inline void fg__head_back(const fg__way_back *w, const fg_real *state, const fg_real *gstate,
+                                 fg_real *to)
+{
+    const fg__scan *z = w->z;
+    const int64_t own = (w->b * z->H + w->h) * z->K * z->V;
+    fg__run r = { .t0 = z->T };
+    while (r.t0 > 0) {
+        const bool last = r.t0 == z->T;
+        r = fg__run_before(z, w->b, r.t0);
+        fg__load_state(z, last && gstate ? gstate + own : NULL, w->R);
+        if (r.padding) w->clear(w->self, r.t0, r.t1 - r.t0);
+        else fg__run_back(w, &r, r.carried ? state + own : NULL);
+    }
+    if (!r.carried) fg__load_state(z, NULL, w->R);
+    fg__store_rows(w->R, z->Vp, z->K, z->V, to + own, z->V);
 }
 
 /* ---- the definition's parts ----------------------------------------------------------------- */
