@@ -18,10 +18,11 @@ static fg_tensor project(fg_tensor x, const char *name, const delta_net_config *
     fg_scope_push(g, fg_name(g, "%s_conv1d", name));
     fg_tensor w = fg_param(g, "weight", FG_DIMS(h, 1, W), uniform);
     fg_scope_pop(g);
-    return fg_nn_heads(fg_causal_conv(u, w, (fg_tensor){ 0 }, true), c->num_heads);  /* [B,T,H,d] */
+    u = fg_causal_conv(u, w, (fg_tensor){ 0 }, true);                               /* [B,T,h]   */
+    return fg_nn_heads(u, c->num_heads);                                            /* [B,T,H,d] */
 }
 
-/* S_t = S_(t-1) + beta_t k_t (v_t - S_(t-1)^T k_t)^T,   o_t = S_t^T q_t / sqrt(d),   |k| = |q| = 1 */
+/* S_t = S_(t-1) + beta_t k_t (v_t - S_(t-1)^T k_t)^T,   o_t = S_t^T q_t / sqrt(d), |q| = |k| = 1 */
 static fg_tensor mixer(fg_tensor x, const void *config, int64_t layer)
 {
     const delta_net_config *c = config;
@@ -56,7 +57,7 @@ fg_tensor (delta_net_lm)(fg_loc at, fg_tensor tokens, const delta_net_config *c)
     return (fg_nn_lm)(at, tokens, skeleton(c));
 }
 
-#ifndef FG_LIBRARY       /* fox-graph run delta_net.c --set width=512 --set layers=8 --set heads=8 */
+#ifndef FG_LIBRARY            /* fox-graph run delta_net.c --set width=512 --set heads=8 */
 #include <fox_graph.h>
 fg_tensor fg_model(fg_tensor tokens)
 {

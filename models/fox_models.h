@@ -18,7 +18,7 @@ FG_API fg_tensor (fg_nn_weight)(fg_loc at, fg_graph *g, const char *name, fg_sha
 /* x [...,N] -> [...,n_out] through a weight [n_out,N]; affine adds a bias, zero at first. */
 FG_API fg_tensor (fg_nn_linear)(fg_loc at, fg_tensor x, const char *name, int64_t n_out);
 FG_API fg_tensor (fg_nn_affine)(fg_loc at, fg_tensor x, const char *name, int64_t n_out);
-/* The same without bias, uniform in +-2^-2.5 sqrt(6 / (N + n_out)) at first (Xavier, small gain). */
+/* The same without bias, at first uniform in +-2^-2.5 sqrt(6 / (N + n_out)): Xavier, small gain. */
 FG_API fg_tensor (fg_nn_xavier)(fg_loc at, fg_tensor x, const char *name, int64_t n_out);
 FG_API fg_tensor (fg_nn_embed)(fg_loc at, fg_tensor tokens, const char *name, int64_t vocab,
                                int64_t width);
@@ -138,12 +138,12 @@ typedef struct {
 } hgrn2_config;
 
 FG_API hgrn2_config hgrn2_lm_config(int64_t vocab, int64_t width, int64_t layers, int64_t expand);
-FG_API fg_tensor (hgrn2_block)(fg_loc at, fg_tensor x, const hgrn2_config *c);   /* without bounds */
+FG_API fg_tensor (hgrn2_block)(fg_loc at, fg_tensor x, const hgrn2_config *c);   /* no bounds */
 FG_API fg_tensor (hgrn2_lm)(fg_loc at, fg_tensor tokens, const hgrn2_config *c);  /* to [B,T,V] */
 #define hgrn2_block(...) hgrn2_block(FG_HERE, __VA_ARGS__)
 #define hgrn2_lm(...)    hgrn2_lm(FG_HERE, __VA_ARGS__)
 
-/* ---- DeltaNet (Yang et al. 2024) -------------------------------------------------------------- */
+/* ---- DeltaNet (Yang et al. 2024) ------------------------------------------------------------- */
 
 typedef struct {
     int64_t vocab_size, hidden_size, num_hidden_layers, num_heads;

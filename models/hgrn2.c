@@ -4,14 +4,17 @@
  *         section 3; parameters named as in the checkpoints of Lin et al. 2025 (arXiv 2503.02130).
  * Shapes: B batch, T positions, h model width, H heads, K = expand_ratio key width, d = h/H value
  * width, L layers.
- * The paper bounds the forget gate of layer l from below by lb_l; the code of that release makes the
- * parameter lower_bounds, and saves it, but does not use it.  Both can be had: hgrn2_bounds. */
+ * HGRN2's paper bounds the forget gate of layer l from below by lb_l; the code of the release makes
+ * the parameter lower_bounds and saves it, but does not use it.  Both can be had: hgrn2_bounds. */
 #include <math.h>
 #include "fox_models.h"
 
 typedef struct { const hgrn2_config *c; fg_tensor bounds; } hgrn2;      /* [L,h], or absent */
 
-static int64_t expand_of(const hgrn2_config *c) { return c->expand_ratio > 0 ? c->expand_ratio : 128; }
+static int64_t expand_of(const hgrn2_config *c)
+{
+    return c->expand_ratio > 0 ? c->expand_ratio : 128;
+}
 
 static int64_t heads_of(const hgrn2_config *c, int64_t width)
 {

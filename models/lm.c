@@ -41,7 +41,7 @@ static fg_tensor time_half(fg_tensor x, fg_nn_skeleton s)
     if (s.recompute) fg_scope_recompute(x.graph);
     fg_tensor u = fg_nn_norm(x, "attn_norm", s.eps);                               /* [B,T,h]   */
     fg_scope_push(x.graph, "attn");
-    fg_tensor y = s.mixer(u, s.config, s.layer);                                           /* [B,T,h]   */
+    fg_tensor y = s.mixer(u, s.config, s.layer);                                    /* [B,T,h]   */
     fg_scope_pop(x.graph);
     return y;
 }
