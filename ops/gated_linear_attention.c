@@ -52,7 +52,7 @@ static fg_status infer(fg_infer *c)
 /* ---- a chunk -------------------------------------------------------------------------------- */
 
 typedef struct {                         /* a thread's own; panels of FG_CHUNK rows */
-    fg_real *S;                          /* [K,Vp] */
+    fg_real *S, *more;                   /* [K,Vp]; what a chunk adds */
     fg_real *q, *k, *a;                  /* [.,Kp], a = e^g */
     fg_real *q_in, *k_out, *decay;       /* [.,Kp], [.,Kp], [Kp]: as in the formulas on top */
     fg_real *v, *o;                      /* [.,Vp] */
@@ -64,6 +64,7 @@ static work work_cut(char *base, size_t *used, const fg__scan *z)
     const size_t size = sizeof(fg_real);
     work w;
     w.S = fg__cut(base, used, z->K * z->Vp, size);
+    w.more = fg__cut(base, used, z->K * z->Vp, size);
     w.q = fg__cut(base, used, FG_CHUNK * z->Kp, size);
     w.k = fg__cut(base, used, FG_CHUNK * z->Kp, size);
     w.a = fg__cut(base, used, FG_CHUNK * z->Kp, size);
@@ -135,15 +136,18 @@ static void pairs(const fg__scan *z, int64_t n, const work *w)
     }
 }
 
-/* S = diag(decay) S + k_out^T v */
+/* S = diag(decay) S + k_out^T v, rounded once a chunk: without decay a state may be carried over a
+ * million rows. */
 static void pass_state(const fg__scan *z, int64_t n, const work *w, fg_real *S)
 {
-    const fg__product add = { 0, z->K, 0, z->Vp, 0, n, FG_WHOLE, w->k_out, 1, z->Kp, w->v, z->Vp,
-                              S, z->Vp, NULL, true };
-    for (int64_t d = 0; d < z->K; d++)
-        for (int64_t j = 0; j < z->Vp; j += FG_LANES)
-            fg_vstore(S + d * z->Vp + j, fg_vload(S + d * z->Vp + j) * fg_vset(w->decay[d]));
-    fg__multiply(&add);
+    const fg__product more = { 0, z->K, 0, z->Vp, 0, n, FG_WHOLE, w->k_out, 1, z->Kp, w->v, z->Vp,
+                               w->more, z->Vp, NULL, false };
+    fg__multiply(&more);
+    for (int64_t d = 0; d < z->K; d++) {
+        const fg_vec decay = fg_vset(w->decay[d]);
+        for (int64_t j = d * z->Vp; j < (d + 1) * z->Vp; j += FG_LANES)
+            fg_vstore(S + j, fg_vfma(decay, fg_vload(S + j), fg_vload(w->more + j)));
+    }
 }
 
 static void chunk(const fg__scan *z, int64_t n, const work *w)
