@@ -20,6 +20,8 @@ fg_plan *fg_plan_new(const fg_graph *g, fg_store *s)
     p->store = s;
     p->check = asked("FG_CHECK");
     p->profile = asked("FG_PROFILE");
+    p->sync = asked("FG_SYNC");
+    p->plain = asked("FG_NO_GRAPHS");
     if (!g || fg_graph_status(g)) {
         fg__plan_fail(p, fg_graph_status(g), "%s", fg_graph_message(g));
         return p;
@@ -29,7 +31,7 @@ fg_plan *fg_plan_new(const fg_graph *g, fg_store *s)
         return p;
     }
     p->n_map = g->n_values;
-    p->low = fg__lower(g, s->backend, &p->map);
+    p->low = fg__lower(g, s->backend, s->precision, &p->map);
     if (!p->low) fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while lowering the graph");
     else if (p->low->status) fg__plan_fail(p, p->low->status, "%s", fg_graph_message(p->low));
     for (uint32_t k = 0; p->low && !p->status && k < p->low->n_nodes; k++) {
@@ -50,12 +52,14 @@ void fg_plan_free(fg_plan *p)
     if (!p) return;
     if (p->store && p->store->backend && p->store->backend->ops) {
         fg_backend *b = p->store->backend;
+        if (p->recording) b->ops->forget(b, p->recording);
         b->ops->free(b, p->arena);
         b->ops->free(b, p->io);
         b->ops->free(b, p->scratch);
     }
     fg_graph_free(p->low);
     free(p->map); free(p->slots); free(p->execs); free(p->shapes); free(p->types); free(p->timings);
+    free(p->rows); free(p->quiet); free(p->fixed);
     free(p);
 }
 
@@ -110,7 +114,7 @@ fg_status fg_read(fg_plan *p, fg_tensor t, void *data, size_t bytes)
     const fg_value *v = &p->graph->values[id];
     fg_backend *b = p->store->backend;
     const fg_status s = b->ops->download(b, data, fg__plan_data(p, t), fg_shape_count(v->shape),
-                                         v->type);
+                                         p->low->values[p->map[id]].type);
     return s ? fg__plan_fail(p, s, "read: %s", fg_backend_message(b)) : FG_OK;
 }
 
@@ -169,22 +173,86 @@ static fg_status check_values(fg_plan *p, const fg_node *n, const fg_exec *e)
     return FG_OK;
 }
 
-fg_status fg_run(fg_plan *p)
+static fg_status launch(fg_plan *p, uint32_t k)
+{
+    fg_backend *b = p->store->backend;
+    const fg_node *n = &p->low->nodes[k];
+    fg_status s = b->ops->launch(b, n->op, &p->execs[k]);
+    if (!s && p->sync) s = b->ops->sync(b);
+    if (!s) return FG_OK;
+    return fg__plan_fail(p, s, "%s:%d: %s: %s", fg__base(n->at.file), n->at.line, n->op->name,
+                         fg_backend_message(b));
+}
+
+static fg_status launch_all(fg_plan *p, bool fixed)
+{
+    for (uint32_t k = 0; k < p->low->n_nodes; k++) {
+        if (p->quiet[k] || p->fixed[k] != fixed) continue;
+        if (launch(p, k)) return p->status;
+        if (p->check && check_values(p, &p->low->nodes[k], &p->execs[k])) return p->status;
+    }
+    return FG_OK;
+}
+
+/* One node at a time, each between two marks of the device's own clock where it has one. */
+static fg_status launch_timed(fg_plan *p)
+{
+    fg_backend *b = p->store->backend;
+    const uint32_t n = p->low->n_nodes;
+    fg_status s = FG_OK;
+    for (uint32_t k = 0; k < n && !s; k++) {
+        const double start = now();
+        if (b->ops->mark) s = b->ops->mark(b, (int)k);
+        const bool runs = !p->quiet[k] && !p->fixed[k];
+        if (!s && runs && launch(p, k)) return p->status;
+        if (!s && !b->ops->mark && runs && !(s = b->ops->sync(b)))
+            add_timing(p, &p->low->nodes[k], now() - start);
+    }
+    if (!s && b->ops->mark) s = b->ops->mark(b, (int)n);
+    if (!s) s = b->ops->sync(b);
+    for (uint32_t k = 0; k < n && !s && b->ops->mark; k++)
+        if (!p->quiet[k] && !p->fixed[k])
+            add_timing(p, &p->low->nodes[k], b->ops->elapsed(b, (int)k, (int)k + 1));
+    return s ? fg__plan_fail(p, s, "%s", fg_backend_message(b)) : FG_OK;
+}
+
+/* The first run launches node by node, so that kernels can make their choices; the second is
+ * recorded; from then on the recording is replayed. */
+static fg_status launch_recorded(fg_plan *p)
+{
+    fg_backend *b = p->store->backend;
+    fg_status s = FG_OK;
+    if (!p->recording) {
+        if ((s = b->ops->record(b))) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
+        const fg_status mine = launch_all(p, false);
+        s = b->ops->recorded(b, &p->recording);
+        if (mine) return mine;
+    }
+    if (!s) s = b->ops->replay(b, p->recording);
+    return s ? fg__plan_fail(p, s, "%s", fg_backend_message(b)) : FG_OK;
+}
+
+fg_status fg_run_later(fg_plan *p)
 {
     if (!p) return FG_ERR_MEMORY;
     if (p->status || fg__prepare(p)) return p->status;
     fg_backend *b = p->store->backend;
-    for (uint32_t k = 0; k < p->low->n_nodes; k++) {
-        const fg_node *n = &p->low->nodes[k];
-        if (n->op->code->memory == FG_VIEW) continue;
-        const double start = p->profile ? now() : 0;
-        const fg_status s = b->ops->launch(b, n->op, &p->execs[k]);
-        if (s)
-            return fg__plan_fail(p, s, "%s:%d: %s: %s", fg__base(n->at.file), n->at.line,
-                                 n->op->name, fg_backend_message(b));
-        if (p->profile && !b->ops->sync(b)) add_timing(p, n, now() - start);
-        if (p->check && check_values(p, n, &p->execs[k])) return p->status;
+    const bool whole = b->ops->record && p->runs > 0 && !p->check && !p->sync && !p->plain;
+    p->runs++;
+    if (!p->fixed_ran || p->version != p->store->version) {
+        if (launch_all(p, true)) return p->status;
+        p->version = p->store->version;
+        p->fixed_ran = true;
     }
+    if (p->changes_params) p->store->version++;
+    if (p->profile) return launch_timed(p);
+    return whole ? launch_recorded(p) : launch_all(p, false);
+}
+
+fg_status fg_run(fg_plan *p)
+{
+    if (fg_run_later(p)) return p ? p->status : FG_ERR_MEMORY;
+    fg_backend *b = p->store->backend;
     const fg_status s = b->ops->sync(b);
     return s ? fg__plan_fail(p, s, "%s", fg_backend_message(b)) : FG_OK;
 }

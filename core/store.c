@@ -48,6 +48,7 @@ const char *fg_store_message(const fg_store *s)
     return !s ? fg_status_text(FG_ERR_MEMORY) : s->status ? s->message : fg_status_text(FG_OK);
 }
 void        fg_store_clear_error(fg_store *s) { if (s) s->status = FG_OK; }
+void        fg_store_precision(fg_store *s, fg_dtype t) { if (s && t != FG_I32) s->precision = t; }
 int         fg_store_count(const fg_store *s) { return s ? (int)s->n : 0; }
 
 /* Index of the first entry whose name is not before `name`. */
@@ -191,6 +192,7 @@ fg_status fg_store_init(fg_store *s, const fg_graph *g, uint64_t seed)
 fg_status fg_store_put(fg_store *s, const char *name, fg_dtype t, fg_shape shape, const void *data)
 {
     if (!s) return FG_ERR_MEMORY;
+    s->version++;
     fg_entry *e = fg__store_need(s, name, t, shape);
     if (!e) return s->status;
     const fg_status st = s->backend->ops->upload(s->backend, e->data, data, fg_shape_count(shape),
@@ -214,6 +216,7 @@ fg_status fg_store_get(fg_store *s, const char *name, void *data, size_t bytes)
 fg_status fg_store_zero(fg_store *s, const char *prefix)
 {
     if (!s) return FG_ERR_MEMORY;
+    if (prefix[0] != '@') s->version++;
     for (uint32_t i = lower_bound(s, prefix); i < s->n; i++) {
         fg_entry *e = s->entries[i];
         if (strncmp(e->name, prefix, strlen(prefix))) break;

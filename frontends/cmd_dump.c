@@ -24,6 +24,7 @@ static int dump_plan(const cli *c, const fg_graph *g, fg_stage stage, fg_dump_fo
     fg_backend *b = cli_backend(c, &status);
     if (status) return status;
     fg_store *s = fg_store_new(b);
+    cli_precision(c, s, b);
     fg_plan *p = s ? fg_plan_new(g, s) : NULL;
     fg_status e = p ? fg_plan_status(p) : FG_ERR_MEMORY;
     if (!e) e = fg_plan_dump(p, stage, format, cli_put, to);

@@ -291,6 +291,57 @@ static void read_delta_net(reader *r, fg_config *out)
     check_heads(r, c->hidden_size, c->num_heads, false);
 }
 
+/* time_step_limit: two numbers, the second may be Infinity: no limit. */
+static void read_limits(reader *r, mamba2_config *c)
+{
+    const char *key = "time_step_limit";
+    const fg_json_value *v = value_of(r, key);
+    double low = 0, high = INFINITY;
+    if (!v || v->kind == FG_JSON_NULL)
+        return;
+    if (v->kind != FG_JSON_LIST || v->n != 2 || !fg_json_number(v->first, &low) ||
+        !fg_json_number(v->first->next, &high) || !(low >= 0 && isfinite(low) && high > low)) {
+        bad(r, key, ", must be two numbers, 0 or above, the second greater");
+        return;
+    }
+    c->time_step_low = low + 0.0;        /* -0 too */
+    c->time_step_high = isinf(high) ? 0 : high;
+}
+
+static void read_mamba2(reader *r, fg_config *out)
+{
+    static const char *const acts[] = { "silu", "swish", NULL };
+    mamba2_config *c = &out->u.mamba2;
+    out->family = FG_FAMILY_MAMBA2;
+    c->vocab_size = whole(r, "vocab_size", 32000, MAX_SIZE);
+    c->hidden_size = whole(r, "hidden_size", 2048, MAX_SIZE);
+    c->num_hidden_layers = whole(r, "num_hidden_layers", 48, MAX_LAYERS);
+    c->num_heads = whole(r, "num_heads", 64, MAX_HEADS);
+    c->head_dim = whole(r, "head_dim", 64, MAX_SIZE);
+    c->state_size = whole(r, "state_size", 64, MAX_SIZE);
+    c->expand = whole(r, "expand", 2, 64);
+    c->conv_kernel = whole(r, "conv_kernel", 4, 8);
+    c->n_groups = whole(r, "n_groups", 8, MAX_HEADS);
+    c->layer_norm_epsilon = real(r, "layer_norm_epsilon", 1e-5, 1e-20, 1);
+    c->initializer_range = real(r, "initializer_range", 0.1, 1e-20, 1e3);
+    c->time_step_min = real(r, "time_step_min", 0.001, 1e-12, 1e6);
+    c->time_step_max = real(r, "time_step_max", 0.1, 1e-12, 1e6);
+    c->time_step_floor = real(r, "time_step_floor", 1e-4, 1e-12, 1e6);
+    c->no_conv_bias = !truth(r, "use_conv_bias", true);
+    c->tie_word_embeddings = truth(r, "tie_word_embeddings", false);
+    read_limits(r, c);
+    choice(r, "hidden_act", 0, acts);
+    if (truth(r, "use_bias", false))
+        bad(r, "use_bias", ", must be false: these projections have no bias");
+    if (!truth(r, "rms_norm", true))
+        bad(r, "rms_norm", ", must be true: this model has no other norm");
+    if (c->num_heads * c->head_dim != c->expand * c->hidden_size)
+        bad(r, "num_heads", ", must be expand * hidden_size / head_dim = %" PRId64 " * %" PRId64
+            " / %" PRId64, c->expand, c->hidden_size, c->head_dim);
+    if (c->num_heads % c->n_groups)
+        bad(r, "n_groups", ", must divide num_heads %" PRId64, c->num_heads);
+}
+
 /* model_type without the official code's suffix; architectures; how to read it. */
 static const struct {
     const char *type, *architecture;
@@ -300,6 +351,7 @@ static const struct {
     { "transformer", "TransformerForCausalLM", read_transformer },
     { "hgrn2", "HGRN2ForCausalLM", read_hgrn2 },
     { "delta_net", "DeltaNetForCausalLM", read_delta_net },
+    { "mamba2", "Mamba2ForCausalLM", read_mamba2 },
 };
 enum { FAMILIES = sizeof families / sizeof families[0] };
 
@@ -379,6 +431,8 @@ fg_tensor fg_config_build(const fg_config *c, fg_tensor tokens)
         return build_hgrn2(c->u.hgrn2, tokens);
     case FG_FAMILY_DELTA_NET:
         return delta_net_lm(tokens, &c->u.delta_net);
+    case FG_FAMILY_MAMBA2:
+        return mamba2_lm(tokens, &c->u.mamba2);
     }
     return fg_fail(tokens, FG_ERR_USAGE, "family %d is unknown", (int)c->family);
 }

@@ -55,6 +55,13 @@ static fg_tensor delta_net(fg_loc at, fg_tensor tokens, const size *s)
     return (delta_net_lm)(at, tokens, &c);
 }
 
+static fg_tensor mamba2(fg_loc at, fg_tensor tokens, const size *s)
+{
+    mamba2_config c = mamba2_lm_config(50257, s->width, s->layers, s->heads);
+    c.recompute = s->recompute;
+    return (mamba2_lm)(at, tokens, &c);
+}
+
 #define BUDGET_2B  2684354560            /* 2.5, 7 and 15 * 2^30 tokens */
 #define BUDGET_7B  7516192768
 #define BUDGET_16B 16106127360
@@ -85,6 +92,9 @@ static const struct {
     MODEL("delta-net-125m",         delta_net,         2e-3, BUDGET_2B,   768, 12,  6,    0, false),
     MODEL("delta-net-360m",         delta_net,         2e-3, BUDGET_7B,  1024, 24,  8,    0, false),
     MODEL("delta-net-760m",         delta_net,         1e-3, BUDGET_16B, 1536, 24, 12,    0, true),
+    MODEL("mamba2-125m",            mamba2,            2e-3, BUDGET_2B,   768, 24, 24,    0, false),
+    MODEL("mamba2-360m",            mamba2,            2e-3, BUDGET_7B,  1024, 48, 32,    0, false),
+    MODEL("mamba2-760m",            mamba2,            1e-3, BUDGET_16B, 1536, 48, 48,    0, true),
     MODEL("transformer-swa-760m",   transformer_llama, 1e-3, BUDGET_16B, 1536, 24, 12, 2048, true),
 };
 

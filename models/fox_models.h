@@ -159,6 +159,28 @@ FG_API fg_tensor (delta_net_lm)(fg_loc at, fg_tensor tokens, const delta_net_con
 #define delta_net_block(...) delta_net_block(FG_HERE, __VA_ARGS__)
 #define delta_net_lm(...)    delta_net_lm(FG_HERE, __VA_ARGS__)
 
+/* ---- Mamba-2 (Dao and Gu 2024) --------------------------------------------------------------- */
+
+/* Fields bear the names of config.json; zero means the default written beside.
+ * num_heads * head_dim must be expand * width. */
+typedef struct {
+    int64_t vocab_size, hidden_size, num_hidden_layers, num_heads;
+    int64_t head_dim, state_size, expand, conv_kernel, n_groups;    /* 0: 64, 64, 2, 4, 1 */
+    double  layer_norm_epsilon, initializer_range;      /* 0: 1e-5, 0.1 (of the embedding) */
+    double  time_step_min, time_step_max, time_step_floor;  /* first dt; 0: 0.001, 0.1, 1e-4 */
+    double  time_step_low, time_step_high;              /* limits of dt; high 0: none */
+    bool    no_conv_bias, tie_word_embeddings, recompute;
+} mamba2_config;
+
+/* The paper's model: expand 2, head_dim 2 width / heads, state_size 128, one group. */
+FG_API mamba2_config mamba2_lm_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads);
+/* c with defaults in place of zeros. */
+FG_API mamba2_config mamba2_defaults(const mamba2_config *c);
+FG_API fg_tensor (mamba2_block)(fg_loc at, fg_tensor x, const mamba2_config *c);
+FG_API fg_tensor (mamba2_lm)(fg_loc at, fg_tensor tokens, const mamba2_config *c); /* to [B,T,V] */
+#define mamba2_block(...) mamba2_block(FG_HERE, __VA_ARGS__)
+#define mamba2_lm(...)    mamba2_lm(FG_HERE, __VA_ARGS__)
+
 /* ---- config.json ----------------------------------------------------------------------------- */
 
 /* Sets every field of the model's config.json as a fact of g; the *_lm builders begin with it. */
@@ -166,6 +188,7 @@ FG_API void fox_config_record(fg_graph *g, const fox_config *c);
 FG_API void transformer_config_record(fg_graph *g, const transformer_config *c);
 FG_API void hgrn2_config_record(fg_graph *g, const hgrn2_config *c);
 FG_API void delta_net_config_record(fg_graph *g, const delta_net_config *c);
+FG_API void mamba2_config_record(fg_graph *g, const mamba2_config *c);
 
 /* ---- catalog: the paper's models by name ----------------------------------------------------- */
 

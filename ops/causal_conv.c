@@ -56,8 +56,8 @@ static fg_status infer(fg_infer *c)
     if (fg__check_sequence(c, 3, 4)) return FG_ERR_SHAPE;
     const int64_t K = fg__last(&c->in[1]) - 1;
     FG_REQUIRE(c, !c->given[5] || (fg_shape_equal(c->in[5], FG_DIMS(x->dim[0], K, x->dim[2]))
-                                   && c->in_type[5] == c->in_type[0]), SHAPE,
-               "prev must be [B,W-1,C] = [%lld,%lld,%lld], of x's dtype", (long long)x->dim[0],
+                                   && fg__is_real(c->in_type[5])), SHAPE,
+               "prev must be [B,W-1,C] = [%lld,%lld,%lld], f32 or bf16", (long long)x->dim[0],
                (long long)K, (long long)x->dim[2]);
     c->out[0] = *x;
     return FG_OK;
@@ -248,7 +248,7 @@ static fg_tensor example(fg_graph *g, int i)
 
 const fg_op_code fg_code_causal_conv = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .decompose = decompose, .cost = cost,
-    .example = example, .scratch = scratch,
+    .example = example, .scratch = scratch, .bf16 = { .wide_in = 6, .like = { 1 } },
 };
 
 /* ---- causal_conv_grad ----------------------------------------------------------------------- */
@@ -388,4 +388,5 @@ static fg_cost grad_cost(const fg_infer *c)
 
 const fg_op_code fg_code_causal_conv_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .scratch = grad_scratch,
+    .bf16 = { .wide_in = 12, .like = { 2 }, .wide_out = 6 },
 };

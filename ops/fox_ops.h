@@ -90,6 +90,13 @@ FG_API fg_tensor (fg_shift_mix)(fg_loc at, fg_tensor x, fg_tensor a);
 /* Short causal convolution of every channel: u_t = bias + sum_(k<W) w_(W-1-k) x_(t-k), y = u, or
  * silu(u) if asked.  x: [B,T,C]; w: [C,W] or [C,1,W], 1 <= W <= 8; bias: [C] or absent ({0}). */
 FG_API fg_tensor (fg_causal_conv)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor bias, bool silu);
+/* Mamba-2's state space scan (Dao and Gu 2024, arXiv 2405.21060), for each head:
+ * S_t = e^(dt_t a) S_(t-1) + dt_t x_t b_t^T, y_t = S_t c_t + d x_t.  x: [B,T,H,P]; dt: [B,T,H],
+ * after softplus; a: [H], < 0; b, c: [B,T,G,N], G divides H; d: [H] or absent ({0}); state:
+ * f32[B,H,P,N], S before row 0, or absent: 0.  y: [B,T,H,P]; fg_result(y, 1) is the last S.
+ * Caches (past) hold the state themselves. */
+FG_API fg_tensor (fg_ssd_scan)(fg_loc at, fg_tensor x, fg_tensor dt, fg_tensor a, fg_tensor b,
+                               fg_tensor c, fg_tensor d, fg_tensor state);
 /* Causal softmax attention with a forget gate (Lin et al. 2025, arXiv 2503.02130, eq. 4-6).
  * q: [B,T,H,D]; k, v: [B,T,Hkv,D], H a multiple of Hkv; log_f: f32[B,T,H], natural log of the gate,
  * <= 0, or absent ({0}): no gate.  window: keys that a query sees, itself included; 0: all.
@@ -170,6 +177,7 @@ FG_API fg_tensor   fg_op_example(fg_graph *g, int i, int k);
 #define fg_rope(...)         fg_rope(FG_HERE, __VA_ARGS__)
 #define fg_shift_mix(...)    fg_shift_mix(FG_HERE, __VA_ARGS__)
 #define fg_causal_conv(...)  fg_causal_conv(FG_HERE, __VA_ARGS__)
+#define fg_ssd_scan(...)     fg_ssd_scan(FG_HERE, __VA_ARGS__)
 #define fg_forget_attention(...) fg_forget_attention(FG_HERE, __VA_ARGS__)
 #define fg_gated_linear_attention(...) fg_gated_linear_attention(FG_HERE, __VA_ARGS__)
 #define fg_delta_rule(...)   fg_delta_rule(FG_HERE, __VA_ARGS__)

@@ -94,7 +94,7 @@ static fg_cost squares_cost(const fg_infer *c)
 
 const fg_op_code fg_code_sum_squares = {
     .infer = squares_infer, .cpu = squares_cpu, .cost = squares_cost, .scratch = squares_scratch,
-    .no_grad = true,
+    .no_grad = true, .bf16 = { .wide_out = 1 },
 };
 
 /* ---- clip_factor ---------------------------------------------------------------------------- */

@@ -11,6 +11,8 @@ static bool is_small(const fg_config *c)
         return c->u.hgrn2.num_hidden_layers < 4;
     if (c->family == FG_FAMILY_DELTA_NET)
         return c->u.delta_net.num_hidden_layers < 4 && c->u.delta_net.num_heads < 64;
+    if (c->family == FG_FAMILY_MAMBA2)
+        return c->u.mamba2.num_hidden_layers < 4 && c->u.mamba2.num_heads < 64;
     if (c->family == FG_FAMILY_FOX)
         return f->num_hidden_layers < 4 && f->num_heads < 64;
     return t->num_hidden_layers < 4 && t->num_heads < 64;

@@ -3,7 +3,8 @@
  *
  * The golden models: vocabulary 17, width 16, 2 layers, MLP 24, 2 heads, batch 2, 7 positions;
  * label_(b,t) = (5t + 3b + t^2) mod 17, tokens are the labels before, 16 first.  Parameter i, by
- * name, has entry n: v = sin(1.7 n + 0.9 i); gains are 1 + 0.1 v, the embedding v, others 0.3 v.
+ * name, has entry n: v = sin(1.7 n + 0.9 i); gains are 1 + 0.1 v, the embedding v, others 0.3 v,
+ * A_log is ln(n + 1).
  * The official code ran in double; with rotary positions its numbers are good to about 1e-7, for
  * its angles are in single precision. */
 #include <criterion/criterion.h>
@@ -21,7 +22,7 @@ enum { B = 2, T = 7, V = 17, WIDE = 64 };
  * family. */
 typedef struct {
     fox_config c;
-    bool llama;
+    bool llama, mamba;
     int64_t kv_heads, window;
     fg_tensor (*other)(fg_tensor tokens);
 } model;
@@ -39,9 +40,23 @@ static transformer_config as_transformer(const model *m)
     return t;
 }
 
+/* Four heads of 8 or, grouped, with two pairs of b and c. */
+static mamba2_config as_mamba2(const model *m)
+{
+    mamba2_config c = mamba2_lm_config(m->c.vocab_size, m->c.hidden_size, m->c.num_hidden_layers,
+                                       4);
+    c.state_size = 4;
+    c.n_groups = m->kv_heads ? m->kv_heads : 1;
+    c.recompute = m->c.recompute;
+    c.tie_word_embeddings = m->c.tie_word_embeddings;
+    return c;
+}
+
 static fg_tensor build(const model *m, fg_tensor tokens)
 {
     if (m->other) return m->other(tokens);
+    const mamba2_config s = as_mamba2(m);
+    if (m->mamba) return mamba2_lm(tokens, &s);
     const transformer_config t = as_transformer(m);
     return m->llama ? transformer_lm(tokens, &t) : fox_lm(tokens, &m->c);
 }
@@ -91,6 +106,13 @@ static fg_tensor delta_net(fg_tensor tokens)
     return delta_net_lm(tokens, &c);
 }
 
+static model tiny_mamba2(void)
+{
+    model m = tiny_fox_llama();
+    m.mamba = true;
+    return m;
+}
+
 static void fill_batch(int32_t tokens[B * T], int32_t labels[B * T])
 {
     for (int b = 0; b < B; b++)
@@ -124,7 +146,8 @@ static void fill_parameters(const trial *r)
         for (int64_t n = 0; n < fg_shape_count(p.shape); n++) {
             const double v = sin(1.7 * (double)n + 0.9 * i);
             w[n] = ends(p.name, "embeddings.weight") ? v : 0.3 * v;
-            if (ends(p.name, "norm.weight")) w[n] = 1 + 0.1 * v;
+            if (ends(p.name, "norm.weight") || ends(p.name, "norm_f.weight")) w[n] = 1 + 0.1 * v;
+            if (ends(p.name, "A_log")) w[n] = log((double)n + 1);
         }
     }
 }
@@ -512,6 +535,22 @@ static const golden_gradient delta_net_gradients[] = {
     { NULL, 0, 0 }
 };
 
+static const golden_gradient mamba2_gradients[] = {
+    { "backbone.embeddings.weight", 3.363408e-01, -2.49836e-02 },
+    { "backbone.layers.0.mixer.A_log", 8.119089e-03, -6.10979e-03 },
+    { "backbone.layers.0.mixer.D", 3.620749e-01, -2.91666e-02 },
+    { "backbone.layers.0.mixer.conv1d.bias", 4.332674e-01, 3.32402e-02 },
+    { "backbone.layers.0.mixer.conv1d.weight", 2.620035e+00, -7.96688e-02 },
+    { "backbone.layers.0.mixer.dt_bias", 9.702467e-02, 4.08731e-02 },
+    { "backbone.layers.0.mixer.in_proj.weight", 1.129559e+00, -2.37206e-02 },
+    { "backbone.layers.0.mixer.norm.weight", 3.358270e-01, 2.37819e-02 },
+    { "backbone.layers.0.mixer.out_proj.weight", 1.453397e+00, 1.10064e-02 },
+    { "backbone.layers.0.norm.weight", 9.548290e-02, 3.35723e-03 },
+    { "backbone.norm_f.weight", 5.210490e-01, 2.52002e-01 },
+    { "lm_head.weight", 1.167584e+00, -5.98663e-02 },
+    { NULL, 0, 0 }
+};
+
 /* Printed numbers are good to a unit of their last digit; loose: the rotary angles' part. */
 static void expect_printed(const char *what, double got, double want, double unit, double loose)
 {
@@ -617,6 +656,14 @@ Test(f64_models, delta_net_gives_the_official_numbers)
     expect_golden(&m, want, delta_net_gradients);
 }
 
+Test(f64_models, mamba2_gives_the_official_numbers)
+{
+    const model m = tiny_mamba2();
+    const double want[] = { 3.696617339, 4.47128336, 4.36860818, -0.2967018, -1.6783772, 1.8955845,
+                            -0.1274250, 4.43982869 };
+    expect_golden(&m, want, mamba2_gradients);
+}
+
 /* ---- gradients against central differences --------------------------------------------------- */
 
 static void put_line(void *to, const char *line) { fputs(line, to); }
@@ -671,4 +718,9 @@ Test(f64_models, gradients_of_whole_models_equal_differences)
     expect_gradients("hgrn2, lower bounds, recomputed", &m);
     m.other = delta_net;
     expect_gradients("delta_net", &m);
+    m = tiny_mamba2();
+    expect_gradients("mamba2", &m);
+    m.kv_heads = 2;
+    m.c.recompute = true;
+    expect_gradients("mamba2, groups, recomputed", &m);
 }

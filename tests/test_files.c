@@ -600,6 +600,12 @@ Test(files, official_configs_are_read)
     cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
     cr_assert(c.family == FG_FAMILY_TRANSFORMER && !c.u.transformer.no_rope);
     cr_assert(c.u.transformer.num_hidden_layers == 2 && c.u.transformer.window_size == 0);
+    snprintf(name, sizeof name, "%s/mamba2/config.json", FIXTURES);
+    cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
+    cr_assert(c.family == FG_FAMILY_MAMBA2 && c.u.mamba2.num_heads == 4);
+    cr_assert(c.u.mamba2.head_dim == 32 && c.u.mamba2.state_size == 16 && c.u.mamba2.n_groups == 1);
+    cr_assert(c.u.mamba2.initializer_range == 0.1 && !c.u.mamba2.no_conv_bias);
+    cr_assert(c.u.mamba2.time_step_low == 0 && c.u.mamba2.time_step_high == 0);
     snprintf(name, sizeof name, "%s/hgrn2/config.json", FIXTURES);
     cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
     cr_assert(c.family == FG_FAMILY_HGRN2 && c.u.hgrn2.expand_ratio == 16);
@@ -645,6 +651,11 @@ Test(files, missing_keys_are_the_classes_defaults)
                  message);
     cr_assert(c.u.transformer.vocab_size == 32000 && !c.u.transformer.no_rope);
     cr_assert_eq(c.u.transformer.num_kv_heads, 0);
+    cr_assert_eq(read_config("{\"model_type\":\"mamba2\"}", &c), FG_OK, "%s", message);
+    const mamba2_config *m = &c.u.mamba2;
+    cr_assert(m->hidden_size == 2048 && m->num_hidden_layers == 48 && m->num_heads == 64);
+    cr_assert(m->head_dim == 64 && m->state_size == 64 && m->expand == 2 && m->conv_kernel == 4);
+    cr_assert(m->n_groups == 8 && m->initializer_range == 0.1 && m->layer_norm_epsilon == 1e-5);
 }
 
 Test(files, python_tokens_and_unknown_keys_are_accepted)
@@ -708,6 +719,17 @@ Test(files, bad_configs_are_refused_with_key_and_value)
         { "T\"window_size\":0}", "window_size is 0" },
         { "T\"num_kv_heads\":5}", "num_kv_heads is 5, must divide num_heads 32" },
         { "T\"attention_bias\":true}", "attention_bias is true, must be false" },
+        { "M\"num_heads\":63}",
+          "num_heads is 63, must be expand * hidden_size / head_dim = 2 * 2048 / 64" },
+        { "M\"n_groups\":7}", "n_groups is 7, must divide num_heads 64" },
+        { "M\"conv_kernel\":9}", "conv_kernel is 9, must be an integer from 1 to 8" },
+        { "M\"use_bias\":true}", "use_bias is true, must be false" },
+        { "M\"rms_norm\":false}", "rms_norm is false, must be true" },
+        { "M\"hidden_act\":\"gelu\"}", "hidden_act is \"gelu\", must be one of silu, swish" },
+        { "M\"time_step_limit\":[0.0]}", "time_step_limit is a list, must be two numbers" },
+        { "M\"time_step_limit\":[1,1]}", "time_step_limit is a list, must be two numbers" },
+        { "M\"time_step_limit\":[Infinity,Infinity]}", "must be two numbers" },
+        { "M\"time_step_limit\":0.1}", "time_step_limit is 0.1, must be two numbers" },
         { "T\"vocab_size\":\"\\u001b[31m\"}", "vocab_size is \"?[31m\"" },
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
@@ -716,8 +738,9 @@ Test(files, bad_configs_are_refused_with_key_and_value)
         char first = rows[i].body[0];
         snprintf(text, sizeof text, "%s%s", first == 'F' ?
                  "{\"model_type\":\"forgetting_transformer\"," :
-                 first == 'T' ? "{\"model_type\":\"transformer\"," : "",
-                 rows[i].body + (first == 'F' || first == 'T'));
+                 first == 'T' ? "{\"model_type\":\"transformer\"," :
+                 first == 'M' ? "{\"model_type\":\"mamba2\"," : "",
+                 rows[i].body + (first == 'F' || first == 'T' || first == 'M'));
         long live = faults.live;
         cr_expect_eq(read_config(text, &c), FG_ERR_FORMAT, "%s was taken", text);
         cr_expect(strstr(message, rows[i].says), "%s: %s", text, message);
