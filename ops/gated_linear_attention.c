@@ -329,6 +329,7 @@ static fg_tensor example(fg_graph *g, int i)
 const fg_op_code fg_code_gated_linear_attention = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
     .example = example, .scratch = scratch,
+    .bf16 = { .narrow_in = 7, .wide_in = 1u << 3 | 1u << 6, .narrow_out = 1, .wide_out = 2 },
 };
 
 /* ---- gated_linear_attention_grad ------------------------------------------------------------ */
@@ -564,4 +565,6 @@ static fg_cost grad_cost(const fg_infer *c)
 
 const fg_op_code fg_code_gated_linear_attention_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .scratch = grad_scratch,
+    .bf16 = { .narrow_in = 1 | 7u << 2, .wide_in = 1u << 1 | 1u << 5 | 1u << 7, .narrow_out = 7,
+              .wide_out = 3u << 3 },
 };
