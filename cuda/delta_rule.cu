@@ -13,6 +13,7 @@
  * Anything else: row by row (linear_attention_rows.cuh).
  *
  * Bytes of 1 x 16384 rows, 12 heads, one unit = 50 MB: forward 11 (least 4), gradient 30 (least 8). */
+#include <math.h>
 #include "linear_attention.cuh"
 #include "linear_attention_rows.cuh"
 
@@ -197,9 +198,9 @@ prepare(const __grid_constant__ la_task z, inputs x, operands s)
     const int64_t at = ((b * z.T + chunk * LA_ROWS) * z.H + h) * LA_WIDTH, row = z.H * LA_WIDTH;
     const int64_t tile = bh * z.chunks + chunk, mine = (b * z.chunks + chunk) * LA_ROWS;
     const int n = la_rows(z, chunk), r = threadIdx.x;
-    la_load<LA_WIDTH, 256>(sm->k, x.k + at, row, n);
-    la_load<LA_WIDTH, 256>(sm->q, x.q + at, row, n);
-    la_load<LA_WIDTH, 256>(sm->v, x.v + at, row, n);
+    la_load<LA_WIDTH, 256>(sm->k, x.k + at, row, n, threadIdx.x);
+    la_load<LA_WIDTH, 256>(sm->q, x.q + at, row, n, threadIdx.x);
+    la_load<LA_WIDTH, 256>(sm->v, x.v + at, row, n, threadIdx.x);
     fg_copy_commit();
     if (r < LA_ROWS) {
         const float beta = r < n ? x.beta[(b * z.T + chunk * LA_ROWS + r) * z.H + h] : 0;
@@ -295,7 +296,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     la_chain c = chain_of(z, s, x);
     c.o = { (bf16 *)e->out[0], z.T * row, LA_WIDTH, row };
     c.to = (float *)e->out[1];
-    la_chain_launch<true>(la_forward<true, true, false>, c, stream);
+    la_chain_launch<true>(la_forward<true, false>, c, stream);
 }
 
 static const char *unfit(const fg_infer *c) { return rows_unfit(&c->in[1], &c->in[2]); }
@@ -350,7 +351,7 @@ static __device__ __forceinline__ void by_rows(float acc[4][4], const bf16 *a, i
         la_mma2(acc + 2, u, b);
     }
 }
-/* acc = x M^T, M: [128,128] */
+/* acc = x M, M: [value][key] */
 static __device__ __forceinline__ void by_state(float acc[4][4], const bf16 *x, int m,
                                                 const bf16 *M, int n)
 {
@@ -359,9 +360,9 @@ static __device__ __forceinline__ void by_state(float acc[4][4], const bf16 *x, 
     for (int k = 0; k < LA_WIDTH; k += 16) {
         uint32_t a[4], b[4];
         la_a<LA_WIDTH>(a, fg_shared(x), m, k);
-        la_b<LA_WIDTH>(b, fg_shared(M), k, n);
+        la_b_turned<LA_WIDTH>(b, fg_shared(M), k, n);
         la_mma2(acc, a, b);
-        la_b<LA_WIDTH>(b, fg_shared(M), k, n + 16);
+        la_b_turned<LA_WIDTH>(b, fg_shared(M), k, n + 16);
         la_mma2(acc + 2, a, b);
     }
 }
@@ -437,14 +438,14 @@ join(const __grid_constant__ la_task z, inputs x, const bf16 *go, way_back w, gr
     const int64_t tile = bh * z.chunks + chunk, own = tile * LA_ROWS * LA_WIDTH;
     const int n = la_rows(z, chunk), warp = threadIdx.x / 32, m = warp % 4 * 16;
     const int wide = warp / 4 * 32, narrow = warp / 4 * 16, g = threadIdx.x % 32 / 4;
-    la_load<LA_WIDTH, 512>(sm->k, x.k + at, row, n);
-    la_load<LA_WIDTH, 512>(sm->gu, w.gu + own, LA_WIDTH, n);
-    la_load<LA_ROWS, 512>(sm->M, w.s.M + tile * LA_ROWS * LA_ROWS, LA_ROWS, LA_ROWS);
+    la_load<LA_WIDTH, 512>(sm->k, x.k + at, row, n, threadIdx.x);
+    la_load<LA_WIDTH, 512>(sm->gu, w.gu + own, LA_WIDTH, n, threadIdx.x);
+    la_load<LA_ROWS, 512>(sm->M, w.s.M + tile * LA_ROWS * LA_ROWS, LA_ROWS, LA_ROWS, threadIdx.x);
     fg_copy_commit();
-    la_load<LA_WIDTH, 512>(sm->e, w.e + own, LA_WIDTH, n);
-    la_load<LA_WIDTH, 512>(sm->go, go + at, row, n);
+    la_load<LA_WIDTH, 512>(sm->e, w.e + own, LA_WIDTH, n, threadIdx.x);
+    la_load<LA_WIDTH, 512>(sm->go, go + at, row, n, threadIdx.x);
     fg_copy_commit();
-    la_load<LA_WIDTH, 512>(sm->q, x.q + at, row, n);
+    la_load<LA_WIDTH, 512>(sm->q, x.q + at, row, n, threadIdx.x);
     load_matrix(sm->S, w.S + tile * LA_WIDTH * LA_WIDTH);
     load_matrix(sm->R, w.R + tile * LA_WIDTH * LA_WIDTH);
     fg_copy_commit();
@@ -485,7 +486,7 @@ join(const __grid_constant__ la_task z, inputs x, const bf16 *go, way_back w, gr
     for (int i = 0; i < 2; i++) {
         const int r = m + g + 8 * i;
         reached[i] = sm->start[r] == -1;
-        passes[i] = la_passes(r, n, last) ? sm->beta[r] : 0;
+        passes[i] = la_passes(r, n, last) ? z.scale * sm->beta[r] : 0;
     }
     by_state(gq, sm->go, m, sm->S, wide);
 #pragma unroll
@@ -519,17 +520,20 @@ join(const __grid_constant__ la_task z, inputs x, const bf16 *go, way_back w, gr
     put_rows(to.k + at, row, m, wide, n, gk);
 }
 
-static bool grad_in_chunks(const fg_shape *shape, const fg_dtype *type, const fg_dtype *out)
+/* The chain goes back in units of scale. */
+static bool grad_in_chunks(double scale, const fg_shape *shape, const fg_dtype *type,
+                           const fg_dtype *out)
 {
-    return in_chunks(&shape[3], &shape[4], type, 2) && type[0] == FG_BF16 && out[0] == FG_BF16
+    return fabs(scale) > 1e-6 && in_chunks(&shape[3], &shape[4], type, 2) && type[0] == FG_BF16 && out[0] == FG_BF16
            && out[1] == FG_BF16 && out[2] == FG_BF16;
 }
 
 static size_t grad_scratch(const fg_infer *c)
 {
+    const struct fg_attr_delta_rule_grad *a = (const struct fg_attr_delta_rule_grad *)c->attr;
     const la_task z = task_of(&c->in[3], 1, nullptr, nullptr, nullptr);
     size_t used = 0;
-    if (grad_in_chunks(c->in, c->in_type, c->out_type)) cut_way_back(nullptr, &used, z);
+    if (grad_in_chunks(a->scale, c->in, c->in_type, c->out_type)) cut_way_back(nullptr, &used, z);
     else used = rows_grad_scratch(&c->in[3], &c->in[4]);
     return used;
 }
@@ -538,7 +542,7 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_delta_rule_grad *a = (const struct fg_attr_delta_rule_grad *)e->attr;
     const la_task z = task_of(&e->in_shape[3], a->scale, e->in[6], nullptr, e->in[7]);
-    if (!grad_in_chunks(e->in_shape, e->in_type, e->out_type)) {
+    if (!grad_in_chunks(a->scale, e->in_shape, e->in_type, e->out_type)) {
         rows_backward<true>(e, z, stream);
         return;
     }
@@ -552,11 +556,11 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     launch_prepare(z, x, w.s, stream);
     la_chain c = chain_of(z, w.s, x);
     c.kept = w.S;
-    c.e = { w.e, z.H * own, own, LA_WIDTH };
-    la_chain_launch<true>(la_forward<true, false, true>, c, stream);
+    c.o = { w.e, z.H * own, own, LA_WIDTH };
+    la_chain_launch<true>(la_forward<true, true>, c, stream);
     c.kept = w.R;
     c.u = { go, z.T * row, LA_WIDTH, row };
-    c.e = { w.gu, z.H * own, own, LA_WIDTH };
+    c.o = { w.gu, z.H * own, own, LA_WIDTH };
     c.from = (const float *)e->in[1], c.to = (float *)e->out[4];
     la_chain_launch<true>(la_backward<true>, c, stream);
     cudaFuncSetAttribute(join, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -12,6 +12,7 @@
  * Anything else: row by row (linear_attention_rows.cuh).
  *
  * Bytes of 1 x 16384 rows, 12 heads, one unit = 50 MB: forward 13 (least 6), gradient 28 (least 12). */
+#include <math.h>
 #include "linear_attention.cuh"
 #include "linear_attention_rows.cuh"
 
@@ -185,8 +186,8 @@ prepare(const __grid_constant__ la_task z, inputs x, operands s)
     const int64_t at = ((b * z.T + chunk * LA_ROWS) * z.H + h) * LA_WIDTH, row = z.H * LA_WIDTH;
     const int64_t to = (bh * z.chunks + chunk) * LA_ROWS;
     const int n = la_rows(z, chunk), warp = threadIdx.x / 32;
-    la_load<LA_WIDTH, 256>(sm->q, x.q + at, row, n);
-    la_load<LA_WIDTH, 256>(sm->k, x.k + at, row, n);
+    la_load<LA_WIDTH, 256>(sm->q, x.q + at, row, n, threadIdx.x);
+    la_load<LA_WIDTH, 256>(sm->k, x.k + at, row, n, threadIdx.x);
     fg_copy_commit();
     la_starts(z, b, chunk, sm->start, sm->marks);
     fill_gates<256>(&sm->z, x.g + at, row, n);
@@ -291,7 +292,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     la_chain c = chain_of(z, s, x.v);
     c.o = { (bf16 *)e->out[0], z.T * row, LA_WIDTH, row };
     c.to = (float *)e->out[1];
-    la_chain_launch<false>(la_forward<false, true, false>, c, stream);
+    la_chain_launch<false>(la_forward<false, false>, c, stream);
 }
 
 static const char *unfit(const fg_infer *c) { return rows_unfit(&c->in[1], &c->in[2]); }
@@ -344,7 +345,7 @@ static __device__ __forceinline__ void pair_gradients(joined *sm, float scale)
         }
 }
 
-/* out[4][4]: 64 rows by this warp's 8 channels of x M^T, M: [channel][value] */
+/* out[4][4]: 64 rows by this warp's 8 channels of x M, M: [value][channel] */
 static __device__ __forceinline__ void through_state(float out[4][4], uint32_t x, uint32_t M)
 {
     const int d0 = threadIdx.x / 32 * 8, q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
@@ -352,7 +353,7 @@ static __device__ __forceinline__ void through_state(float out[4][4], uint32_t x
 #pragma unroll
     for (int k = 0; k < LA_WIDTH; k += 32) {
         uint32_t a[4], b[4];
-        fg_ldmatrix(b, M + fg_swizzle<LA_WIDTH>(d0 + i, k / 8 + q));
+        fg_ldmatrix_trans(b, M + fg_swizzle<LA_WIDTH>(k + 8 * q + i, d0 / 8));
 #pragma unroll
         for (int m = 0; m < 4; m++) {
             la_a<LA_WIDTH>(a, x, 16 * m, k);
@@ -430,27 +431,27 @@ static __device__ __forceinline__ void sums_before(float v[4][4])            /* 
         }
 }
 
-/* sum_j S_dj R_dj for the two channels of this thread's fragments */
+/* sum_j S_jd R_jd for the two channels of this thread's fragments */
 static __device__ __forceinline__ float2 state_products(const joined *sm)
 {
-    const int d0 = threadIdx.x / 32 * 8, lane = threadIdx.x % 32, c = lane % 4 * 2;
-    float sum = 0;
+    const int lane = threadIdx.x % 32, chunk = threadIdx.x / 32;
+    float sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
 #pragma unroll
     for (int p = 0; p < 4; p++) {
-        const uint32_t at = fg_swizzle<LA_WIDTH>(d0 + lane / 4, lane % 4 + 4 * p);
-        const uint4 s = *(const uint4 *)((const char *)sm->S + at);
-        const uint4 r = *(const uint4 *)((const char *)sm->R + at);
-        const uint32_t x[4] = { s.x, s.y, s.z, s.w }, y[4] = { r.x, r.y, r.z, r.w };
+        const uint32_t at = fg_swizzle<LA_WIDTH>(lane + 32 * p, chunk);
+        float x[8], y[8];
+        fg_unpack(*(const uint4 *)((const char *)sm->S + at), x);
+        fg_unpack(*(const uint4 *)((const char *)sm->R + at), y);
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            sum = fmaf(la_low_half(x[e]), la_low_half(y[e]), sum);
-            sum = fmaf(la_high_half(x[e]), la_high_half(y[e]), sum);
-        }
+        for (int e = 0; e < 8; e++) sum[e] = fmaf(x[e], y[e], sum[e]);
     }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    const float x = __shfl_sync(~0u, sum, 4 * c), y = __shfl_sync(~0u, sum, 4 * c + 4);
-    return make_float2(x, y);
+    float2 mine = make_float2(0, 0);
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        sum[e] = fg_warp_sum(sum[e]);
+        if (lane % 4 == e / 2) (e % 2 ? mine.y : mine.x) = sum[e];
+    }
+    return mine;
 }
 
 /* The pairs of the chunk; gq, gk: fragments of 64 rows by this warp's channels, added to. */
@@ -530,11 +531,11 @@ join(const __grid_constant__ la_task z, inputs x, const bf16 *go, const bf16 *S,
     const int64_t state = (bh * z.chunks + chunk) * LA_WIDTH * LA_WIDTH;
     const int n = la_rows(z, chunk), g = threadIdx.x % 32 / 4;
     const int d = threadIdx.x / 32 * 8 + threadIdx.x % 4 * 2;
-    la_load<LA_WIDTH, 512>(sm->go, go + at, row, n);
-    la_load<LA_WIDTH, 512>(sm->v, x.v + at, row, n);
+    la_load<LA_WIDTH, 512>(sm->go, go + at, row, n, threadIdx.x);
+    la_load<LA_WIDTH, 512>(sm->v, x.v + at, row, n, threadIdx.x);
     fg_copy_commit();
-    la_load<LA_WIDTH, 512>(sm->q, x.q + at, row, n);
-    la_load<LA_WIDTH, 512>(sm->k, x.k + at, row, n);
+    la_load<LA_WIDTH, 512>(sm->q, x.q + at, row, n, threadIdx.x);
+    la_load<LA_WIDTH, 512>(sm->k, x.k + at, row, n, threadIdx.x);
     load_matrix(sm->S, S + state);
     load_matrix(sm->R, R + state);
     fg_copy_commit();
@@ -571,7 +572,7 @@ join(const __grid_constant__ la_task z, inputs x, const bf16 *go, const bf16 *S,
             const float to_in = (e ? in.y : in.x) + (e ? l.y : l.x);
             const float to_out = (e ? out.y : out.x) - (e ? l.y : l.x);
             const float outer_q = reached ? z.scale * fg_exp2(to_in) * gq[i][f] : 0;
-            const float outer_k = passes ? fg_exp2(to_out) * gk[i][f] : 0;
+            const float outer_k = passes ? z.scale * fg_exp2(to_out) * gk[i][f] : 0;
             a[e] = outer_q + inner_q[i][f];
             c[e] = outer_k + inner_k[i][f];
             X[i][f] = q * a[e] - k * inner_k[i][f];
@@ -588,8 +589,8 @@ join(const __grid_constant__ la_task z, inputs x, const bf16 *go, const bf16 *S,
     sums_before(Y);
     const float2 both = state_products(sm), first = *(const float2 *)&sm->z.first[0][d];
     const float2 rest = *(const float2 *)&sm->z.behind[0][d];
-    const float through = last == -1 ? both.x * fg_exp2(first.x + rest.x) : 0;
-    const float through1 = last == -1 ? both.y * fg_exp2(first.y + rest.y) : 0;
+    const float through = last == -1 ? z.scale * both.x * fg_exp2(first.x + rest.x) : 0;
+    const float through1 = last == -1 ? z.scale * both.y * fg_exp2(first.y + rest.y) : 0;
 #pragma unroll
     for (int p = 0; p < 8; p++) {
         const int r = 8 * p + g, f = p % 2 * 2;
@@ -613,18 +614,21 @@ static way_back cut_way_back(char *base, size_t *used, int64_t heads, int64_t ch
     return w;
 }
 
-static bool grad_in_chunks(const fg_shape *shape, const fg_dtype *type, const fg_dtype *out)
+/* The chain goes back in units of scale. */
+static bool grad_in_chunks(double scale, const fg_shape *shape, const fg_dtype *type,
+                           const fg_dtype *out)
 {
-    return in_chunks(&shape[3], &shape[4], type, 2) && type[0] == FG_BF16 && out[0] == FG_BF16
+    return fabs(scale) > 1e-6 && in_chunks(&shape[3], &shape[4], type, 2) && type[0] == FG_BF16 && out[0] == FG_BF16
            && out[1] == FG_BF16 && out[2] == FG_BF16;
 }
 
 static size_t grad_scratch(const fg_infer *c)
 {
+    const struct fg_attr_gated_linear_attention_grad *a = (const struct fg_attr_gated_linear_attention_grad *)c->attr;
     const int64_t heads = c->in[3].dim[0] * c->in[3].dim[2];
     const int64_t chunks = (c->in[3].dim[1] + LA_ROWS - 1) / LA_ROWS;
     size_t used = 0;
-    if (grad_in_chunks(c->in, c->in_type, c->out_type))
+    if (grad_in_chunks(a->scale, c->in, c->in_type, c->out_type))
         cut_way_back(nullptr, &used, heads, chunks);
     else used = rows_grad_scratch(&c->in[3], &c->in[4]);
     return used;
@@ -635,7 +639,7 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     const struct fg_attr_gated_linear_attention_grad *a =
         (const struct fg_attr_gated_linear_attention_grad *)e->attr;
     const la_task z = task_of(&e->in_shape[3], a->scale, e->in[6], nullptr, e->in[7]);
-    if (!grad_in_chunks(e->in_shape, e->in_type, e->out_type)) {
+    if (!grad_in_chunks(a->scale, e->in_shape, e->in_type, e->out_type)) {
         rows_backward<false>(e, z, stream);
         return;
     }
@@ -649,10 +653,10 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     launch_prepare(z, x, w.s, stream);
     la_chain c = chain_of(z, w.s, x.v);
     c.kept = w.S;
-    la_chain_launch<false>(la_forward<false, false, true>, c, stream);
+    la_chain_launch<false>(la_forward<false, true>, c, stream);
     c = chain_of(z, w.s, go);
     c.kept = w.R;
-    c.e = { (bf16 *)e->out[2], z.T * row, LA_WIDTH, row };
+    c.o = { (bf16 *)e->out[2], z.T * row, LA_WIDTH, row };
     c.from = (const float *)e->in[1], c.to = (float *)e->out[4];
     la_chain_launch<false>(la_backward<false>, c, stream);
     cudaFuncSetAttribute(join, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

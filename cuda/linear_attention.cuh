@@ -132,17 +132,23 @@ static __device__ __forceinline__ uint32_t *la_pair(void *x, int r, int c)
     return (uint32_t *)((char *)x + fg_swizzle<WIDTH>(r, c / 8) + c % 8 * 2);
 }
 
-/* 64 rows of WIDTH, `row` elements apart, on their way to shared memory; 0 from row n on, and for
- * rows whose flag has not the bit. */
+/* 64 rows of WIDTH, `row` elements apart, on their way to shared memory, by THREADS threads of which
+ * this is the thread-th; 0 from row n on, and for rows whose flag has not the bit. */
 template <int WIDTH, int THREADS>
 static __device__ __forceinline__ void la_load(void *to, const bf16 *from, int64_t row, int n,
-                                               const uint8_t *flags = nullptr, int bit = 0)
+                                               int thread, const uint8_t *flags = nullptr,
+                                               int bit = 0)
 {
+    constexpr int ROW = WIDTH / 8, STEP = THREADS / ROW;
+    static_assert(THREADS % ROW == 0 && LA_ROWS % STEP == 0, "");
     const uint32_t x = fg_shared(to);
-    for (int i = threadIdx.x; i < LA_ROWS * WIDTH / 8; i += THREADS) {
-        const int r = i / (WIDTH / 8), c = i % (WIDTH / 8);
+    const int r0 = thread / ROW, c = thread % ROW;
+    const bf16 *p = from + r0 * row + c * 8;
+#pragma unroll
+    for (int k = 0; k < LA_ROWS / STEP; k++, p += STEP * row) {
+        const int r = r0 + k * STEP;
         const bool real = r < n && (!flags || (flags[r] & bit));
-        fg_copy_async(x + fg_swizzle<WIDTH>(r, c), from + (real ? r * row + c * 8 : 0), real);
+        fg_copy_async(x + fg_swizzle<WIDTH>(r, c), real ? p : from, real);
     }
 }
 
@@ -151,6 +157,11 @@ static __device__ __forceinline__ void la_load(void *to, const bf16 *from, int64
 /* A matrix of rows: row t of head bh stands at p + b batch + h head + t row. */
 struct la_rows_of { const bf16 *p; int64_t batch, head, row; };
 struct la_rows_to { bf16 *p; int64_t batch, head, row; };
+static __device__ __forceinline__ const bf16 *la_at(const la_rows_of &x, int64_t b, int64_t h,
+                                                    int64_t t)
+{
+    return x.p + b * x.batch + h * x.head + t * x.row;
+}
 
 #define LA_REACHED 1                             /* flags of a row: the state reaches it, */
 #define LA_PASSES  2                             /* it reaches the next chunk */
@@ -159,301 +170,420 @@ struct la_chain {
     la_task z;
     la_rows_of q, k, w, u;                       /* u: U of the delta rule, else v; back: go */
     const bf16 *A;                               /* [B,H,chunks,64,64] */
-    const float *decay;                          /* [B,H,chunks,128], or per chunk [B,chunks] */
+    const float *decay;                          /* [B,H,chunks,128]; delta rule: [B,chunks] or NULL */
     const float *beta;                           /* [B,H,chunks*64] */
     const uint8_t *flags;                        /* [B,chunks*64] for q and k, or NULL: all set */
-    la_rows_to o, e;                             /* o; e of the delta rule, if kept; back: gu */
-    bf16 *kept;                                  /* [B,H,chunks,128,128]: S before, R behind */
+    la_rows_to o;                                /* forward: o, or e if kept; back: gu */
+    bf16 *kept;                                  /* [B,H,chunks,128,128], [value][key]: S before, or
+                                                    R / scale behind the chunk */
     const float *from;                           /* gradient of the last state, or NULL */
-    float *to;                                   /* [B,H,128,128]: the last state; gradient of the
-                                                    first */
+    float *to;                                   /* [B,H,128,128]: the last state; back: gradient of
+                                                    the first */
 };
 
+/* What a step needs: of the chain, and of those who write o one step behind it. */
 template <bool DELTA> struct alignas(1024) la_stage {
-    bf16 q[LA_ROWS * LA_WIDTH], k[LA_ROWS * LA_WIDTH], A[LA_ROWS * LA_ROWS];
+    bf16 k[LA_ROWS * LA_WIDTH], w[DELTA ? LA_ROWS * LA_WIDTH : 64];
     bf16 u[LA_ROWS * LA_COLUMNS];
-    bf16 w[DELTA ? LA_ROWS * LA_WIDTH : 64];
-    float beta[LA_ROWS];
+    float factor[LA_WIDTH];                      /* beta of rows, or decay of channels */
 };
+struct alignas(1024) la_late { bf16 q[LA_ROWS * LA_WIDTH], A[LA_ROWS * LA_ROWS]; };
 template <bool DELTA> struct la_shared {
     la_stage<DELTA> stage[LA_STAGES];
-    bf16 S[LA_WIDTH * LA_COLUMNS], u[LA_ROWS * LA_COLUMNS];
+    la_late late[LA_STAGES];
+    bf16 S[2][LA_COLUMNS * LA_WIDTH];            /* [value][key] */
+    bf16 u[2][LA_COLUMNS * LA_ROWS];             /* [value][row] */
 };
 
-template <bool DELTA, bool Q, bool A>
+/* Warps 0 and 1 carry 16 columns of values each, transposed: S^T is the operand of W S as it stands
+ * in registers, and u^T that of K^T u, so nothing passes between warps on the way.  Warps 4 and 5
+ * fetch; 2, 3, 6, 7 write o and what is kept, one step behind. */
+#define LA_THREADS 256
+#define LA_IS_CHAIN(warp)   ((warp) < 2)
+#define LA_IS_FETCHER(warp) ((warp) / 2 == 2)
+static __device__ __forceinline__ int la_writer(int warp) { return warp < 4 ? warp - 2 : warp - 4; }
+
+template <bool DELTA>
 static __device__ __forceinline__ void la_fetch(const la_chain &c, la_stage<DELTA> *s, int64_t bh,
                                                 int64_t chunk)
 {
     const int64_t b = bh / c.z.H, h = bh % c.z.H, t = chunk * LA_ROWS;
-    const int n = la_rows(c.z, chunk);
+    const int n = la_rows(c.z, chunk), i = threadIdx.x % 64;
     const uint8_t *flags = c.flags ? c.flags + (b * c.z.chunks + chunk) * LA_ROWS : nullptr;
-    const la_rows_of *q = &c.q, *k = &c.k, *w = &c.w, *u = &c.u;
-    if (Q) la_load<LA_WIDTH, 256>(s->q, q->p + b * q->batch + h * q->head + t * q->row, q->row, n,
-                                  flags, LA_REACHED);
-    la_load<LA_WIDTH, 256>(s->k, k->p + b * k->batch + h * k->head + t * k->row, k->row, n, flags,
-                           LA_PASSES);
-    la_load<LA_COLUMNS, 256>(s->u, u->p + b * u->batch + h * u->head + t * u->row
-                             + blockIdx.x * LA_COLUMNS, u->row, n);
-    if (A) la_load<LA_ROWS, 256>(s->A, c.A + (bh * c.z.chunks + chunk) * LA_ROWS * LA_ROWS, LA_ROWS,
-                                 LA_ROWS);
-    if (DELTA) {
-        la_load<LA_WIDTH, 256>(s->w, w->p + b * w->batch + h * w->head + t * w->row, w->row, n);
-        if (threadIdx.x < LA_ROWS / 4)
-            fg_copy_async(fg_shared(s->beta + 4 * threadIdx.x),
-                          c.beta + (bh * c.z.chunks + chunk) * LA_ROWS + 4 * threadIdx.x, true);
-    }
+    la_load<LA_WIDTH, 64>(s->k, la_at(c.k, b, h, t), c.k.row, n, i, flags, LA_PASSES);
+    la_load<LA_COLUMNS, 64>(s->u, la_at(c.u, b, h, t) + blockIdx.x * LA_COLUMNS, c.u.row, n, i);
+    if (DELTA) la_load<LA_WIDTH, 64>(s->w, la_at(c.w, b, h, t), c.w.row, n, i);
+    const float *factor = DELTA ? c.beta + (bh * c.z.chunks + chunk) * LA_ROWS
+                                : c.decay + (bh * c.z.chunks + chunk) * LA_WIDTH;
+    if (i < (DELTA ? LA_ROWS : LA_WIDTH) / 4)
+        fg_copy_async(fg_shared(s->factor + 4 * i), factor + 4 * i, true);
+}
+static __device__ __forceinline__ void la_fetch_late(const la_chain &c, la_late *s, int64_t bh,
+                                                     int64_t chunk)
+{
+    const int64_t b = bh / c.z.H, h = bh % c.z.H, t = chunk * LA_ROWS;
+    const int n = la_rows(c.z, chunk), i = threadIdx.x % 64;
+    const uint8_t *flags = c.flags ? c.flags + (b * c.z.chunks + chunk) * LA_ROWS : nullptr;
+    la_load<LA_WIDTH, 64>(s->q, la_at(c.q, b, h, t), c.q.row, n, i, flags, LA_REACHED);
+    la_load<LA_ROWS, 64>(s->A, c.A + (bh * c.z.chunks + chunk) * LA_ROWS * LA_ROWS, LA_ROWS,
+                         LA_ROWS, i);
 }
 
-/* The block's columns of a [128,128] matrix in f32, to fragments and back: warp w has rows 16 w on. */
-static __device__ __forceinline__ void la_state_in(float S[4][4], const float *from)
+/* A warp's columns of a [key][value] matrix in f32 to fragments of its transpose, and back. */
+static __device__ __forceinline__ void la_state_in(float S[16][4], const float *from, float scale)
 {
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    la_zero<4>(S);
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    const int v = blockIdx.x * LA_COLUMNS + threadIdx.x / 32 * 16 + g;
+    la_zero<16>(S);
     if (!from) return;
 #pragma unroll
-    for (int j = 0; j < 4; j++)
+    for (int j = 0; j < 16; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            S[j][i] = from[(16 * warp + g + i / 2 * 8) * LA_WIDTH + blockIdx.x * LA_COLUMNS + 8 * j
-                           + c + i % 2];
+            S[j][i] = scale * from[(8 * j + c + i % 2) * LA_WIDTH + v + i / 2 * 8];
 }
-static __device__ __forceinline__ void la_state_out(const float S[4][4], float *to)
+static __device__ __forceinline__ void la_state_out(const float S[16][4], float *to, float scale)
 {
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    const int v = blockIdx.x * LA_COLUMNS + threadIdx.x / 32 * 16 + g;
 #pragma unroll
-    for (int j = 0; j < 4; j++)
+    for (int j = 0; j < 16; j++)
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            *(float2 *)&to[(16 * warp + g + i * 8) * LA_WIDTH + blockIdx.x * LA_COLUMNS + 8 * j + c] =
-                make_float2(S[j][2 * i], S[j][2 * i + 1]);
-}
-/* The same as bf16 in shared memory. */
-static __device__ __forceinline__ void la_state_share(const float S[4][4], bf16 *to)
-{
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            *la_pair<LA_COLUMNS>(to, 16 * warp + g + i * 8, 8 * j + c) =
-                fg_pack2(S[j][2 * i], S[j][2 * i + 1]);
-}
-/* ... and from there to its place among kept states. */
-static __device__ __forceinline__ void la_state_keep(const bf16 *S, bf16 *to)
-{
-    for (int i = threadIdx.x; i < LA_WIDTH * LA_COLUMNS / 8; i += 256) {
-        const int r = i / (LA_COLUMNS / 8), c = i % (LA_COLUMNS / 8);
-        *(uint4 *)(to + r * LA_WIDTH + blockIdx.x * LA_COLUMNS + c * 8) =
-            *(const uint4 *)((const char *)S + fg_swizzle<LA_COLUMNS>(r, c));
-    }
+        for (int i = 0; i < 4; i++)
+            to[(8 * j + c + i % 2) * LA_WIDTH + v + i / 2 * 8] = scale * S[j][i];
 }
 
-/* decay of rows g and g + 8 of this warp */
-static __device__ __forceinline__ float2 la_decay(const la_chain &c, bool delta, int64_t bh,
-                                                  int64_t chunk)
+/* Sums of two neighbouring tiles as an operand A of 16 columns. */
+static __device__ __forceinline__ void la_operand(uint32_t a[4], const float x[4], const float y[4])
 {
-    if (!c.decay) return make_float2(1, 1);
-    if (delta) {
-        const float d = c.decay[bh / c.z.H * c.z.chunks + chunk];
-        return make_float2(d, d);
-    }
-    const float *d = c.decay + (bh * c.z.chunks + chunk) * LA_WIDTH + threadIdx.x / 32 * 16
-                     + threadIdx.x % 32 / 4;
-    return make_float2(d[0], d[8]);
+    a[0] = fg_pack2(x[0], x[1]);
+    a[1] = fg_pack2(x[2], x[3]);
+    a[2] = fg_pack2(y[0], y[1]);
+    a[3] = fg_pack2(y[2], y[3]);
 }
-static __device__ __forceinline__ void la_decay_state(float S[4][4], float2 d)
+/* Such an operand, columns from k on, to rows m of a matrix in shared memory. */
+template <int WIDTH>
+static __device__ __forceinline__ void la_share(const uint32_t a[4], bf16 *to, int m, int k)
+{
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    *la_pair<WIDTH>(to, m + g, k + c) = a[0];
+    *la_pair<WIDTH>(to, m + g + 8, k + c) = a[1];
+    *la_pair<WIDTH>(to, m + g, k + 8 + c) = a[2];
+    *la_pair<WIDTH>(to, m + g + 8, k + 8 + c) = a[3];
+}
+
+/* acc += a x: 16 columns of values by 64 rows, or by 128 keys */
+static __device__ __forceinline__ void la_to_rows(float acc[8][4], const uint32_t a[8][4],
+                                                  uint32_t x)
 {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
+    for (int k = 0; k < 8; k++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t b[4];
+            la_b<LA_WIDTH>(b, x, 16 * k, 16 * j);
+            la_mma2(acc + 2 * j, a[k], b);
+        }
+}
+static __device__ __forceinline__ void la_to_keys(float acc[16][4], const uint32_t a[4][4],
+                                                  uint32_t x)
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            uint32_t b[4];
+            la_b_turned<LA_WIDTH>(b, x, 16 * k, 16 * j);
+            la_mma2(acc + 2 * j, a[k], b);
+        }
+}
+
+/* decay of the delta rule's chunk, 1 where there are no documents */
+static __device__ __forceinline__ float la_keep(const la_chain &c, int64_t b, int64_t chunk)
+{
+    return c.decay && chunk >= 0 && chunk < c.z.chunks ? c.decay[b * c.z.chunks + chunk] : 1.0f;
+}
+template <bool DELTA>
+static __device__ __forceinline__ void la_decay(float S[16][4], const float *factor, float keep)
+{
+    const int c = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        const float2 d = DELTA ? make_float2(keep, keep) : *(const float2 *)&factor[8 * j + c];
         S[j][0] *= d.x;
-        S[j][1] *= d.x;
-        S[j][2] *= d.y;
+        S[j][1] *= d.y;
+        S[j][2] *= d.x;
         S[j][3] *= d.y;
     }
 }
 
-/* acc += x^T y over the 64 rows: 16 rows of the state by the block's columns */
-static __device__ __forceinline__ void la_outer(float acc[4][4], uint32_t x, uint32_t y)
+/* A writer's share of S [32][128] to its place among the kept. */
+static __device__ __forceinline__ void la_keep_state(const bf16 *S, bf16 *to, int writer)
 {
-    const int warp = threadIdx.x / 32;
+    to += blockIdx.x * LA_COLUMNS * LA_WIDTH;
 #pragma unroll
-    for (int k = 0; k < LA_ROWS; k += 16) {
-        uint32_t a[4], b[4];
-        la_a_turned<LA_WIDTH>(a, x, 16 * warp, k);
-        la_b_turned<LA_COLUMNS>(b, y, k, 0);
-        la_mma2(acc, a, b);
-        la_b_turned<LA_COLUMNS>(b, y, k, 16);
-        la_mma2(acc + 2, a, b);
+    for (int k = 0; k < 4; k++) {
+        const int i = writer * 32 + threadIdx.x % 32 + 128 * k, r = i / 16, c = i % 16;
+        *(uint4 *)(to + r * LA_WIDTH + c * 8) =
+            *(const uint4 *)((const char *)S + fg_swizzle<LA_WIDTH>(r, c));
+    }
+}
+/* 16 rows of x [32][64], turned, to memory. */
+static __device__ __forceinline__ void la_keep_rows(const bf16 *x, const la_rows_to &to, int64_t b,
+                                                    int64_t h, int64_t t, int m, int n)
+{
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    bf16 *p = to.p + b * to.batch + h * to.head + t * to.row + blockIdx.x * LA_COLUMNS + c;
+#pragma unroll
+    for (int v = 0; v < LA_COLUMNS; v += 16) {
+        uint32_t a[4];
+        la_a_turned<LA_ROWS>(a, fg_shared(x), m, v);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (m + g + i % 2 * 8 < n)
+                *(uint32_t *)(p + (m + g + i % 2 * 8) * to.row + v + i / 2 * 8) = a[i];
     }
 }
 
-/* Rows of one 16 x 16 tile to memory as bf16: rows m + g, m + g + 8 below n. */
-static __device__ __forceinline__ void la_put(const la_rows_to &to, int64_t b, int64_t h, int64_t t,
-                                              int m, int column, int n, const float acc[2][4],
-                                              float scale)
+/* o = scale (Q S + A u) of 16 rows, by one writer */
+static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_late *s,
+                                                    const bf16 *S, const bf16 *u, int64_t b,
+                                                    int64_t h, int64_t t, int m, int n)
 {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    bf16 *p = to.p + b * to.batch + h * to.head + t * to.row + column + c;
+    const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2;
+    float o[4][4];
+    la_zero<4>(o);
+#pragma unroll
+    for (int k = 0; k < LA_WIDTH; k += 16) {
+        uint32_t a[4], x[4];
+        la_a<LA_WIDTH>(a, fg_shared(s->q), m, k);
+        la_b<LA_WIDTH>(x, fg_shared(S), k, 0);
+        la_mma2(o, a, x);
+        la_b<LA_WIDTH>(x, fg_shared(S), k, 16);
+        la_mma2(o + 2, a, x);
+    }
+    for (int k = 0; k <= m; k += 16) {
+        uint32_t a[4], x[4];
+        la_a<LA_ROWS>(a, fg_shared(s->A), m, k);
+        la_b<LA_ROWS>(x, fg_shared(u), k, 0);
+        la_mma2(o, a, x);
+        la_b<LA_ROWS>(x, fg_shared(u), k, 16);
+        la_mma2(o + 2, a, x);
+    }
+    bf16 *p = c.o.p + b * c.o.batch + h * c.o.head + t * c.o.row + blockIdx.x * LA_COLUMNS + cc;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int j = 0; j < 2; j++)
+        for (int j = 0; j < 4; j++)
             if (m + g + 8 * i < n)
-                *(uint32_t *)(p + (m + g + 8 * i) * to.row + 8 * j) =
-                    fg_pack2(scale * acc[j][2 * i], scale * acc[j][2 * i + 1]);
+                *(uint32_t *)(p + (m + g + 8 * i) * c.o.row + 8 * j) =
+                    fg_pack2(c.z.scale * o[j][2 * i], c.z.scale * o[j][2 * i + 1]);
 }
 
-/* From the first chunk to the last; OUT: writes o, KEEP: the states, and e of the delta rule. */
-template <bool DELTA, bool OUT, bool KEEP>
-static __global__ void __launch_bounds__(256, 1) la_forward(const __grid_constant__ la_chain c)
+/* One chunk on the way forward: shares S before it, and u (or e), leaves S behind it. */
+template <bool DELTA, bool KEEP>
+static __device__ __forceinline__ void la_step(float S[16][4], la_stage<DELTA> *s, bf16 *S_to,
+                                               bf16 *u_to, float keep)
+{
+    const int m = threadIdx.x / 32 * 16, c = threadIdx.x % 4 * 2;
+    uint32_t u[4][4];
+    uint32_t a[8][4];
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        la_operand(a[k], S[2 * k], S[2 * k + 1]);
+        la_share<LA_WIDTH>(a[k], S_to, m, 16 * k);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) la_a_turned<LA_COLUMNS>(u[k], fg_shared(s->u), m, 16 * k);
+    if (DELTA) {
+        float e[8][4];
+        la_zero<8>(e);
+        la_to_rows(e, a, fg_shared(s->w));
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 beta = *(const float2 *)&s->factor[8 * j + c];
+            const uint32_t x = u[j / 2][j % 2 * 2], y = u[j / 2][j % 2 * 2 + 1];
+            e[j][0] = la_low_half(x) - e[j][0];
+            e[j][1] = la_high_half(x) - e[j][1];
+            e[j][2] = la_low_half(y) - e[j][2];
+            e[j][3] = la_high_half(y) - e[j][3];
+            if (KEEP) {
+                u[j / 2][j % 2 * 2] = fg_pack2(e[j][0], e[j][1]);
+                u[j / 2][j % 2 * 2 + 1] = fg_pack2(e[j][2], e[j][3]);
+            }
+            e[j][0] *= beta.x;
+            e[j][1] *= beta.y;
+            e[j][2] *= beta.x;
+            e[j][3] *= beta.y;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            if (KEEP) la_share<LA_ROWS>(u[k], u_to, m, 16 * k);
+            la_operand(u[k], e[2 * k], e[2 * k + 1]);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (!KEEP) la_share<LA_ROWS>(u[k], u_to, m, 16 * k);
+    la_decay<DELTA>(S, s->factor, keep);
+    la_to_keys(S, u, fg_shared(s->k));
+}
+
+/* From the first chunk to the last.  KEEP: the states, and e of the delta rule; else o. */
+template <bool DELTA, bool KEEP>
+static __global__ void __launch_bounds__(LA_THREADS, 1)
+la_forward(const __grid_constant__ la_chain c)
 {
     extern __shared__ __align__(1024) char memory[];
     la_shared<DELTA> *sm = (la_shared<DELTA> *)memory;
-    const int warp = threadIdx.x / 32, m = warp % 4 * 16, n0 = warp / 4 * 16;
-    const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2;
+    const int warp = threadIdx.x / 32;
     const int64_t bh = blockIdx.y, b = bh / c.z.H, h = bh % c.z.H, size = LA_WIDTH * LA_WIDTH;
-    float S[4][4];
-    la_state_in(S, la_carried(c.z, b) ? c.z.state + bh * size : nullptr);
-    la_state_share(S, sm->S);
-    for (int64_t i = 0; i < LA_STAGES - 1; i++) {
-        if (i < c.z.chunks) la_fetch<DELTA, OUT, OUT>(c, &sm->stage[i], bh, i);
-        fg_copy_commit();
+    const int64_t chunks = c.z.chunks;
+    float S[16][4];
+    float keep = 1;
+    if (LA_IS_CHAIN(warp)) {
+        la_state_in(S, la_carried(c.z, b) ? c.z.state + bh * size : nullptr, 1);
+        if (DELTA) keep = la_keep(c, b, 0);
     }
-    for (int64_t i = 0; i < c.z.chunks; i++) {
-        fg_copy_wait<LA_STAGES - 2>();
-        __syncthreads();                         /* this stage and S are there for all */
-        const int64_t next = i + LA_STAGES - 1;
-        if (next < c.z.chunks)
-            la_fetch<DELTA, OUT, OUT>(c, &sm->stage[next % LA_STAGES], bh, next);
+    if (LA_IS_FETCHER(warp)) {
+        la_fetch<DELTA>(c, &sm->stage[0], bh, 0);
         fg_copy_commit();
-        la_stage<DELTA> *s = &sm->stage[i % LA_STAGES];
-        const uint32_t Ss = fg_shared(sm->S), us = fg_shared(DELTA ? sm->u : s->u);
-        const int64_t t = i * LA_ROWS;
-        const int n = la_rows(c.z, i);
-        const float2 d = la_decay(c, DELTA, bh, i);
-        float o[2][4], e[2][4];
-        la_zero<2>(o);
-        la_zero<2>(e);
-        if (KEEP) la_state_keep(sm->S, c.kept + (bh * c.z.chunks + i) * size);
-#pragma unroll
-        for (int k = 0; k < LA_WIDTH; k += 16) {
-            uint32_t a[4], x[4];
-            if (DELTA || OUT) la_b_turned<LA_COLUMNS>(x, Ss, k, n0);
-            if (DELTA) {
-                la_a<LA_WIDTH>(a, fg_shared(s->w), m, k);
-                la_mma2(e, a, x);
-            }
-            if (OUT) {
-                la_a<LA_WIDTH>(a, fg_shared(s->q), m, k);
-                la_mma2(o, a, x);
-            }
-        }
-        if (DELTA) {
-#pragma unroll
-            for (int j = 0; j < 2; j++)
-#pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    const int r = m + g + 8 * k, column = n0 + 8 * j + cc;
-                    const uint32_t u = *la_pair<LA_COLUMNS>(s->u, r, column);
-                    const float beta = s->beta[r];
-                    e[j][2 * k] = la_low_half(u) - e[j][2 * k];
-                    e[j][2 * k + 1] = la_high_half(u) - e[j][2 * k + 1];
-                    *la_pair<LA_COLUMNS>(sm->u, r, column) =
-                        fg_pack2(beta * e[j][2 * k], beta * e[j][2 * k + 1]);
-                }
-            if (KEEP) la_put(c.e, b, h, t, m, blockIdx.x * LA_COLUMNS + n0, n, e, 1);
-        }
-        __syncthreads();                         /* S has been read, u is there */
-        if (OUT) {
-            for (int k = 0; k <= m; k += 16) {
-                uint32_t a[4], x[4];
-                la_a<LA_ROWS>(a, fg_shared(s->A), m, k);
-                la_b_turned<LA_COLUMNS>(x, us, k, n0);
-                la_mma2(o, a, x);
-            }
-            la_put(c.o, b, h, t, m, blockIdx.x * LA_COLUMNS + n0, n, o, c.z.scale);
-        }
-        la_decay_state(S, d);
-        la_outer(S, fg_shared(s->k), us);
-        la_state_share(S, sm->S);
+        if (chunks > 1) la_fetch<DELTA>(c, &sm->stage[1], bh, 1);
+        if (!KEEP) la_fetch_late(c, &sm->late[0], bh, 0);
+        fg_copy_commit();
+        fg_copy_wait<1>();
     }
-    if (c.to) la_state_out(S, c.to + bh * size);
+    __syncthreads();
+    for (int64_t i = 0; i <= chunks; i++) {      /* step i: chunk i; what is written is i - 1's */
+        if (LA_IS_CHAIN(warp)) {
+            if (i < chunks) {
+                const float next = DELTA ? la_keep(c, b, i + 1) : 1;
+                la_step<DELTA, KEEP>(S, &sm->stage[i % LA_STAGES], sm->S[i % 2], sm->u[i % 2],
+                                     keep);
+                keep = next;
+            }
+        } else if (LA_IS_FETCHER(warp)) {
+            if (i + 2 < chunks) la_fetch<DELTA>(c, &sm->stage[(i + 2) % LA_STAGES], bh, i + 2);
+            if (!KEEP && i + 1 < chunks) la_fetch_late(c, &sm->late[(i + 1) % LA_STAGES], bh, i + 1);
+            fg_copy_commit();
+            fg_copy_wait<1>();                   /* what the next step needs is there */
+        } else if (i > 0) {
+            const int64_t j = i - 1, t = j * LA_ROWS;
+            const int w = la_writer(warp), n = la_rows(c.z, j);
+            if (KEEP) {
+                la_keep_state(sm->S[j % 2], c.kept + (bh * chunks + j) * size, w);
+                if (DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, 16 * w, n);
+            } else {
+                la_write_out(c, &sm->late[j % LA_STAGES], sm->S[j % 2], sm->u[j % 2], b, h, t,
+                             16 * w, n);
+            }
+        }
+        __syncthreads();
+    }
+    if (LA_IS_CHAIN(warp) && c.to) la_state_out(S, c.to + bh * size, 1);
+}
+
+/* One chunk on the way back, in units of scale: shares R behind it, and gu, leaves R before it. */
+template <bool DELTA>
+static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DELTA> *s,
+                                                    la_late *late, bf16 *R_to, bf16 *u_to,
+                                                    float keep, float scale)
+{
+    const int m = threadIdx.x / 32 * 16, c = threadIdx.x % 4 * 2;
+    uint32_t go[4][4], u[4][4];
+    float gu[8][4];
+    la_zero<8>(gu);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        la_a_turned<LA_COLUMNS>(go[k], fg_shared(s->u), m, 16 * k);
+#pragma unroll
+        for (int j = 0; j <= k; j++) {
+            uint32_t b[4];
+            la_b_turned<LA_ROWS>(b, fg_shared(late->A), 16 * k, 16 * j);
+            la_mma2(gu + 2 * j, go[k], b);
+        }
+    }
+    {
+        uint32_t a[8][4];
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            la_operand(a[k], R[2 * k], R[2 * k + 1]);
+            la_share<LA_WIDTH>(a[k], R_to, m, 16 * k);
+        }
+        la_to_rows(gu, a, fg_shared(s->k));
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 beta = DELTA ? *(const float2 *)&s->factor[8 * j + c] : make_float2(0, 0);
+        u[j / 2][j % 2 * 2] = fg_pack2(-beta.x * gu[j][0], -beta.y * gu[j][1]);
+        u[j / 2][j % 2 * 2 + 1] = fg_pack2(-beta.x * gu[j][2], -beta.y * gu[j][3]);
+#pragma unroll
+        for (int f = 0; f < 4; f++) gu[j][f] *= scale;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t a[4];
+        la_operand(a, gu[2 * k], gu[2 * k + 1]);
+        la_share<LA_ROWS>(a, u_to, m, 16 * k);
+    }
+    la_decay<DELTA>(R, s->factor, keep);
+    la_to_keys(R, go, fg_shared(late->q));
+    if (DELTA) la_to_keys(R, u, fg_shared(s->w));
 }
 
 /* From the last chunk to the first. */
 template <bool DELTA>
-static __global__ void __launch_bounds__(256, 1) la_backward(const __grid_constant__ la_chain c)
+static __global__ void __launch_bounds__(LA_THREADS, 1)
+la_backward(const __grid_constant__ la_chain c)
 {
     extern __shared__ __align__(1024) char memory[];
     la_shared<DELTA> *sm = (la_shared<DELTA> *)memory;
-    const int warp = threadIdx.x / 32, m = warp % 4 * 16, n0 = warp / 4 * 16;
-    const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2;
+    const int warp = threadIdx.x / 32;
     const int64_t bh = blockIdx.y, b = bh / c.z.H, h = bh % c.z.H, size = LA_WIDTH * LA_WIDTH;
-    float R[4][4];
-    la_state_in(R, c.from ? c.from + bh * size : nullptr);
-    la_state_share(R, sm->S);
-    for (int64_t i = 0; i < LA_STAGES - 1; i++) {
-        if (i < c.z.chunks)
-            la_fetch<DELTA, true, true>(c, &sm->stage[i], bh, c.z.chunks - 1 - i);
-        fg_copy_commit();
+    const int64_t chunks = c.z.chunks;
+    float R[16][4];
+    float keep = 1;
+    if (LA_IS_CHAIN(warp)) {
+        la_state_in(R, c.from ? c.from + bh * size : nullptr, 1 / c.z.scale);
+        if (DELTA) keep = la_keep(c, b, chunks - 1);
     }
-    for (int64_t i = 0; i < c.z.chunks; i++) {
-        const int64_t chunk = c.z.chunks - 1 - i, next = i + LA_STAGES - 1, t = chunk * LA_ROWS;
-        fg_copy_wait<LA_STAGES - 2>();
+    if (LA_IS_FETCHER(warp))
+        for (int64_t i = 0; i < 2; i++) {
+            if (i < chunks) {
+                la_fetch<DELTA>(c, &sm->stage[i], bh, chunks - 1 - i);
+                la_fetch_late(c, &sm->late[i], bh, chunks - 1 - i);
+            }
+            fg_copy_commit();
+            if (i == 1) fg_copy_wait<1>();
+        }
+    __syncthreads();
+    for (int64_t i = 0; i <= chunks; i++) {
+        const int64_t chunk = chunks - 1 - i;
+        if (LA_IS_CHAIN(warp)) {
+            if (i < chunks) {
+                const float next = DELTA ? la_keep(c, b, chunk - 1) : 1;
+                la_step_back<DELTA>(R, &sm->stage[i % LA_STAGES], &sm->late[i % LA_STAGES],
+                                    sm->S[i % 2], sm->u[i % 2], keep, c.z.scale);
+                keep = next;
+            }
+        } else if (LA_IS_FETCHER(warp)) {
+            if (i + 2 < chunks) {
+                la_fetch<DELTA>(c, &sm->stage[(i + 2) % LA_STAGES], bh, chunk - 2);
+                la_fetch_late(c, &sm->late[(i + 2) % LA_STAGES], bh, chunk - 2);
+            }
+            fg_copy_commit();
+            fg_copy_wait<1>();
+        } else if (i > 0) {
+            const int w = la_writer(warp);
+            la_keep_state(sm->S[(i - 1) % 2], c.kept + (bh * chunks + chunk + 1) * size, w);
+            la_keep_rows(sm->u[(i - 1) % 2], c.o, b, h, (chunk + 1) * LA_ROWS, 16 * w,
+                         la_rows(c.z, chunk + 1));
+        }
         __syncthreads();
-        if (next < c.z.chunks)
-            la_fetch<DELTA, true, true>(c, &sm->stage[next % LA_STAGES], bh, c.z.chunks - 1 - next);
-        fg_copy_commit();
-        la_stage<DELTA> *s = &sm->stage[i % LA_STAGES];
-        const uint32_t Rs = fg_shared(sm->S), gos = fg_shared(s->u);
-        const int n = la_rows(c.z, chunk);
-        const float2 d = la_decay(c, DELTA, bh, chunk);
-        float gu[2][4], add[4][4];
-        la_zero<2>(gu);
-        la_zero<4>(add);
-        la_state_keep(sm->S, c.kept + (bh * c.z.chunks + chunk) * size);
-        for (int k = m; k < LA_ROWS; k += 16) {
-            uint32_t a[4], x[4];
-            la_a_turned<LA_ROWS>(a, fg_shared(s->A), m, k);
-            la_b_turned<LA_COLUMNS>(x, gos, k, n0);
-            la_mma2(gu, a, x);
-        }
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-            for (int k = 0; k < 4; k++) gu[j][k] *= c.z.scale;
-#pragma unroll
-        for (int k = 0; k < LA_WIDTH; k += 16) {
-            uint32_t a[4], x[4];
-            la_a<LA_WIDTH>(a, fg_shared(s->k), m, k);
-            la_b_turned<LA_COLUMNS>(x, Rs, k, n0);
-            la_mma2(gu, a, x);
-        }
-        la_put(c.e, b, h, t, m, blockIdx.x * LA_COLUMNS + n0, n, gu, 1);
-        if (DELTA) {
-#pragma unroll
-            for (int j = 0; j < 2; j++)
-#pragma unroll
-                for (int k = 0; k < 2; k++) {
-                    const int r = m + g + 8 * k;
-                    const float minus = -s->beta[r];
-                    *la_pair<LA_COLUMNS>(sm->u, r, n0 + 8 * j + cc) =
-                        fg_pack2(minus * gu[j][2 * k], minus * gu[j][2 * k + 1]);
-                }
-        }
-        __syncthreads();                         /* R has been read, -beta gu is there */
-        la_outer(add, fg_shared(s->q), gos);
-        la_decay_state(R, d);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int k = 0; k < 4; k++) R[j][k] = fmaf(c.z.scale, add[j][k], R[j][k]);
-        if (DELTA) la_outer(R, fg_shared(s->w), fg_shared(sm->u));
-        la_state_share(R, sm->S);
     }
-    const bool carried = la_carried(c.z, b);
-    if (!carried) la_zero<4>(R);
-    la_state_out(R, c.to + bh * size);
+    if (!LA_IS_CHAIN(warp)) return;
+    if (!la_carried(c.z, b)) la_zero<16>(R);
+    la_state_out(R, c.to + bh * size, c.z.scale);
 }
 
 static inline dim3 la_chain_grid(const la_task &z)
@@ -465,7 +595,7 @@ static void la_chain_launch(K *kernel, const la_chain &c, cudaStream_t stream)
 {
     const int bytes = (int)sizeof(la_shared<DELTA>);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    kernel<<<la_chain_grid(c.z), 256, bytes, stream>>>(c);
+    kernel<<<la_chain_grid(c.z), LA_THREADS, bytes, stream>>>(c);
 }
 
 /* Cuts bytes off scratch, 256-byte aligned; base NULL: only counts. */
