@@ -614,9 +614,10 @@ Test(cli, logits_losses_and_gradients_are_the_official_ones)
 
 Test(cli, every_model_file_of_the_tree_can_be_run_from_another_folder)
 {
-    static const char *const files[] = { "fox.c", "transformer.c", "mamba2.c",
-        "examples/perceptron.c", "examples/fox_llama_ops.c", "examples/fox_pro_tiny.c",
-        "examples/transformer_tiny.c", "examples/mamba2_tiny.c", "examples/hybrid.c" };
+    static const char *const files[] = { "fox.c", "transformer.c", "mamba2.c", "hgrn2.c",
+        "delta_net.c", "examples/perceptron.c", "examples/fox_llama_ops.c",
+        "examples/fox_pro_tiny.c", "examples/transformer_tiny.c", "examples/mamba2_tiny.c",
+        "examples/hybrid.c", "examples/hgrn2_tiny.c", "examples/delta_net_tiny.c" };
     for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
         char line[1000];
         snprintf(line, sizeof line, "cp " SOURCE_DIR "/models/%s copy.c && fox-graph check copy.c",
