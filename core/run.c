@@ -56,6 +56,7 @@ void fg_plan_free(fg_plan *p)
     }
     fg_graph_free(p->low);
     free(p->map); free(p->slots); free(p->execs); free(p->shapes); free(p->types); free(p->timings);
+    free(p->records);
     free(p);
 }
 
@@ -177,12 +178,13 @@ fg_status fg_run(fg_plan *p)
     for (uint32_t k = 0; k < p->low->n_nodes; k++) {
         const fg_node *n = &p->low->nodes[k];
         if (n->op->code->memory == FG_VIEW) continue;
-        const double start = p->profile ? now() : 0;
+        const double start = p->profile || p->record ? now() : 0;
         const fg_status s = b->ops->launch(b, n->op, &p->execs[k]);
         if (s)
             return fg__plan_fail(p, s, "%s:%d: %s: %s", fg__base(n->at.file), n->at.line,
                                  n->op->name, fg_backend_message(b));
         if (p->profile && !b->ops->sync(b)) add_timing(p, n, now() - start);
+        if (p->record && !b->ops->sync(b) && fg__record_node(p, k, now() - start)) return p->status;
         if (p->check && check_values(p, n, &p->execs[k])) return p->status;
     }
     const fg_status s = b->ops->sync(b);
