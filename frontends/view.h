@@ -167,6 +167,8 @@ void   fg__view_amount(double n, view_words to);                    /* "763.2M" 
 void   fg__view_attrs(const view_node *n, view_words to);           /* "eps=1e-06, groups=24" */
 void   fg__view_attr(const fg_json_value *a, view_words to);        /* "1e-06" */
 void   fg__view_label(const fg_view *v, int32_t node, view_words to);   /* "q_proj", a shape, or "" */
+/* A box's or run's name: "attn", "0 ... 23". */
+void   fg__view_box_name(const fg_view *v, const view_box *in, const view_item *x, view_words to);
 /* Is the op drawn as a circle, and with which sign?  NULL: as a box. */
 const char *fg__view_sign(const view_node *n);
 int    fg__view_letters(const char *utf8);                          /* characters in it */

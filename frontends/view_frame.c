@@ -69,7 +69,9 @@ static double width_of(const view_picture *p, const view_box *b, const view_cell
     return fg__view_size_now(p, b, c->ref).w[lane];
 }
 
-static void set_lane(const view_picture *p, const view_box *b, view_frame *f, int lane, double *w)
+/* Items keep their column, bends give way. */
+static void set_lane(const view_picture *p, const view_box *b, view_frame *f, int lane, double *w,
+                     double *weight)
 {
     const view_class *c = &p->v->class[b->class];
     double left = 0, right = 0, widest = 0;
@@ -77,9 +79,10 @@ static void set_lane(const view_picture *p, const view_box *b, view_frame *f, in
         const int32_t first = c->row[r], n = c->row[r + 1] - first;
         for (int32_t i = 0; i < n; i++) {
             w[i] = width_of(p, b, &c->cell[first + i], lane);
+            weight[i] = c->cell[first + i].kind == CELL_ITEM ? 100 : 1;
             f->x[lane][first + i] = c->cell[first + i].x[lane];
         }
-        fg__view_spread(n, f->x[lane] + first, w, NULL, VIEW_COLUMN_GAP);
+        fg__view_spread(n, f->x[lane] + first, w, weight, VIEW_COLUMN_GAP);
         for (int32_t i = 0; i < n; i++) {
             left = (!r && !i) ? f->x[lane][first] - w[0] / 2
                               : fmin(left, f->x[lane][first + i] - w[i] / 2);
@@ -120,14 +123,15 @@ static bool measure(view_picture *p, int32_t at)
         if (inner >= 0 && p->open[inner] && !measure(p, inner)) return false;
     }
     double *w = fg__view_alloc(v, (size_t)c->n_cells + 1, sizeof *w);
+    double *weight = fg__view_alloc(v, (size_t)c->n_cells + 1, sizeof *weight);
     f->y = fg__view_alloc(v, (size_t)c->n_rows + 1, sizeof *f->y);
     f->row_h = fg__view_alloc(v, (size_t)c->n_rows + 1, sizeof *f->row_h);
     for (int lane = 0; lane < VIEW_LANES; lane++)
         f->x[lane] = fg__view_alloc(v, (size_t)c->n_cells + 1, sizeof **f->x);
     if (v->out_of_memory) return false;
     set_rows(p, b, f);
-    set_lane(p, b, f, 0, w);
-    set_lane(p, b, f, 1, w);
+    set_lane(p, b, f, 0, w, weight);
+    set_lane(p, b, f, 1, w, weight);
     set_updates(p, b, f);
     return true;
 }
@@ -145,7 +149,7 @@ int32_t fg__view_open(const fg_view *v, const fg_view_options *o, bool *open)
     for (int32_t b = 0; b < v->n_boxes; b++) {
         int32_t up = b;
         while (up >= 0 && up != deep) up = v->box[up].parent;
-        if (up == deep && (o->depth < 0 || v->box[b].depth - v->box[deep].depth <= o->depth))
+        if (up == deep && (!v->box[b].made || b == deep || v->box[deep].made) && (o->depth < 0 || v->box[b].depth - v->box[deep].depth <= o->depth))
             open[b] = true;
     }
     return top;

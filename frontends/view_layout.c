@@ -76,11 +76,14 @@ static view_size node_size(const fg_view *v, int32_t k)
     return s;
 }
 
-static view_size box_size(const fg_view *v, const view_box *b, int32_t count)
+static view_size box_size(const fg_view *v, const view_box *in, const view_item *x)
 {
+    const view_box *b = &v->box[fg__view_shown(v, in, x)];
+    view_words words;
     view_size s = { { 0 }, { 0 } };
     for (int32_t i = b->first; i < b->end; i++) s.w[v->node[v->drawn[i]].pass] = 1;
-    const double name = wider(text_width(b->name, 7.6) + (count > 1 ? 80 : 30), 130);
+    fg__view_box_name(v, in, x, words);
+    const double name = text_width(words, 7.6) + 30;
     for (int lane = 0; lane < VIEW_LANES; lane++) {
         if (s.w[lane] <= 0) continue;
         s.w[lane] = lane ? wider(name, 110) : wider(name, 150);
@@ -95,8 +98,7 @@ static view_size item_size(const fg_view *v, const view_box *b, const view_item 
     const char *name = "";
     switch (x->kind) {
     case ITEM_NODE: return node_size(v, x->ref);
-    case ITEM_BOX:  return box_size(v, &v->box[x->ref], 1);
-    case ITEM_RUN:  return box_size(v, &v->box[b->child[x->ref]], x->count);
+    case ITEM_BOX: case ITEM_RUN: return box_size(v, b, x);
     case ITEM_INPUT:  name = v->value[x->ref].name; break;
     case ITEM_OUTPUT: name = v->output[x->ref].name; break;
     }
@@ -212,8 +214,9 @@ static bool find_edges(layout *l)
 
 /* ---- rows ------------------------------------------------------------------------------------- */
 
-/* Sources that nothing above holds move down to just above their first reader. */
-static void find_ranks(layout *l)
+/* Sources that nothing above holds move down to just above their first reader; what no edge touches
+ * stands below all else. */
+static bool find_ranks(layout *l)
 {
     const int32_t n = l->b->n_items, ports = l->b->n_in;
     const view_class *c = l->c;
@@ -225,19 +228,28 @@ static void find_ranks(layout *l)
         const int32_t above = x->from < n ? l->rank[x->from] : 0;
         if (above + 1 > l->rank[x->to]) l->rank[x->to] = above + 1;
     }
+    bool *alone = fg__view_alloc(l->v, (size_t)n + 1, sizeof *alone);
+    if (!alone) return false;
     for (int32_t i = n; i-- > 0; ) {
         int32_t nearest = INT32_MAX;
         bool held = false;
+        alone[i] = n > 1;
         for (int32_t e = 0; e < c->n_edges; e++) {
             if (c->edge[e].back) continue;
             if (c->edge[e].to == i) held = true;
+            if (c->edge[e].to == i || c->edge[e].from == i) alone[i] = false;
             if (c->edge[e].from == i && c->edge[e].to < n && l->rank[c->edge[e].to] < nearest)
                 nearest = l->rank[c->edge[e].to];
         }
         if (!held && nearest < INT32_MAX) l->rank[i] = nearest - 1;
     }
     for (int32_t i = 0; i < n; i++) if (l->rank[i] > last) last = l->rank[i];
+    for (int32_t i = 0, below = last + (c->n_edges > 0); i < n; i++) {
+        if (!alone[i] || !c->n_edges) continue;
+        l->rank[i] = last = below;
+    }
     l->c->n_rows = n ? last + 1 + (l->b->n_out > 0 && l->b->parent >= 0) : 0;
+    return true;
 }
 
 static int32_t new_cell(layout *l, view_cell_kind kind, int32_t ref, int32_t row)
@@ -456,21 +468,54 @@ static double cell_width(const layout *l, int32_t cell, int lane)
     return c->kind == CELL_ITEM ? l->c->size[c->ref].w[lane] : c->kind == CELL_BEND ? 4 : 10;
 }
 
-static void spread_row(layout *l, int32_t r, int lane, double *x, double *w, double *weight)
+static void spread_row(layout *l, int32_t r, int lane, double *t[3], double of_bend)
 {
     const int n = l->n_in_row[r];
     for (int i = 0; i < n; i++) {
         const int32_t k = l->row[r][i];
-        x[i] = l->place[k];
-        w[i] = cell_width(l, k, lane);
-        weight[i] = l->cell[k].kind == CELL_BEND ? 4 : 1;
+        t[0][i] = l->place[k];
+        t[1][i] = cell_width(l, k, lane);
+        t[2][i] = l->cell[k].kind == CELL_BEND ? of_bend : 1;
     }
-    fg__view_spread(n, x, w, weight, VIEW_COLUMN_GAP);
-    for (int i = 0; i < n; i++) l->place[l->row[r][i]] = x[i];
+    fg__view_spread(n, t[0], t[1], t[2], VIEW_COLUMN_GAP);
+    for (int i = 0; i < n; i++) l->place[l->row[r][i]] = t[0][i];
+}
+
+/* All bends of an edge to the mean of their places: edges across rows become straight. */
+static void straighten(layout *l)
+{
+    const view_class *c = l->c;
+    for (int32_t e = 0; e < c->n_edges; e++) {
+        const view_edge *x = &c->edge[e];
+        double sum = 0;
+        for (int32_t i = 0; i < x->n_bends; i++) sum += l->place[c->bend[x->first_bend + i]];
+        for (int32_t i = 0; i < x->n_bends; i++)
+            l->place[c->bend[x->first_bend + i]] = sum / x->n_bends;
+    }
+}
+
+/* Pulls what stands in row r to the mean of its neighbours: those above count most on the way down. */
+static void pull_row(layout *l, int32_t r, const segment *s, int32_t n, double above, double below,
+                     bool bends, double *sum, double *weight)
+{
+    for (int32_t i = 0; i < l->n_in_row[r]; i++) sum[l->row[r][i]] = weight[l->row[r][i]] = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const bool lower = l->cell_row[s[i].lower] == r, upper = l->cell_row[s[i].upper] == r;
+        if (!lower && !upper) continue;
+        const int32_t self = lower ? s[i].lower : s[i].upper;
+        const double w = (lower ? above : below) * s[i].weight;
+        sum[self] += w * l->place[lower ? s[i].upper : s[i].lower];
+        weight[self] += w;
+    }
+    for (int32_t i = 0; i < l->n_in_row[r]; i++) {
+        const int32_t k = l->row[r][i];
+        if (weight[k] > 0 && (bends || l->cell[k].kind != CELL_BEND)) l->place[k] = sum[k] / weight[k];
+    }
 }
 
 static bool place_cells(layout *l, const segment *s, int32_t n, int lane)
 {
+    enum { PULLS = 12, STRAIGHT = 6 };
     const size_t room = (size_t)l->n_cells + 1;
     double *t[5];
     for (int i = 0; i < 5; i++) {
@@ -478,26 +523,16 @@ static bool place_cells(layout *l, const segment *s, int32_t n, int lane)
         if (!t[i]) return false;
     }
     for (int32_t i = 0; i < l->n_cells; i++) l->place[i] = 0;
-    for (int32_t r = 0; r < l->c->n_rows; r++) spread_row(l, r, lane, t[0], t[1], t[2]);
-    for (int turn = 0; turn < 12; turn++)
+    for (int32_t r = 0; r < l->c->n_rows; r++) spread_row(l, r, lane, t, 1);
+    for (int turn = 0; turn < PULLS + STRAIGHT; turn++) {
+        const bool down = turn % 2 == 0, last = turn >= PULLS;
+        if (last) straighten(l);
         for (int32_t step = 0; step < l->c->n_rows; step++) {
-            const bool down = turn % 2 == 0;
             const int32_t r = down ? step : l->c->n_rows - 1 - step;
-            for (int32_t i = 0; i < l->n_in_row[r]; i++) t[3][l->row[r][i]] = t[4][l->row[r][i]] = 0;
-            for (int32_t i = 0; i < n; i++) {
-                const bool lower = l->cell_row[s[i].lower] == r, upper = l->cell_row[s[i].upper] == r;
-                if (!lower && !upper) continue;
-                const int32_t self = lower ? s[i].lower : s[i].upper;
-                const double far = turn < 10 && lower != down ? 0.25 : 1;
-                t[3][self] += far * s[i].weight * l->place[lower ? s[i].upper : s[i].lower];
-                t[4][self] += far * s[i].weight;
-            }
-            for (int32_t i = 0; i < l->n_in_row[r]; i++) {
-                const int32_t k = l->row[r][i];
-                if (t[4][k] > 0) l->place[k] = t[3][k] / t[4][k];
-            }
-            spread_row(l, r, lane, t[0], t[1], t[2]);
+            pull_row(l, r, s, n, down || last ? 1 : 0.25, !down || last ? 1 : 0.25, !last, t[3], t[4]);
+            spread_row(l, r, lane, t, last ? 50 : 4);
         }
+    }
     double left = 0;
     for (int32_t i = 0; i < l->n_cells; i++) {
         const double x = l->place[i] - cell_width(l, i, lane) / 2;
@@ -543,8 +578,7 @@ static bool lay_out(layout *l)
     if (!l->rank || !l->c->size || !l->cell || !l->cell_row) return false;
     for (int32_t i = 0; i < n; i++) l->c->size[i] = item_size(l->v, l->b, &l->b->item[i]);
     if (!find_edges(l)) return false;
-    find_ranks(l);
-    if (!make_cells(l)) return false;
+    if (!find_ranks(l) || !make_cells(l)) return false;
     int32_t n_segments;
     segment *s = segments(l, &n_segments);
     return s && order_rows(l, s, n_segments) && place_cells(l, s, n_segments, 0) &&

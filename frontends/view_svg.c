@@ -165,10 +165,11 @@ static void attached(const drawing *d, int32_t k, int lane, double x, double y, 
     }
 }
 
-static void closed_box(const drawing *d, const view_box *b, const view_item *x, int lane, double cx,
+static void closed_box(const drawing *d, const view_box *in, const view_item *x, int lane, double cx,
                        double cy, view_size s)
 {
     const fg_view *v = d->p.v;
+    const view_box *b = &v->box[fg__view_shown(v, in, x)];
     view_words words, name;
     const double w = s.w[lane], h = s.h[lane];
     int32_t n = 0;
@@ -180,8 +181,7 @@ static void closed_box(const drawing *d, const view_box *b, const view_item *x, 
     for (int back = x->count > 1 ? 2 : 0; back > 0; back--)
         rectangle(d, cx - w / 2 + back * 4, cy - h / 2 - back * 4, w, h, 7, lane_class[lane], 0.05);
     rectangle(d, cx - w / 2, cy - h / 2, w, h, 7, lane_class[lane], fill);
-    snprintf(name, sizeof name, x->count > 1 ? "%.200s  \303\227 %d" : "%.200s", b->name,
-             (int)x->count);
+    fg__view_box_name(v, in, x, name);
     label(d, cx, cy - 3, "t", "middle", name);
     snprintf(words, sizeof words, "%d nodes", (int)n);
     if (d->o->heat) fg__view_heat_words(fg__view_box_heat(v, b, lane, d->o->heat), d->o->heat, words);
@@ -231,9 +231,31 @@ static double meets(const drawing *d, const view_box *b, const view_class *c, in
     return x;
 }
 
+/* A sum passes its gradient on without a node: a joint in the second lane. */
+static bool is_joint(const drawing *d, const view_box *b, const view_cell *c)
+{
+    const view_item *x = c->kind == CELL_ITEM ? &b->item[c->ref] : NULL;
+    return x && x->kind == ITEM_NODE && !strcmp(d->p.v->node[x->ref].op, "add") &&
+           d->p.v->node[x->ref].pass == VIEW_FORWARD && d->p.v->has[VIEW_BACKWARD];
+}
+
 static bool has_lane(const drawing *d, const view_box *b, const view_cell *c, int lane)
 {
-    return c->kind != CELL_ITEM || fg__view_size_now(&d->p, b, c->ref).w[lane] > 0;
+    return c->kind != CELL_ITEM || fg__view_size_now(&d->p, b, c->ref).w[lane] > 0 ||
+           (lane == VIEW_BACKWARD && is_joint(d, b, c));
+}
+
+/* The middle of an item; items hang from the upper end of their row. */
+static double middle(const drawing *d, const view_box *b, const view_class *c, int32_t cell, int32_t r,
+                     double y)
+{
+    const view_frame *f = &d->p.frame[b - d->p.v->box];
+    double h = 0;
+    if (c->cell[cell].kind == CELL_ITEM) {
+        const view_size s = fg__view_size_now(&d->p, b, c->cell[cell].ref);
+        for (int lane = 0; lane < VIEW_LANES; lane++) if (s.h[lane] > h) h = s.h[lane];
+    }
+    return y + f->y[r] + h / 2;
 }
 
 static void curve(const drawing *d, double x0, double y0, double x1, double y1)
@@ -253,21 +275,25 @@ static void edge(const drawing *d, const view_box *b, const view_edge *e, int la
     const double x1 = x + meets(d, b, c, e->to, lane, e->to_port, false);
     const double h0 = cell_half(d, b, &c->cell[e->from], lane);
     const double h1 = cell_half(d, b, &c->cell[e->to], lane);
-    const double y0 = c->cell[e->from].kind == CELL_IN ? y
-                    : y + f->y[r0] + f->row_h[r0] / 2 + h0;
-    double y1 = c->cell[e->to].kind == CELL_OUT ? y + f->h : y + f->y[r1] + f->row_h[r1] / 2 - h1;
+    const double y0 = c->cell[e->from].kind == CELL_IN ? y : middle(d, b, c, e->from, r0, y) + h0;
+    const double y1 = c->cell[e->to].kind == CELL_OUT ? y + f->h
+                    : middle(d, b, c, e->to, r1, y) - h1;
     const bool arrow = c->cell[e->to].kind == CELL_ITEM;
     fg__view_say(&d->out, "<path class=\"%s\" d=\"M%.1f %.1f", lane ? "g" : "e", x0, y0);
-    double px = x0, py = y0;
+    double px = x0, py = e->back ? y0 : y + f->y[r0] + f->row_h[r0];
+    if (py > y0) fg__view_say(&d->out, "L%.1f %.1f", px, py);
+    else py = y0;
     for (int32_t i = 0; i < e->n_bends; i++) {
         const int32_t cell = c->bend[e->first_bend + i], r = row_of(c, cell);
-        const double bx = x + f->x[lane][cell], top = y + f->y[r], end = top + f->row_h[r];
-        curve(d, px, py, bx, top);
+        const double bx = x + f->x[lane][cell], begin = y + f->y[r], end = begin + f->row_h[r];
+        curve(d, px, py, bx, begin);
         fg__view_say(&d->out, "L%.1f %.1f", bx, end);
         px = bx;
         py = end;
     }
-    curve(d, px, py, x1, y1);
+    const double top = c->cell[e->to].kind == CELL_OUT || e->back ? y1 : y + f->y[r1];
+    curve(d, px, py, x1, top);
+    if (y1 > top) fg__view_say(&d->out, "L%.1f %.1f", x1, y1);
     if (lane && c->cell[e->from].kind == CELL_ITEM)          /* gradients flow upwards */
         fg__view_say(&d->out, "M%.1f %.1fl-3 6m3 -6l3 6", x0, y0);
     else if (!lane && arrow) fg__view_say(&d->out, "M%.1f %.1fl-3 -6m3 6l3 -6", x1, y1);
@@ -305,14 +331,14 @@ static void saved_lines(const drawing *d, const view_box *b, const double x[VIEW
                                : inner >= 0 ? d->p.v->box[inner].saved * t->count : 0;
             if (!kept) continue;
             const view_size s = fg__view_size_now(&d->p, b, c->cell[i].ref);
-            const double at = y + f->y[r] + f->row_h[r] / 2 + 5 * n++ - 4;
+            const double at = middle(d, b, c, i, r, y) + 5 * n++ - 4;
             fg__view_say(&d->out, "<path class=\"v\" d=\"M%.1f %.1fH%.1f\"/>\n",
                          x[0] + f->x[0][i] + s.w[0] / 2, at, x[1] + f->x[1][i] - s.w[1] / 2);
             bytes += kept;
         }
         view_words words;
         fg__view_bytes((double)bytes, words);
-        if (bytes) label(d, d->p.lane[1] - VIEW_LANE_GAP / 2, y + f->y[r] + f->row_h[r] / 2 - 8, "s",
+        if (bytes) label(d, d->p.lane[1] - VIEW_LANE_GAP / 2, y + f->y[r] + 8, "s",
                          "middle", words);
     }
 }
@@ -320,7 +346,7 @@ static void saved_lines(const drawing *d, const view_box *b, const double x[VIEW
 /* ---- boxes ------------------------------------------------------------------------------------ */
 
 static void open_box(const drawing *d, int32_t at, const double x[VIEW_LANES], double y,
-                     const view_item *as);
+                     const view_box *in, const view_item *as);
 
 static void item(const drawing *d, const view_box *b, int32_t cell, int32_t r,
                  const double x[VIEW_LANES], double y)
@@ -330,19 +356,21 @@ static void item(const drawing *d, const view_box *b, int32_t cell, int32_t r,
     const view_item *t = &b->item[c->cell[cell].ref];
     const view_size s = fg__view_size_now(&d->p, b, c->cell[cell].ref);
     const int32_t inner = fg__view_shown(d->p.v, b, t);
-    const double cy = y + f->y[r] + f->row_h[r] / 2;
+    const double cy = middle(d, b, c, cell, r, y);
     double cx[VIEW_LANES], left[VIEW_LANES];
     for (int lane = 0; lane < VIEW_LANES; lane++) {
         cx[lane] = x[lane] + f->x[lane][cell];
         left[lane] = cx[lane] - s.w[lane] / 2;
     }
     if (inner >= 0 && d->p.open[inner]) {
-        open_box(d, inner, left, cy - d->p.frame[inner].h / 2, t);
+        open_box(d, inner, left, cy - d->p.frame[inner].h / 2, b, t);
         return;
     }
+    if (s.w[1] <= 0 && is_joint(d, b, &c->cell[cell]))
+        fg__view_say(&d->out, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3\" class=\"b\"/>\n", cx[1], cy);
     for (int lane = 0; lane < VIEW_LANES; lane++) {
         if (s.w[lane] <= 0) continue;
-        if (inner >= 0) closed_box(d, &d->p.v->box[inner], t, lane, cx[lane], cy, s);
+        if (inner >= 0) closed_box(d, b, t, lane, cx[lane], cy, s);
         else if (t->kind != ITEM_NODE) end_item(d, t, cx[lane], cy, s);
         else if (lane == 0) forward_node(d, t->ref, cx[0], cy, s);
         else attached(d, t->ref, lane, cx[lane], cy, s);
@@ -350,14 +378,14 @@ static void item(const drawing *d, const view_box *b, int32_t cell, int32_t r,
 }
 
 static void open_box(const drawing *d, int32_t at, const double x[VIEW_LANES], double y,
-                     const view_item *as)
+                     const view_box *in, const view_item *as)
 {
     const view_box *b = &d->p.v->box[at];
     const view_class *c = &d->p.v->class[b->class];
     const view_frame *f = &d->p.frame[at];
     view_words name;
-    snprintf(name, sizeof name, as && as->count > 1 ? "%.200s  \303\227 %d" : "%.200s", b->name,
-             as ? (int)as->count : 1);
+    if (as) fg__view_box_name(d->p.v, in, as, name);
+    else snprintf(name, sizeof name, "%.250s", b->path);
     for (int lane = 0; lane < VIEW_LANES && at != 0; lane++) {
         if (f->w[lane] <= 0) continue;
         fg__view_say(&d->out, "<g class=\"%s\">", lane_class[lane]);
@@ -466,7 +494,7 @@ fg_status fg_view_svg(const fg_view *view, const fg_view_options *o, fg_put put,
     for (int lane = 0; lane < VIEW_LANES; lane++)
         if (d.p.frame[d.p.top].w[lane] > 0)
             label(&d, d.p.lane[lane] + 2, 40, "s", "start", lane_name[lane]);
-    open_box(&d, d.p.top, d.p.lane, head - 6, NULL);
+    open_box(&d, d.p.top, d.p.lane, head - 6, NULL, NULL);
     if (plan) memory(&d, head + d.p.h + 40, wide, 220);
     fg__view_say(&d.out, "</svg>\n");
     return FG_OK;

@@ -252,7 +252,7 @@ static void add_ends(fg_view *v)
             b->item[b->n_items++] = (view_item){ ITEM_INPUT, x, 1, x - (int64_t)v->n_values };
     for (int32_t i = 0; i < v->n_outputs; i++) {
         const int32_t m = v->value[v->output[i].value].maker;
-        if (m >= 0 && own(v, m))
+        if (m >= 0 && own(v, m) && (v->node[m].pass == VIEW_FORWARD || !v->has[VIEW_FORWARD]))
             b->item[b->n_items++] = (view_item){ ITEM_OUTPUT, i, 1, INT64_MAX / 2 + i };
     }
     qsort(b->item, (size_t)b->n_items, sizeof *b->item, by_order);

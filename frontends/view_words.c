@@ -181,6 +181,21 @@ void fg__view_label(const fg_view *v, int32_t node, view_words to)
     cut(to, 30);
 }
 
+void fg__view_box_name(const fg_view *v, const view_box *in, const view_item *x, view_words to)
+{
+    if (x->kind != ITEM_RUN) {
+        snprintf(to, VIEW_WORDS, "%s", v->box[x->ref].name);
+        cut(to, 36);
+        return;
+    }
+    view_words first, last;
+    snprintf(first, sizeof first, "%s", v->box[in->child[x->ref]].name);
+    snprintf(last, sizeof last, "%s", v->box[in->child[x->ref + x->count - 1]].name);
+    cut(first, 18);
+    cut(last, 18);
+    snprintf(to, VIEW_WORDS, "%.90s \342\200\246 %.90s  \303\227 %d", first, last, (int)x->count);
+}
+
 int32_t fg__view_find_box(const fg_view *v, const char *path)
 {
     for (int32_t b = 0; b < v->n_boxes; b++)
