@@ -96,6 +96,8 @@ typedef struct {
     uint64_t   hash;
 } view_class;
 
+typedef struct { int kind; const char *words; int32_t n; const int32_t *node; } view_note;
+
 struct fg_view {
     fg_json     *json;                   /* owns every text that came from the file */
     void       **block; int32_t n_blocks, cap_blocks;  /* all else */
@@ -113,6 +115,8 @@ struct fg_view {
     int32_t     *inner_first, n_inner;   /* boxes that hold something, inner ones before outer ones */
     int32_t     *at;                     /* per node: its place in drawn */
     int32_t     *reader, *first_reader;  /* of value x: reader[first_reader[x]] .. [x + 1] - 1 */
+    const view_note *note; int32_t n_notes;             /* of a comparison, for the page */
+    bool         compared;
     bool         has[VIEW_LANES], timed, seen, planned, failed, out_of_memory;
 };
 

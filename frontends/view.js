@@ -660,6 +660,7 @@ function mark() {
     if (closed > 0 && (marks.get('box' + closed) || 0) < m) marks.set('box' + closed, m);
   };
   if (state.path) { for (const k of state.path) add('node', k, 1); }
+  if (D.diff && !state.path) for (const x of D.diff) for (const k of x.slice(2)) if (k >= 0) add('node', k, 1);
   if (!state.sel) return;
   const { kind, ref } = state.sel;
   add(kind, ref, 2);
@@ -850,6 +851,14 @@ function panels() {
     section(to, state.path.length ? `path, ${state.path.length} nodes` : 'no path between the two',
       ...state.path.slice(0, 60).map(k => { const d = el('div'); d.append(goNode(k)); return d; }));
   }
+  if (D.diff && !state.sel)
+    section(to, D.diff.length ? 'differences' : 'no differences', ...D.diff.map(x => {
+      const d = el('div'), k = x.slice(2).find(n => n >= 0);
+      const mark = ['+', '\u2212', '~', '>'][x[0]] + ' ';
+      if (k === undefined) d.append(mark + x[1]);
+      else d.append(link(mark + x[1], () => select('node', k, { reveal: true })));
+      return d;
+    }));
   const s = state.sel;
   if (!s) boxInfo(to, 0);
   else if (s.kind === 'node') nodeInfo(to, s.ref);
@@ -874,7 +883,8 @@ function drawLegend() {
   }
   if (state.heat === 'none') return;
   const s = el('div', '', { class: 'scale', id: 'scale' });
-  s.append(el('b', state.heat), el('span', heatWords(range[0], state.heat), { id: 'low' }), el('i'),
+  to.append(el('p', state.heat + ', logarithmic', { class: 'soft' }));
+  s.append(el('span', heatWords(range[0], state.heat), { id: 'low' }), el('i'),
            el('span', heatWords(range[1], state.heat), { id: 'high' }));
   to.append(s);
 }
@@ -972,7 +982,7 @@ function drawMemory() {
   mg.font = '600 12px ' + FONT; mg.fillStyle = colors.ink; mg.textAlign = 'left';
   mg.fillText('memory plan', 10, 16);
   mg.font = '11px ' + FONT;
-  let x = 100;
+  let x = 112;
   for (let i = 2; i < 6; i++) {
     if (!rects.some(r => r.kind === i)) continue;
     mg.fillStyle = rgba(KINDS[i][1], 0.75); mg.fillRect(x, 8, 10, 10);

@@ -258,6 +258,20 @@ static void small_lists(page *p)
     fg__view_say(&p->out, "],\n");
 }
 
+static void notes(const page *p)
+{
+    const fg_view *v = p->v;
+    if (!v->compared) return;
+    fg__view_say(&p->out, "\"diff\":[");
+    for (int32_t i = 0; i < v->n_notes; i++) {
+        fg__view_say(&p->out, "%s[%d,", i ? ",\n" : "", v->note[i].kind);
+        fg__view_json_text(&p->out, v->note[i].words);
+        for (int32_t k = 0; k < v->note[i].n; k++) fg__view_say(&p->out, ",%d", (int)v->note[i].node[k]);
+        fg__view_say(&p->out, "]");
+    }
+    fg__view_say(&p->out, "],\n");
+}
+
 static void data(page *p)
 {
     const fg_view *v = p->v;
@@ -275,6 +289,7 @@ static void data(page *p)
     values(p);
     boxes(p);
     small_lists(p);
+    notes(p);
     fg__view_say(&p->out, "\"strings\":[");
     for (int32_t i = 0; i < p->n_texts; i++) {
         if (i) fg__view_say(&p->out, ",\n");
@@ -297,7 +312,9 @@ fg_status fg_view_html(const fg_view *v, const fg_view_options *o, fg_put put, v
     fg__view_say(&p.out, "</title>\n<link rel=\"icon\" href=\"data:,\">\n<style>\n");
     put(to, view_css);
     fg__view_say(&p.out, "</style></head><body>\n<noscript>");
-    const fg_view_options closed = { .depth = 2 };
+    int32_t top = 0;
+    for (int32_t b = 0; b < v->n_boxes; b++) top += v->box[b].depth == 1 && v->box[b].n_items > 0;
+    const fg_view_options closed = { .depth = top < 16 && v->n_nodes < 20000 };
     const fg_status s = fg_view_svg(v, &closed, put, to);
     fg__view_say(&p.out, "</noscript>\n");
     put(to, view_page_html);

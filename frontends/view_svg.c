@@ -26,7 +26,7 @@ static void style(const drawing *d)
         "stroke-opacity:.35}", dark ? "#e8eaf0" : "#1b2330", dark ? "#9aa4b5" : "#5b6778",
         dark ? "#8b95a7" : "#8491a5", dark ? "#6b7589" : "#a8b2c1");
     fg__view_say(&d->out, ".f{fill:#2f6fdd;stroke:%s}.b{fill:#d55e00;stroke:%s}.u{fill:#009e73;"
-        "stroke:%s}.n{stroke-width:1.3}.x{fill:#c9182b;stroke:#c9182b}.pill{fill:%s;stroke:%s}"
+        "stroke:%s}.n{stroke-width:1.3}.r{stroke-dasharray:4 3}.x{fill:#c9182b;stroke:#c9182b}.pill{fill:%s;stroke:%s}"
         ".lane{font-weight:700;font-size:13px;letter-spacing:.4px}</style>\n",
         dark ? "#7aa7ff" : "#2f6fdd", dark ? "#ff9a4d" : "#c85a00", dark ? "#3ecf9f" : "#00845f",
         dark ? "#242b38" : "#f4f6fa", dark ? "#5d6880" : "#9aa6b8");
@@ -55,7 +55,8 @@ static double strength(const drawing *d, double heat)
 {
     if (d->o->heat == FG_HEAT_NONE) return 0.12;
     if (heat <= 0 || d->greatest <= d->least) return heat > 0 ? 0.8 : 0.04;
-    return 0.06 + 0.74 * (log(heat) - log(d->least)) / (log(d->greatest) - log(d->least));
+    const double x = (log(heat) - log(d->least)) / (log(d->greatest) - log(d->least));
+    return 0.06 + 0.74 * (x > 0 ? x : 0);
 }
 
 static void title(const drawing *d, int32_t k)
@@ -126,7 +127,8 @@ static void pill(const drawing *d, int32_t k, int lane, double x, double y, doub
     const view_node *n = &d->p.v->node[k];
     fg__view_say(&d->out, "<g>");
     title(d, k);
-    rectangle(d, x, y, w, VIEW_PILL_H, 5, n->error[0] ? "x n" : lane_class[lane],
+    rectangle(d, x, y, w, VIEW_PILL_H, 5, n->error[0] ? "x n" : n->recomputed ? "b r"
+              : lane_class[lane],
               strength(d, fg__view_heat(d->p.v, k, d->o->heat)));
     view_words shown;
     const int letters = (int)(w / 6.2);

@@ -180,8 +180,8 @@ static int by_order(const void *a, const void *b)
 static bool in_parts(fg_view *v, int32_t b)
 {
     while (v->box[b].n_items > MOST_ITEMS) {
-        const int32_t n = v->box[b].n_items;
-        view_item *old = v->box[b].item, *item = fg__view_alloc(v, (size_t)n, sizeof *item);
+        const int32_t n = v->box[b].n_items, ends = b ? 0 : v->n_values + v->n_outputs;
+        view_item *old = v->box[b].item, *item = fg__view_alloc(v, (size_t)(n + ends), sizeof *item);
         int32_t made = 0;
         if (!item) return false;
         for (int32_t i = 0; i < n; ) {
