@@ -142,7 +142,8 @@ static int model_json(const cli_graph_wish *w, const char *path, cli_buffer *jso
                              : FG_STAGE_PLANNED;
         const fg_json_part parts[2] = { { x.graph[0], x.plan[0], stage },
                                         { x.graph[1], x.plan[1], stage } };
-        const fg_json_options o = { m.path, x.backend && !w->stable ? fg_backend_name(x.backend)
+        const char *slash = strrchr(m.path, '/');
+        const fg_json_options o = { slash && slash[1] ? slash + 1 : m.path, x.backend && !w->stable ? fg_backend_name(x.backend)
                                     : NULL, passes[w->pass], w->stable };
         fg_status e = FG_OK;
         if (write && (!planned || !errors))

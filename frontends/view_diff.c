@@ -13,7 +13,7 @@ enum { ADDED, REMOVED, CHANGED, MOVED, KINDS };
 enum { MOST_TABLE = 4000000 };
 static const char *const kind_name[] = { "added", "removed", "changed", "moved" };
 
-typedef struct { int kind; int32_t a, b; const char *op, *where, *what; int32_t group; } change;
+typedef struct { int kind; int32_t a, b; const char *op, *path, *where, *what; } change;
 typedef struct { int32_t first, count; } group;
 typedef struct {
     fg_view *a, *b;
@@ -163,20 +163,52 @@ static bool add_change(differ *d, int kind, int32_t a, int32_t b, const char *op
         d->change = more;
         d->cap = cap;
     }
-    d->change[d->n_changes++] = (change){ kind, a, b, op, general(d->b, path), what, -1 };
+    d->change[d->n_changes++] = (change){ kind, a, b, op, path, general(d->b, path), what };
     d->count[kind]++;
     return !d->b->out_of_memory;
+}
+
+/* A hash of ops, attributes and shapes of all nodes drawn in a box, whatever it and its parameters
+ * are called. */
+static uint64_t content(const fg_view *v, const view_box *b)
+{
+    uint64_t h = 0xcbf29ce484222325u;
+    for (int32_t i = b->first; i < b->end; i++) {
+        const view_node *n = &v->node[v->drawn[i]];
+        view_words words[5];
+        snprintf(words[0], sizeof *words, "%.200s", n->op);
+        fg__view_attrs(n, words[1]);
+        for (int o = 0; o < 3; o++) {
+            words[2 + o][0] = 0;
+            if (o < n->n_out) fg__view_shape(&v->value[n->out[o]], words[2 + o]);
+        }
+        for (int k = 0; k < 5; k++)
+            for (const char *c = words[k]; ; c++) {
+                h = (h ^ (unsigned char)*c) * 0x100000001b3u;
+                if (!*c) break;
+            }
+    }
+    return h;
+}
+
+static uint64_t *contents(fg_view *v)
+{
+    uint64_t *h = fg__view_alloc(v, (size_t)v->n_boxes + 1, sizeof *h);
+    for (int32_t b = 0; h && b < v->n_boxes; b++) h[b] = content(v, &v->box[b]);
+    return h;
 }
 
 /* Whole scopes that one side alone has, of equal content: moved. */
 static bool match_moved(differ *d)
 {
+    const uint64_t *in_a = contents(d->a), *in_b = contents(d->b);
+    if (!in_a || !in_b) return false;
     for (int32_t i = 0; i < d->a->n_boxes; i++) {
         const view_box *x = &d->a->box[i];
         if (d->box_to_b[i] >= 0 || !x->n_items || x->made) continue;
         for (int32_t k = 0; k < d->b->n_boxes; k++) {
             const view_box *y = &d->b->box[k];
-            if (d->box_to_a[k] >= 0 || y->made || y->hash != x->hash ||
+            if (d->box_to_a[k] >= 0 || y->made || in_b[k] != in_a[i] ||
                 y->end - y->first != x->end - x->first || !y->n_items) continue;
             for (int32_t q = x->first, r = y->first; q < x->end; q++, r++) {
                 pair_up(d, d->a->drawn[q], d->b->drawn[r]);
@@ -368,7 +400,6 @@ static bool find_groups(differ *d)
         if (!i || by_change(&p[i - 1], &p[i])) d->group[d->n_groups++] = (group){ i, 0 };
         d->group[d->n_groups - 1].count++;
         sorted[i] = *p[i];
-        sorted[i].group = d->n_groups - 1;
     }
     d->change = sorted;
     return true;
@@ -417,6 +448,13 @@ static void amount(double x, fg_heat as, view_words to)
     else fg__view_amount(x, to);
 }
 
+/* The scope of a group: of one change its own, of several what they have in common. */
+static const char *path_of(const group *g, const change *c)
+{
+    const char *path = g->count > 1 ? c->where : c->path;
+    return path[0] ? path : "(top)";
+}
+
 static void as_text(const differ *d, const view_out *out)
 {
     static const char sign[] = "+-~>";
@@ -437,7 +475,7 @@ static void as_text(const differ *d, const view_out *out)
         const change *c = &d->change[d->group[i].first];
         const view_node *n = c->b >= 0 ? &d->b->node[c->b] : c->a >= 0 ? &d->a->node[c->a] : NULL;
         fg__view_say(out, "%c %d %.80s  %.300s", sign[c->kind], (int)d->group[i].count, c->op,
-                     c->where[0] ? c->where : "(top)");
+                     path_of(&d->group[i], c));
         if (c->what[0]) fg__view_say(out, "  %.700s", c->what);
         if (n && c->kind != MOVED)
             fg__view_say(out, "  %.100s", n->user[0] ? n->user : n->src);
@@ -461,7 +499,7 @@ static void as_json(const differ *d, const view_out *out)
                      kind_name[c->kind], (int)d->group[i].count);
         fg__view_json_text(out, c->op);
         fg__view_say(out, ",\"scope\":");
-        fg__view_json_text(out, c->where);
+        fg__view_json_text(out, d->group[i].count > 1 ? c->where : c->path);
         fg__view_say(out, ",\"what\":");
         fg__view_json_text(out, c->what);
         fg__view_say(out, ",\"nodes\":[");
@@ -487,7 +525,7 @@ static fg_status as_html(const differ *d, fg_put put, void *to)
         const change *c = &d->change[d->group[i].first];
         const char *words = fg__view_text(d->b, "%s: %d %.80s in %.200s  %.700s", kind_name[c->kind],
                                           (int)d->group[i].count, c->op,
-                                          c->where[0] ? c->where : "(top)", c->what);
+                                          path_of(&d->group[i], c), c->what);
         if (!words) return FG_ERR_MEMORY;
         note[i] = (view_note){ c->kind, words, d->group[i].count, &node[d->group[i].first] };
     }

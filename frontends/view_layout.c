@@ -58,6 +58,7 @@ static view_size node_size(const fg_view *v, int32_t k)
     const int lane = n->pass;
     fg__view_label(v, k, label);
     if (n->n_out) fg__view_shape(&v->value[n->out[0]], shape);
+    if (n->error[0]) snprintf(shape, sizeof shape, "does not type-check");
     int attached = 0;
     for (int32_t a = v->first_attached[k]; a >= 0; a = v->node[a].next)
         attached += v->node[a].pass == VIEW_BACKWARD;
