@@ -32,7 +32,7 @@ static fg_graph *training(int64_t layers, fg_graph **update)
     fg_graph *g = fg_graph_new();
     fg_tensor logits = model(g, fox_pro_config(50, 32, layers, 2), 2, 8);
     fg_tensor labels = fg_input(g, "labels", FG_I32, FG_DIMS(2, 8));
-    fg_tensor loss = fg_cross_entropy(logits, labels);
+    fg_tensor loss = fg_mean(fg_cross_entropy(logits, labels));
     const fg_optimizer o = { 0.9, 0.95, 1e-8, 0.1, 1, update ? 4 : 1 };
     fg_train_graph(loss, &o, update);
     cr_assert_eq(fg_graph_status(g), FG_OK, "%s", fg_graph_message(g));
