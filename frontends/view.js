@@ -96,7 +96,7 @@ for (let b = nBoxes - 1; b >= 0; b--) paths.set(S[B.path[b]], b);
 
 const state = {
   open: new Set(), turn: new Map(), sel: null, path: null, heat: M.heat || 'none',
-  lanes: [true, true, true], memory: M.memory && D.plans.length > 0, theme: '', x: 0, y: 0, k: 1
+  lanes: [true, true, true], memory: M.memory && D.plans.length > 0 && innerWidth > 900, theme: '', x: 0, y: 0, k: 1
 };
 /* What a box is called whichever of a run's is shown: the path with each run's first in it. */
 const keys = new Map();
@@ -970,10 +970,14 @@ for (let v = 0; v < nValues; v++) {
 }
 mem.to = lastId + 1;
 function memoryX(t) { return 64 + (t - mem.from) / (mem.to - mem.from) * (mc.clientWidth - 76); }
+let drawnMemory = '';
 function drawMemory() {
   $('memory').hidden = !state.memory;
-  if (!state.memory) return;
+  if (!state.memory) { drawnMemory = ''; return; }
   const ratio = window.devicePixelRatio || 1, w = mc.clientWidth, h = mc.clientHeight;
+  const now = JSON.stringify([state.sel, w, h, ratio, mem.from, mem.to, document.documentElement.dataset.theme]);
+  if (now === drawnMemory) return;
+  drawnMemory = now;
   mc.width = w * ratio; mc.height = h * ratio;
   mg.setTransform(ratio, 0, 0, ratio, 0, 0);
   mg.fillStyle = colors.panel; mg.fillRect(0, 0, w, h);
@@ -1018,31 +1022,38 @@ function drawMemory() {
   drawStrip(w, h, bottom);
 }
 /* Under the rectangles: which scope the nodes belong to, on the same axis. */
-function drawStrip(w, h, bottom) {
-  let start = 0;
-  const order = [...Array(nNodes).keys()].sort((p, q) => N.id[p] - N.id[q]);
-  const scopeOf = k => {
+let strip = null;
+function makeStrip() {
+  const top = new Map();
+  const scopeOf = b0 => {
+    if (top.has(b0)) return top.get(b0);
     const list = [];
-    for (let b = N.box[k]; b > 0; b = B.parent[b]) list.unshift(b);
+    for (let b = b0; b > 0; b = B.parent[b]) list.unshift(b);
     let i = 0;
     while (i + 1 < list.length && !runOf.has(list[i]) && B.end[list[i]] - B.first[list[i]] > nNodes / 3) i++;
+    top.set(b0, list[i] || 0);
     return list[i] || 0;
   };
+  const order = [...Array(nNodes).keys()].sort((p, q) => N.id[p] - N.id[q]);
+  strip = [];
+  for (const k of order) {
+    const b = scopeOf(N.box[k]), last = strip[strip.length - 1];
+    if (last && last.b === b && last.pass === N.pass[k]) last.to = N.id[k] + 1;
+    else strip.push({ b, pass: N.pass[k], from: N.id[k], to: N.id[k] + 1 });
+  }
+}
+function drawStrip(w, h, bottom) {
+  if (!strip) makeStrip();
   mg.textAlign = 'center'; mg.font = '10px ' + FONT;
-  for (let i = 1; i <= order.length; i++) {
-    const same = i < order.length && scopeOf(order[i]) === scopeOf(order[start]) && N.pass[order[i]] === N.pass[order[start]];
-    if (same) continue;
-    const x0 = memoryX(N.id[order[start]]), x1 = memoryX(N.id[order[i - 1]] + 1), b = scopeOf(order[start]);
-    if (x1 > 64 && x0 < w - 12) {
-      const left = Math.max(x0, 64), right = Math.min(x1, w - 12);
-      mg.fillStyle = rgba(HUE[N.pass[order[start]]], 0.18 + 0.14 * (b % 2));
-      mg.fillRect(left, bottom + 5, Math.max(right - left - 0.5, 0.5), 14);
-      const name = S[B.name[b]];
-      if (mg.measureText(name).width < right - left - 4) {
-        mg.fillStyle = colors.ink; mg.fillText(name, (left + right) / 2, bottom + 16);
-      }
+  for (const q of strip) {
+    const left = Math.max(memoryX(q.from), 64), right = Math.min(memoryX(q.to), w - 12);
+    if (right <= left) continue;
+    mg.fillStyle = rgba(HUE[q.pass], 0.18 + 0.14 * (q.b % 2));
+    mg.fillRect(left, bottom + 5, Math.max(right - left - 0.5, 0.5), 14);
+    const name = S[B.name[q.b]];
+    if (right - left > 8 && mg.measureText(name).width < right - left - 2) {
+      mg.fillStyle = colors.ink; mg.fillText(name, (left + right) / 2, bottom + 16);
     }
-    start = i;
   }
 }
 mc.addEventListener('click', e => {
@@ -1301,7 +1312,7 @@ function save() {
     if (state.heat !== 'none') p.set('heat', state.heat);
     if (state.theme) p.set('theme', state.theme);
     if (!state.lanes.every(Boolean)) p.set('lanes', state.lanes.map(Number).join(''));
-    if (state.memory !== (M.memory && D.plans.length > 0)) p.set('memory', Number(state.memory));
+    if (state.memory !== (M.memory && D.plans.length > 0 && innerWidth > 900)) p.set('memory', Number(state.memory));
     p.set('at', [state.x / state.k, state.y / state.k, state.k].map(x => x.toFixed(3)).join(','));
     history.replaceState(null, '', '#' + p);
   }, 120);
