@@ -97,7 +97,7 @@ static fg_loc users_line(const fg_graph *g, uint32_t scope, fg_loc at)
     return at.ours ? (fg_loc){ 0 } : at;
 }
 
-/* ---- scopes, values --------------------------------------------------------------------------- */
+/* ---- scopes, values -------------------------------------------------------------------------- */
 
 static void scopes(const writer *w)
 {
@@ -185,7 +185,7 @@ static void values(const writer *w)
         }
 }
 
-/* ---- nodes ------------------------------------------------------------------------------------ */
+/* ---- nodes ----------------------------------------------------------------------------------- */
 
 static void attributes(const writer *w, const fg_node *n)
 {
@@ -290,7 +290,7 @@ static void ops(const writer *w)
         }
 }
 
-/* ---- totals, plans ---------------------------------------------------------------------------- */
+/* ---- totals, plans --------------------------------------------------------------------------- */
 
 static void totals(const writer *w)
 {
@@ -358,7 +358,7 @@ static void write_all(const writer *w, const fg_json_options *o, const char *sta
     out(w, "]}\n");
 }
 
-/* ---- ids -------------------------------------------------------------------------------------- */
+/* ---- ids ------------------------------------------------------------------------------------- */
 
 /* The id of a named value that an earlier part writes, 0 if there is none. */
 static uint32_t earlier(const writer *w, int i, const fg_value *v)

@@ -1,4 +1,5 @@
-/* record.c - what runs note of every node for graph.json: its time, and statistics of its values. */
+/* record.c - what runs note of every node for graph.json: its time, and statistics of its
+ * values. */
 #include <math.h>
 #include <stdlib.h>
 #include "plan.h"

@@ -30,7 +30,7 @@ bool cli_read_graph_wish(const cli *c, bool whole, cli_graph_wish *w)
     return false;
 }
 
-/* ---- a model's graphs ------------------------------------------------------------------------- */
+/* ---- a model's graphs ------------------------------------------------------------------------ */
 
 typedef struct { fg_graph *graph[2]; fg_plan *plan[2]; fg_store *store; fg_backend *backend; } made;
 
@@ -99,7 +99,8 @@ static int run_graphs(const cli_graph_wish *w, const cli_model *m, made *x)
     for (int turn = 0; turn < 4; turn++)
         for (int i = 0; i < 2 && x->plan[i]; i++) {
             fg_plan *p = x->plan[i];
-            const unsigned what = FG_RECORD_TIMES | (w->values && turn == 3 ? FG_RECORD_VALUES : 0u);
+            const unsigned what = FG_RECORD_TIMES | (w->values && turn == 3 ? FG_RECORD_VALUES
+                                                     : 0u);
             fg_status s = turn ? FG_OK : write_inputs(m, p, x->graph[i], vocab);
             if (!s && turn) s = fg_plan_record(p, what);
             if (!s) s = fg_run(p);
@@ -111,7 +112,8 @@ static int run_graphs(const cli_graph_wish *w, const cli_model *m, made *x)
 static int build_graphs(const cli_graph_wish *w, const cli_model *m, made *x)
 {
     const int64_t batch = m->recipe.micro_batch > 0 ? m->recipe.micro_batch : m->recipe.batch;
-    if (w->pass != CLI_FORWARD) x->graph[0] = fg_model_training(&m->model, &m->recipe, &x->graph[1]);
+    if (w->pass != CLI_FORWARD)
+        x->graph[0] = fg_model_training(&m->model, &m->recipe, &x->graph[1]);
     else if (m->model.build)
         x->graph[0] = fg_model_forward(&m->model, &m->recipe, batch, m->recipe.context);
     else x->graph[0] = fg_model_loss(&m->model, &m->recipe, batch, m->recipe.context);
@@ -138,12 +140,14 @@ static int model_json(const cli_graph_wish *w, const char *path, cli_buffer *jso
                            (w->stage == CLI_LOWERED || w->stage == CLI_PLANNED))));
         if (planned) errors = plan_graphs(w, &m, &x);
         if (planned && !errors && w->run) errors = run_graphs(w, &m, &x);
-        const fg_stage stage = !planned ? FG_STAGE_BUILT : w->stage == CLI_LOWERED ? FG_STAGE_LOWERED
+        const fg_stage stage = !planned ? FG_STAGE_BUILT : w->stage == CLI_LOWERED
+            ? FG_STAGE_LOWERED
                              : FG_STAGE_PLANNED;
         const fg_json_part parts[2] = { { x.graph[0], x.plan[0], stage },
                                         { x.graph[1], x.plan[1], stage } };
         const char *slash = strrchr(m.path, '/');
-        const fg_json_options o = { slash && slash[1] ? slash + 1 : m.path, x.backend && !w->stable ? fg_backend_name(x.backend)
+        const fg_json_options o = { slash && slash[1] ? slash + 1 : m.path, x.backend && !w->stable
+                                    ? fg_backend_name(x.backend)
                                     : NULL, passes[w->pass], w->stable };
         fg_status e = FG_OK;
         if (write && (!planned || !errors))

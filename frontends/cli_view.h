@@ -24,7 +24,8 @@ typedef struct {
     int  stage, pass;
     bool stage_given, run, values, stable;
 } cli_graph_wish;
-/* From --stage and --pass; whole: all passes where --pass is not given.  False after printing why. */
+/* From --stage and --pass; whole: all passes where --pass is not given.  False after printing
+ * why. */
 bool cli_read_graph_wish(const cli *c, bool whole, cli_graph_wish *w);
 /* graph.json of a file or a model.  The text may be there although the status is CLI_GRAPH: a graph
  * with errors, which have been printed. */

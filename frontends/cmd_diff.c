@@ -10,7 +10,7 @@
 enum { AS_GRAPH, AS_WEIGHTS, AS_RUN };
 static const char *const formats[] = { "text", "json", "html" };
 
-/* ---- what is compared ------------------------------------------------------------------------- */
+/* ---- what is compared ------------------------------------------------------------------------ */
 
 static bool there(const char *folder, const char *name)
 {
@@ -30,7 +30,7 @@ static int kind_of(const char *path)
     return there(path, "model.safetensors") ? AS_WEIGHTS : AS_RUN;
 }
 
-/* ---- graphs ----------------------------------------------------------------------------------- */
+/* ---- graphs ---------------------------------------------------------------------------------- */
 
 static int diff_graphs(const cli *c, fg_diff_format format, FILE *to)
 {
@@ -52,7 +52,7 @@ static int diff_graphs(const cli *c, fg_diff_format format, FILE *to)
     return status ? status : differ ? CLI_DIFFERENT : CLI_OK;
 }
 
-/* ---- checkpoints ------------------------------------------------------------------------------ */
+/* ---- checkpoints ----------------------------------------------------------------------------- */
 
 static fg_file *open_weights(const cli *c, const char *path, int *status)
 {
@@ -84,25 +84,28 @@ static int compare_values(const cli *c, fg_file *const f[2], const fg_file_entry
         x[i] = malloc((size_t)(n ? n : 1) * sizeof **x);
         const fg_status s = x[i] ? fg_file_read(f[i], e->name, FG_F32, x[i], (size_t)n * sizeof **x)
                                  : FG_ERR_MEMORY;
-        if (s) status = cli_fail(c, cli_exit_of(s), "%s", x[i] ? fg_file_message(f[i]) : "out of memory");
+        if (s)
+            status = cli_fail(c, cli_exit_of(s), "%s", x[i] ? fg_file_message(f[i])
+                              : "out of memory");
     }
     double most = 0, squares = 0, of_a = 0;
     int64_t differ = 0, odd = 0;
     for (int64_t i = 0; !status && i < n; i++) {
         const double d = (double)x[1][i] - (double)x[0][i];
-        if (!memcmp(&x[0][i], &x[1][i], sizeof **x)) { of_a += (double)x[0][i] * x[0][i]; continue; }
+        if (isfinite(x[0][i])) of_a += (double)x[0][i] * x[0][i];
+        if (!memcmp(&x[0][i], &x[1][i], sizeof **x)) continue;
         differ++;
         if (!isfinite(d)) { odd++; continue; }
         if (fabs(d) > most) most = fabs(d);
         squares += d * d;
-        of_a += (double)x[0][i] * x[0][i];
     }
     free(x[0]);
     free(x[1]);
     if (status || !differ) return status;
     const double rms = sqrt(squares / (double)n), scale = sqrt(of_a / (double)n);
     char what[200];
-    snprintf(what, sizeof what, "%lld of %lld values, at most %.4g, rms %.4g (%.3g %% of the old)%s",
+    snprintf(what, sizeof what,
+             "%lld of %lld values, at most %.4g, rms %.4g (%.3g %% of the old)%s",
              (long long)differ, (long long)n, most, rms, scale > 0 ? 100 * rms / scale : 0,
              odd ? ", some not finite" : "");
     json_t *o = note("changed", e->name, what);
@@ -126,7 +129,8 @@ static int compare_weights(const cli *c, const char *const path[2], json_t *list
             snprintf(what, sizeof what, "%s %s", a.type, cli_shape(x, a.shape));
             json_array_append_new(list, note("removed", a.name, what));
         } else if (!fg_shape_equal(a.shape, b.shape)) {
-            snprintf(what, sizeof what, "shape %s -> %s", cli_shape(x, a.shape), cli_shape(y, b.shape));
+            snprintf(what, sizeof what, "shape %s -> %s", cli_shape(x, a.shape),
+                     cli_shape(y, b.shape));
             json_array_append_new(list, note("changed", a.name, what));
         } else {
             if (strcmp(a.type, b.type)) {
@@ -146,7 +150,7 @@ static int compare_weights(const cli *c, const char *const path[2], json_t *list
     return status;
 }
 
-/* ---- runs: settings, last measurements, newest checkpoints ------------------------------------ */
+/* ---- runs: settings, last measurements, newest checkpoints ----------------------------------- */
 
 static void compare_json(const char *name, const json_t *a, const json_t *b, json_t *list)
 {
@@ -230,7 +234,7 @@ static int compare_runs(const cli *c, const char *const path[2], json_t *list)
     return compare_weights(c, both, list);
 }
 
-/* ---- reports ---------------------------------------------------------------------------------- */
+/* ---- reports --------------------------------------------------------------------------------- */
 
 static void escaped(FILE *to, const char *s)
 {

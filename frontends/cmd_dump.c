@@ -78,7 +78,7 @@ static int check_wish(const cli *c, const wish *w, bool file)
     return CLI_OK;
 }
 
-/* ---- output ----------------------------------------------------------------------------------- */
+/* ---- output ---------------------------------------------------------------------------------- */
 
 static int take_profile(const wish *w, fg_view *v)
 {

@@ -25,8 +25,8 @@ typedef struct {
     bool        dark;                    /* svg: light on dark */
 } fg_view_options;
 
-/* Reads graph.json of at most n bytes and checks all that the functions below rely on.  FG_ERR_FORMAT
- * or FG_ERR_MEMORY with a message of one line, and *out NULL. */
+/* Reads graph.json of at most n bytes and checks all that the functions below rely on.
+ * FG_ERR_FORMAT or FG_ERR_MEMORY with a message of one line, and *out NULL. */
 FG_API fg_status fg_view_read(const char *json, size_t n, fg_view **out, char message[400]);
 FG_API void      fg_view_free(fg_view *v);
 /* FG_OK if options fit the view; else FG_ERR_USAGE and why: no scope of that path, no such heat. */
@@ -40,8 +40,8 @@ FG_API fg_status fg_view_dot(const fg_view *v, const fg_view_options *o, fg_put 
 FG_API fg_status fg_view_svg(const fg_view *v, const fg_view_options *o, fg_put put, void *to);
 FG_API fg_status fg_view_html(const fg_view *v, const fg_view_options *o, fg_put put, void *to);
 
-/* Takes times (and statistics) of a run of the same graph from another view: nodes in the same order
- * with the same ops, else FG_ERR_USAGE and where they differ first. */
+/* Takes times (and statistics) of a run of the same graph from another view: nodes in the same
+ * order with the same ops, else FG_ERR_USAGE and where they differ first. */
 FG_API fg_status fg_view_take_times(fg_view *v, const fg_view *run, char message[400]);
 
 typedef enum { FG_DIFF_TEXT, FG_DIFF_JSON, FG_DIFF_HTML } fg_diff_format;

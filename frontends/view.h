@@ -1,9 +1,10 @@
-/* view.h - the inside of a view: values, nodes, boxes, and how a box is laid out; frontends/view_*.c.
+/* view.h - the inside of a view: values, nodes, boxes, and how a box is laid out;
+ * frontends/view_*.c.
  *
  * A box is a scope with all that is drawn in it.  Its items stand in rows: nodes, boxes, runs of
- * equal boxes, inputs and outputs.  A backward node stands beside its forward twin, an update beside
- * the node that reads its parameter: they belong to that node's item, in the second and third lane.
- * Boxes of equal content share a class, and a class is laid out once. */
+ * equal boxes, inputs and outputs.  A backward node stands beside its forward twin, an update
+ * beside the node that reads its parameter: they belong to that node's item, in the second and
+ * third lane. Boxes of equal content share a class, and a class is laid out once. */
 #ifndef FG_VIEW_H
 #define FG_VIEW_H
 #include <stdarg.h>
@@ -35,8 +36,8 @@ typedef struct {
     const fg_json_value *attrs;
     int         pass, n_in, n_out;
     int32_t    *in, *out;                              /* values; -1: absent */
-    int32_t     box, pair, op_info;                    /* scope it was made in; forward node or -1 */
-    int32_t     home;                                  /* whose item it belongs to; itself: its own */
+    int32_t     box, pair, op_info;                   /* scope it was made in; forward node or -1 */
+    int32_t     home;                                /* whose item it belongs to; itself: its own */
     int32_t     param;                                 /* the value that an update is for, or -1 */
     int32_t     next;                                  /* the next one of the same home, or -1 */
     double      flops, bytes, time;                    /* time in microseconds, < 0: not known */
@@ -45,7 +46,9 @@ typedef struct {
 
 typedef struct { const char *name, *ins, *outs, *formula; } view_op;
 typedef struct { int32_t value; const char *name; } view_output;
-typedef struct { int64_t first_node, nodes, arena, params, states, inputs, scratch, total; } view_plan;
+typedef struct {
+    int64_t first_node, nodes, arena, params, states, inputs, scratch, total;
+} view_plan;
 
 typedef enum { ITEM_NODE, ITEM_BOX, ITEM_RUN, ITEM_INPUT, ITEM_OUTPUT } view_kind;
 typedef struct {
@@ -59,7 +62,7 @@ typedef struct {
     int32_t  parent, depth;
     int32_t *child;  int32_t n_children; /* boxes in it, in order */
     view_item *item; int32_t n_items;
-    int32_t  first, end;                 /* its nodes in fg_view.drawn, those of boxes in it included */
+    int32_t  first, end;             /* its nodes in fg_view.drawn, those of boxes in it included */
     int32_t  class;
     uint64_t skeleton, hash;             /* of boxes in it; of all it holds, its name apart */
     int32_t *in;   int32_t n_in;         /* values from outside that forward nodes in it read */
@@ -82,7 +85,7 @@ typedef struct { view_cell_kind kind; int32_t ref; double x[2]; } view_cell;
 typedef struct {
     int32_t from, from_port, to, to_port;  /* cells; which output or port of theirs */
     int32_t value, first_bend, n_bends;
-    bool    back;                        /* runs upwards: the items depend on each other in a ring */
+    bool    back;                       /* runs upwards: the items depend on each other in a ring */
 } view_edge;
 typedef struct { double w[VIEW_LANES], h[VIEW_LANES]; } view_size;     /* of an item, closed */
 
@@ -112,7 +115,7 @@ struct fg_view {
     int32_t     *drawn;                  /* nodes by box, then as the file has them */
     int32_t     *first_attached;         /* per node: the first one whose home it is, or -1 */
     int32_t     *drawn_in;               /* per node: the box whose item it is part of */
-    int32_t     *inner_first, n_inner;   /* boxes that hold something, inner ones before outer ones */
+    int32_t     *inner_first, n_inner; /* boxes that hold something, inner ones before outer ones */
     int32_t     *at;                     /* per node: its place in drawn */
     int32_t     *reader, *first_reader;  /* of value x: reader[first_reader[x]] .. [x + 1] - 1 */
     const view_note *note; int32_t n_notes;             /* of a comparison, for the page */
@@ -134,15 +137,15 @@ int32_t fg__view_stand_in(const fg_view *v, int32_t k);
 /* The value whose memory x is seen through views. */
 int32_t fg__view_seen(const fg_view *v, int32_t x);
 fg_status fg__view_layout(fg_view *v);
-/* Middles of n neighbours of widths w, as near to what is wanted (by weight) as their order and gaps
- * allow; in place.  room: n doubles and n ints. */
+/* Middles of n neighbours of widths w, as near to what is wanted (by weight) as their order and
+ * gaps allow; in place.  room: n doubles and n ints. */
 void fg__view_spread(int n, double *x, const double *w, const double *weight, double gap);
 
 /* view_frame.c: a box with some of the boxes in it open, every thing at its place. */
 typedef struct {
     double  w[VIEW_LANES], h;            /* of the frame; w 0: nothing in that lane */
     double *x[VIEW_LANES];               /* per cell: its middle, from the left of the frame */
-    double *y, *row_h;                   /* per row: its top, from the top of the frame; its height */
+    double *y, *row_h;                 /* per row: its top, from the top of the frame; its height */
 } view_frame;
 typedef struct {
     fg_view    *v;
@@ -170,14 +173,15 @@ void   fg__view_bytes(double bytes, view_words to);                 /* "1.5 GiB"
 void   fg__view_amount(double n, view_words to);                    /* "763.2M" */
 void   fg__view_attrs(const view_node *n, view_words to);           /* "eps=1e-06, groups=24" */
 void   fg__view_attr(const fg_json_value *a, view_words to);        /* "1e-06" */
-void   fg__view_label(const fg_view *v, int32_t node, view_words to);   /* "q_proj", a shape, or "" */
+void   fg__view_label(const fg_view *v, int32_t node, view_words to); /* "q_proj", a shape, or "" */
 /* A box's or run's name: "attn", "0 ... 23". */
 void   fg__view_box_name(const fg_view *v, const view_box *in, const view_item *x, view_words to);
 /* Is the op drawn as a circle, and with which sign?  NULL: as a box. */
 const char *fg__view_sign(const view_node *n);
 int    fg__view_letters(const char *utf8);                          /* characters in it */
 double fg__view_heat(const fg_view *v, int32_t node, fg_heat h);    /* < 0: not known */
-/* Sum, for intensity and maxima what stands for all, of a box's nodes in one pass; < 0: not known. */
+/* Sum, for intensity and maxima what stands for all, of a box's nodes in one pass; < 0: not
+ * known. */
 double fg__view_box_heat(const fg_view *v, const view_box *b, int pass, fg_heat h);
 void   fg__view_heat_words(double x, fg_heat h, view_words to);     /* "1.3 TFLOP" */
 int32_t fg__view_find_box(const fg_view *v, const char *path);      /* -1: none */

@@ -1,10 +1,11 @@
 /* view_diff.c - what makes one graph of another: nodes added, removed, changed; scopes moved.
  *
- * Scopes are matched by path, then whole scopes that only one side has by content: those have moved.
- * In a scope the nodes of a pass are aligned by op and parameter (longest common subsequence), so an
- * inserted node shifts nothing.  A node is changed if an attribute, an output's shape or dtype, or
- * what it reads differs; reading through an added or removed node of one input is no change of its
- * own.  Equal changes in scopes that differ in numbers alone are reported once, with their count. */
+ * Scopes are matched by path, then whole scopes that only one side has by content: those have
+ * moved. In a scope the nodes of a pass are aligned by op and parameter (longest common
+ * subsequence), so an inserted node shifts nothing.  A node is changed if an attribute, an output's
+ * shape or dtype, or what it reads differs; reading through an added or removed node of one input
+ * is no change of its own.  Equal changes in scopes that differ in numbers alone are reported once,
+ * with their count. */
 #include <inttypes.h>
 #include <math.h>
 #include "view.h"
@@ -25,7 +26,7 @@ typedef struct {
     int32_t  count[KINDS];
 } differ;
 
-/* ---- partners --------------------------------------------------------------------------------- */
+/* ---- partners -------------------------------------------------------------------------------- */
 
 typedef struct { const char *path; uint64_t hash; int32_t at; } key;
 
@@ -132,7 +133,7 @@ static bool align(differ *d, const int32_t *a, int32_t n, const int32_t *b, int3
     return true;
 }
 
-/* ---- changes ---------------------------------------------------------------------------------- */
+/* ---- changes --------------------------------------------------------------------------------- */
 
 /* A path with every part that is a number as "*". */
 static const char *general(fg_view *v, const char *path)
@@ -217,7 +218,8 @@ static bool match_moved(differ *d)
             }
             d->box_to_b[i] = k;
             d->box_to_a[k] = i;
-            const char *what = fg__view_text(d->b, "from %.300s to %.300s, %d nodes", x->path, y->path,
+            const char *what = fg__view_text(d->b, "from %.300s to %.300s, %d nodes", x->path,
+                                             y->path,
                                              (int)(y->end - y->first));
             if (!what || !add_change(d, MOVED, -1, y->end > y->first ? d->b->drawn[y->first] : -1,
                                      "scope", x->path, what)) return false;
@@ -346,7 +348,8 @@ static bool compare(differ *d, int32_t a, int32_t b)
     }
     if (x->n_out != y->n_out) say(what, sizeof what, "%d outputs -> %d", x->n_out, y->n_out);
     if (!reads_same(d, x, y)) say(what, sizeof what, "reads other values");
-    if (strcmp(x->error, y->error)) say(what, sizeof what, y->error[0] ? "fails" : "no longer fails");
+    if (strcmp(x->error, y->error))
+        say(what, sizeof what, y->error[0] ? "fails" : "no longer fails");
     if (!what[0]) return true;
     char *copy = fg__view_text(d->b, "%s", what);
     return copy && add_change(d, CHANGED, a, b, y->op, d->b->box[y->box].path, copy);
@@ -369,7 +372,7 @@ static bool find_changes(differ *d)
     return true;
 }
 
-/* ---- groups ----------------------------------------------------------------------------------- */
+/* ---- groups ---------------------------------------------------------------------------------- */
 
 static int by_change(const void *a, const void *b)
 {
@@ -405,7 +408,7 @@ static bool find_groups(differ *d)
     return true;
 }
 
-/* ---- reports ---------------------------------------------------------------------------------- */
+/* ---- reports --------------------------------------------------------------------------------- */
 
 typedef struct { const char *name; double a, b; fg_heat as; } total;
 
@@ -523,7 +526,8 @@ static fg_status as_html(const differ *d, fg_put put, void *to)
     for (int32_t i = 0; i < d->n_changes; i++) node[i] = d->change[i].b;
     for (int32_t i = 0; i < d->n_groups; i++) {
         const change *c = &d->change[d->group[i].first];
-        const char *words = fg__view_text(d->b, "%s: %d %.80s in %.200s  %.700s", kind_name[c->kind],
+        const char *words = fg__view_text(d->b, "%s: %d %.80s in %.200s  %.700s",
+                                          kind_name[c->kind],
                                           (int)d->group[i].count, c->op,
                                           path_of(&d->group[i], c), c->what);
         if (!words) return FG_ERR_MEMORY;

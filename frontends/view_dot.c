@@ -34,8 +34,10 @@ static void node(const page *p, int32_t k)
     if (n->n_out) fg__view_shape(&p->v->value[n->out[0]], shape);
     snprintf(label, sizeof label, "%.60s%s%.60s\n%.60s", n->op, name[0] ? "  " : "", name, shape);
     if (!fg_text_is_utf8(label)) snprintf(label, sizeof label, "%.60s", shape);
-    fg__view_say(&p->out, "n%d [color=\"%s\"%s, label=", (int)k, n->error[0] ? "#c9182b" : color[n->pass],
-                 n->recomputed ? ", style=dashed" : n->error[0] ? ", style=filled, fillcolor=\"#fbd5d9\""
+    fg__view_say(&p->out, "n%d [color=\"%s\"%s, label=", (int)k, n->error[0] ? "#c9182b"
+                 : color[n->pass],
+                 n->recomputed ? ", style=dashed" : n->error[0]
+                     ? ", style=filled, fillcolor=\"#fbd5d9\""
                  : n->view ? ", style=rounded" : "");
     quoted(p, label);
     if (n->error[0]) { fg__view_say(&p->out, ", tooltip="); quoted(p, n->error); }
@@ -146,7 +148,8 @@ fg_status fg_view_dot(const fg_view *view, const fg_view_options *o, fg_put put,
     bool *open = fg__view_alloc(v, (size_t)v->n_boxes + 1, sizeof *open);
     if (!open) return FG_ERR_MEMORY;
     const page p = { { put, to }, v, open, fg__view_open(v, o, open) };
-    fg__view_say(&p.out, "digraph fox_graph {\nrankdir=TB;\nnode [shape=box, fontname=\"sans-serif\", "
+    fg__view_say(&p.out,
+                 "digraph fox_graph {\nrankdir=TB;\nnode [shape=box, fontname=\"sans-serif\", "
                  "fontsize=10];\nedge [arrowsize=0.6];\n");
     box(&p, p.top, 1);
     if (!arrows(&p)) return FG_ERR_MEMORY;

@@ -108,7 +108,8 @@ static void set_updates(const view_picture *p, const view_box *b, view_frame *f)
             f->x[VIEW_UPDATE][i] = x + w / 2;
             if (w > 0) x += w + VIEW_PILL_GAP * 2;
         }
-        if (x > VIEW_PAD) f->w[VIEW_UPDATE] = most(f->w[VIEW_UPDATE], x - VIEW_PILL_GAP * 2 + VIEW_PAD);
+        if (x > VIEW_PAD)
+            f->w[VIEW_UPDATE] = most(f->w[VIEW_UPDATE], x - VIEW_PILL_GAP * 2 + VIEW_PAD);
     }
 }
 
@@ -149,7 +150,8 @@ int32_t fg__view_open(const fg_view *v, const fg_view_options *o, bool *open)
     for (int32_t b = 0; b < v->n_boxes; b++) {
         int32_t up = b;
         while (up >= 0 && up != deep) up = v->box[up].parent;
-        if (up == deep && (!v->box[b].made || b == deep || v->box[deep].made) && (o->depth < 0 || v->box[b].depth - v->box[deep].depth <= o->depth))
+        const bool near = o->depth < 0 || v->box[b].depth - v->box[deep].depth <= o->depth;
+        if (up == deep && near && (!v->box[b].made || b == deep || v->box[deep].made))
             open[b] = true;
     }
     return top;

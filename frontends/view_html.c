@@ -1,5 +1,5 @@
-/* view_html.c - a view as a page in one file: data, style, script, and a picture for readers without
- * script.
+/* view_html.c - a view as a page in one file: data, style, script, and a picture for readers
+ * without script.
  *
  * The page may load nothing and run one script, which its content policy names by hash.  The data
  * are columns of numbers; texts are kept once, in a list, and reach the page as text alone. */
@@ -47,7 +47,8 @@ static int32_t number_new(page *p, const char *s)
 static bool open_texts(page *p)
 {
     const fg_view *v = p->v;
-    const size_t most = 8u * (size_t)v->n_nodes + 4u * (size_t)v->n_values + 2u * (size_t)v->n_boxes +
+    const size_t most = 8u * (size_t)v->n_nodes + 4u * (size_t)v->n_values
+        + 2u * (size_t)v->n_boxes +
                         4u * (size_t)v->n_ops + (size_t)v->n_outputs + 64;
     uint32_t cap = 64;
     while (cap < most) cap *= 2;
@@ -60,7 +61,7 @@ static bool open_texts(page *p)
 }
 
 
-/* ---- columns ---------------------------------------------------------------------------------- */
+/* ---- columns --------------------------------------------------------------------------------- */
 
 /* "name":[f(0),f(1),...] for n numbers. */
 #define COLUMN(p, name, n, expression)                                                         \
@@ -162,12 +163,13 @@ static void values(page *p)
     stats = 0;
     for (int32_t i = 0; i < v->n_values; i++)
         if (x[i].seen)
-            fg__view_say(&p->out, "%s[%.9g,%.9g,%.9g,%.9g,%" PRId64 "]", stats++ ? "," : "", x[i].least,
+            fg__view_say(&p->out, "%s[%.9g,%.9g,%.9g,%.9g,%" PRId64 "]", stats++ ? "," : "",
+                         x[i].least,
                          x[i].greatest, x[i].mean, x[i].rms, x[i].not_finite);
     fg__view_say(&p->out, "],\n");
 }
 
-/* ---- boxes and classes ------------------------------------------------------------------------ */
+/* ---- boxes and classes ----------------------------------------------------------------------- */
 
 static void boxes(page *p)
 {
@@ -205,7 +207,8 @@ static void class(const page *p, const view_class *c)
 {
     const view_box *b = &p->v->box[c->box];
     fg__view_say(&p->out, "{\"rows\":[");
-    for (int32_t r = 0; r <= c->n_rows; r++) fg__view_say(&p->out, r ? ",%d" : "%d", (int)c->row[r]);
+    for (int32_t r = 0; r <= c->n_rows; r++)
+        fg__view_say(&p->out, r ? ",%d" : "%d", (int)c->row[r]);
     fg__view_say(&p->out, "],\"cells\":[");
     for (int32_t i = 0; i < c->n_cells; i++)
         fg__view_say(&p->out, "%s[%d,%d,%.2f,%.2f]", i ? "," : "", (int)c->cell[i].kind,
@@ -219,7 +222,8 @@ static void class(const page *p, const view_class *c)
     fg__view_say(&p->out, "],\"edges\":[");
     for (int32_t i = 0; i < c->n_edges; i++) {
         const view_edge *e = &c->edge[i];
-        fg__view_say(&p->out, "%s[%d,%d,%d,%d,%d,%d,[", i ? "," : "", (int)e->from, (int)e->from_port,
+        fg__view_say(&p->out, "%s[%d,%d,%d,%d,%d,%d,[", i ? "," : "", (int)e->from,
+                     (int)e->from_port,
                      (int)e->to, (int)e->to_port, (int)e->value, e->back);
         for (int32_t k = 0; k < e->n_bends; k++)
             fg__view_say(&p->out, k ? ",%d" : "%d", (int)c->bend[e->first_bend + k]);
@@ -237,7 +241,8 @@ static void small_lists(page *p)
         class(p, &v->class[i]);
     }
     fg__view_say(&p->out, "],\n\"drawn\":[");
-    for (int32_t i = 0; i < v->n_nodes; i++) fg__view_say(&p->out, i ? ",%d" : "%d", (int)v->drawn[i]);
+    for (int32_t i = 0; i < v->n_nodes; i++)
+        fg__view_say(&p->out, i ? ",%d" : "%d", (int)v->drawn[i]);
     fg__view_say(&p->out, "],\n\"ops\":[");
     for (int32_t i = 0; i < v->n_ops; i++)
         fg__view_say(&p->out, "%s[%d,%d,%d,%d]", i ? "," : "", (int)number(p, v->op[i].name),
@@ -252,7 +257,8 @@ static void small_lists(page *p)
         const view_plan *q = &v->plan[i];
         fg__view_say(&p->out, "%s[%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64, i ? "," : "",
                      q->first_node, q->nodes, q->arena, q->params);
-        fg__view_say(&p->out, ",%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 "]", q->states, q->inputs,
+        fg__view_say(&p->out, ",%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 "]", q->states,
+                     q->inputs,
                      q->scratch, q->total);
     }
     fg__view_say(&p->out, "],\n");
@@ -266,7 +272,8 @@ static void notes(const page *p)
     for (int32_t i = 0; i < v->n_notes; i++) {
         fg__view_say(&p->out, "%s[%d,", i ? ",\n" : "", v->note[i].kind);
         fg__view_json_text(&p->out, v->note[i].words);
-        for (int32_t k = 0; k < v->note[i].n; k++) fg__view_say(&p->out, ",%d", (int)v->note[i].node[k]);
+        for (int32_t k = 0; k < v->note[i].n; k++)
+            fg__view_say(&p->out, ",%d", (int)v->note[i].node[k]);
         fg__view_say(&p->out, "]");
     }
     fg__view_say(&p->out, "],\n");
@@ -281,7 +288,8 @@ static void data(page *p)
     fg__view_say(&p->out, ",\"stage\":");
     fg__view_json_text(&p->out, v->stage);
     fg__view_say(&p->out, ",\"heat\":\"%s\",\"depth\":%d,\"focus\":%d,\"memory\":%s,\"timed\":%s,"
-                 "\"seen\":%s,\"has\":[%s,%s,%s]},\n", fg_heat_name(p->o->heat), p->o->depth, (int)focus,
+                 "\"seen\":%s,\"has\":[%s,%s,%s]},\n", fg_heat_name(p->o->heat), p->o->depth,
+                     (int)focus,
                  p->o->memory && v->planned ? "true" : "false", v->timed ? "true" : "false",
                  v->seen ? "true" : "false", v->has[0] ? "true" : "false",
                  v->has[1] ? "true" : "false", v->has[2] ? "true" : "false");
@@ -306,8 +314,10 @@ fg_status fg_view_html(const fg_view *v, const fg_view_options *o, fg_put put, v
     fg__view_sha256(view_js, sizeof view_js - 1, policy);
     fg__view_say(&p.out, "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
-        "style-src 'unsafe-inline'; script-src 'sha256-%s'; base-uri 'none'; form-action 'none'\">\n"
-        "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>", policy);
+        "style-src 'unsafe-inline'; script-src 'sha256-%s'; base-uri 'none'; "
+        "form-action 'none'\">\n"
+        "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>",
+            policy);
     fg__view_xml_text(&p.out, v->model[0] ? v->model : "graph");
     fg__view_say(&p.out, "</title>\n<link rel=\"icon\" href=\"data:,\">\n<style>\n");
     put(to, view_css);

@@ -1,10 +1,10 @@
 /* view_layout.c - the items of a box in rows: once for every class of boxes.
  *
- * Layered drawing (Sugiyama, Tagawa, Toda 1981): a row is the longest path from what enters the box,
- * an edge across rows has a bend in each, shared by all edges of one value; rows are sorted by the
- * mean of their neighbours, the order with the fewest crossings is kept; then every row's places
- * are the nearest to its neighbours' that leave gaps.  Everything is exact or rounded the same way
- * on every machine, and of equal choices the first is taken. */
+ * Layered drawing (Sugiyama, Tagawa, Toda 1981): a row is the longest path from what enters the
+ * box, an edge across rows has a bend in each, shared by all edges of one value; rows are sorted by
+ * the mean of their neighbours, the order with the fewest crossings is kept; then every row's
+ * places are the nearest to its neighbours' that leave gaps.  Everything is exact or rounded the
+ * same way on every machine, and of equal choices the first is taken. */
 #include <math.h>
 #include "view.h"
 
@@ -23,9 +23,12 @@ typedef struct {
     double     *place;                   /* per cell, while sorting and spreading */
 } layout;
 
-/* ---- sizes ------------------------------------------------------------------------------------ */
+/* ---- sizes ----------------------------------------------------------------------------------- */
 
-static double text_width(const char *s, double of_letter) { return fg__view_letters(s) * of_letter; }
+static double text_width(const char *s, double of_letter)
+{
+    return fg__view_letters(s) * of_letter;
+}
 
 static double wider(double a, double b) { return a > b ? a : b; }
 
@@ -109,7 +112,7 @@ static view_size item_size(const fg_view *v, const view_box *b, const view_item 
     return s;
 }
 
-/* ---- edges ------------------------------------------------------------------------------------ */
+/* ---- edges ----------------------------------------------------------------------------------- */
 
 static int32_t index_of(const int32_t *list, int32_t n, int32_t x)
 {
@@ -213,7 +216,7 @@ static bool find_edges(layout *l)
     return true;
 }
 
-/* ---- rows ------------------------------------------------------------------------------------- */
+/* ---- rows ------------------------------------------------------------------------------------ */
 
 /* Sources that nothing above holds move down to just above their first reader; what no edge touches
  * stands below all else. */
@@ -329,11 +332,12 @@ static bool make_cells(layout *l)
         if (!l->row[r]) return false;
         l->n_in_row[r] = 0;
     }
-    for (int32_t i = 0; i < l->n_cells; i++) l->row[l->cell_row[i]][l->n_in_row[l->cell_row[i]]++] = i;
+    for (int32_t i = 0; i < l->n_cells; i++)
+        l->row[l->cell_row[i]][l->n_in_row[l->cell_row[i]]++] = i;
     return true;
 }
 
-/* ---- the order in rows ------------------------------------------------------------------------ */
+/* ---- the order in rows ----------------------------------------------------------------------- */
 
 typedef struct { int32_t upper, lower; double weight; } segment;
 typedef struct { int32_t cell; double key; int32_t was; } ordered;
@@ -433,9 +437,10 @@ static bool order_rows(layout *l, const segment *s, int32_t n)
     return true;
 }
 
-/* ---- places ----------------------------------------------------------------------------------- */
+/* ---- places ---------------------------------------------------------------------------------- */
 
-/* Pools neighbours that want to overlap (pool adjacent violators): least sum of weighted squares. */
+/* Pools neighbours that want to overlap (pool adjacent violators): least sum of weighted
+ * squares. */
 void fg__view_spread(int n, double *x, const double *w, const double *weight, double gap)
 {
     double mean[n > 0 ? n : 1], heavy[n > 0 ? n : 1];
@@ -495,7 +500,8 @@ static void straighten(layout *l)
     }
 }
 
-/* Pulls what stands in row r to the mean of its neighbours: those above count most on the way down. */
+/* Pulls what stands in row r to the mean of its neighbours: those above count most on the way
+ * down. */
 static void pull_row(layout *l, int32_t r, const segment *s, int32_t n, double above, double below,
                      bool bends, double *sum, double *weight)
 {
@@ -510,7 +516,8 @@ static void pull_row(layout *l, int32_t r, const segment *s, int32_t n, double a
     }
     for (int32_t i = 0; i < l->n_in_row[r]; i++) {
         const int32_t k = l->row[r][i];
-        if (weight[k] > 0 && (bends || l->cell[k].kind != CELL_BEND)) l->place[k] = sum[k] / weight[k];
+        if (weight[k] > 0 && (bends || l->cell[k].kind != CELL_BEND))
+            l->place[k] = sum[k] / weight[k];
     }
 }
 
@@ -530,7 +537,8 @@ static bool place_cells(layout *l, const segment *s, int32_t n, int lane)
         if (last) straighten(l);
         for (int32_t step = 0; step < l->c->n_rows; step++) {
             const int32_t r = down ? step : l->c->n_rows - 1 - step;
-            pull_row(l, r, s, n, down || last ? 1 : 0.25, !down || last ? 1 : 0.25, !last, t[3], t[4]);
+            pull_row(l, r, s, n, down || last ? 1 : 0.25, !down || last ? 1 : 0.25, !last, t[3],
+                     t[4]);
             spread_row(l, r, lane, t, last ? 50 : 4);
         }
     }
@@ -539,7 +547,8 @@ static bool place_cells(layout *l, const segment *s, int32_t n, int lane)
         const double x = l->place[i] - cell_width(l, i, lane) / 2;
         if (!i || x < left) left = x;
     }
-    for (int32_t i = 0; i < l->n_cells; i++) l->cell[i].x[lane] = floor((l->place[i] - left) * 4) / 4;
+    for (int32_t i = 0; i < l->n_cells; i++)
+        l->cell[i].x[lane] = floor((l->place[i] - left) * 4) / 4;
     return true;
 }
 

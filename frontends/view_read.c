@@ -1,7 +1,7 @@
 /* view_read.c - graph.json into a view: everything that a file may get wrong is refused here.
  *
- * After reading, every index is in range, every node that makes a value says so and is the only one,
- * a scope's parent comes before it, and texts are UTF-8 without NUL. */
+ * After reading, every index is in range, every node that makes a value says so and is the only
+ * one, a scope's parent comes before it, and texts are UTF-8 without NUL. */
 #include <inttypes.h>
 #include <math.h>
 #include "view.h"
@@ -92,7 +92,8 @@ static int word(const char *s, int n, const char *const *words)
     return -1;
 }
 
-static const fg_json_value *list_of(reader *r, const fg_json_value *o, const char *key, int64_t most,
+static const fg_json_value *list_of(reader *r, const fg_json_value *o, const char *key,
+                                    int64_t most,
                                     bool needed)
 {
     const fg_json_value *x = fg_json_get(o, key);
@@ -139,7 +140,7 @@ static place *index_of(reader *r, const fg_json_value *list, const char *what)
     return s;
 }
 
-/* ---- values ----------------------------------------------------------------------------------- */
+/* ---- values ---------------------------------------------------------------------------------- */
 
 static void read_value(reader *r, const fg_json_value *x, view_value *v)
 {
@@ -192,7 +193,7 @@ static void read_values(reader *r, const fg_json_value *list)
     r->what = NULL;
 }
 
-/* ---- scopes ----------------------------------------------------------------------------------- */
+/* ---- scopes ---------------------------------------------------------------------------------- */
 
 /* The part of a path behind its parent's; all of it where the parent's is no prefix. */
 static const char *last_part(const char *path, const char *parent)
@@ -253,7 +254,7 @@ static void read_scopes(reader *r, const fg_json_value *list)
     r->what = NULL;
 }
 
-/* ---- nodes ------------------------------------------------------------------------------------ */
+/* ---- nodes ----------------------------------------------------------------------------------- */
 
 static int32_t *read_ids(reader *r, const fg_json_value *x, const char *key, int *n)
 {
@@ -329,7 +330,7 @@ static void read_nodes(reader *r, const fg_json_value *list)
     r->what = NULL;
 }
 
-/* ---- the rest --------------------------------------------------------------------------------- */
+/* ---- the rest -------------------------------------------------------------------------------- */
 
 static void read_ops(reader *r, const fg_json_value *list)
 {

@@ -1,7 +1,8 @@
 /* view_svg.c - a view as a picture: lanes side by side, boxes open to some depth, no script.
  *
  * Everything is drawn from the outside in: a box's frames, its edges, its items.  The memory plan,
- * where asked for, lies under the graph: nodes in running order from left to right, bytes upwards. */
+ * where asked for, lies under the graph: nodes in running order from left to right, bytes
+ * upwards. */
 #include <inttypes.h>
 #include <math.h>
 #include "view.h"
@@ -26,7 +27,8 @@ static void style(const drawing *d)
         "stroke-opacity:.35}", dark ? "#e8eaf0" : "#1b2330", dark ? "#9aa4b5" : "#5b6778",
         dark ? "#8b95a7" : "#8491a5", dark ? "#6b7589" : "#a8b2c1");
     fg__view_say(&d->out, ".f{fill:#2f6fdd;stroke:%s}.b{fill:#d55e00;stroke:%s}.u{fill:#009e73;"
-        "stroke:%s}.n{stroke-width:1.3}.r{stroke-dasharray:4 3}.x{fill:#c9182b;stroke:#c9182b}.pill{fill:%s;stroke:%s}"
+        "stroke:%s}.n{stroke-width:1.3}.r{stroke-dasharray:4 3}.x{fill:#c9182b;stroke:#c9182b}"
+        ".pill{fill:%s;stroke:%s}"
         ".lane{font-weight:700;font-size:13px;letter-spacing:.4px}</style>\n",
         dark ? "#7aa7ff" : "#2f6fdd", dark ? "#ff9a4d" : "#c85a00", dark ? "#3ecf9f" : "#00845f",
         dark ? "#242b38" : "#f4f6fa", dark ? "#5d6880" : "#9aa6b8");
@@ -83,7 +85,7 @@ static void title(const drawing *d, int32_t k)
     fg__view_say(&d->out, "</title>");
 }
 
-/* ---- nodes ------------------------------------------------------------------------------------ */
+/* ---- nodes ----------------------------------------------------------------------------------- */
 
 static void forward_node(const drawing *d, int32_t k, double x, double y, view_size s)
 {
@@ -104,7 +106,8 @@ static void forward_node(const drawing *d, int32_t k, double x, double y, view_s
         rectangle(d, x - w / 2, y - h / 2, w, h, n->view ? 10 : 6, n->view ? "pill n" : class,
                   n->view ? 1 : fill);
         if (n->view) {
-            fg__view_say(&d->out, "<text x=\"%.1f\" y=\"%.1f\" class=\"s\" text-anchor=\"middle\">", x,
+            fg__view_say(&d->out,
+                         "<text x=\"%.1f\" y=\"%.1f\" class=\"s\" text-anchor=\"middle\">", x,
                          y + 3.5);
             fg__view_xml_text(&d->out, n->op);
             fg__view_say(&d->out, " %s</text>\n", shape);
@@ -167,7 +170,8 @@ static void attached(const drawing *d, int32_t k, int lane, double x, double y, 
     }
 }
 
-static void closed_box(const drawing *d, const view_box *in, const view_item *x, int lane, double cx,
+static void closed_box(const drawing *d, const view_box *in, const view_item *x, int lane,
+                       double cx,
                        double cy, view_size s)
 {
     const fg_view *v = d->p.v;
@@ -186,7 +190,8 @@ static void closed_box(const drawing *d, const view_box *in, const view_item *x,
     fg__view_box_name(v, in, x, name);
     label(d, cx, cy - 3, "t", "middle", name);
     snprintf(words, sizeof words, "%d nodes", (int)n);
-    if (d->o->heat) fg__view_heat_words(fg__view_box_heat(v, b, lane, d->o->heat), d->o->heat, words);
+    if (d->o->heat)
+        fg__view_heat_words(fg__view_box_heat(v, b, lane, d->o->heat), d->o->heat, words);
     label(d, cx, cy + 13, "s", "middle", words);
     fg__view_say(&d->out, "</g>\n");
 }
@@ -201,7 +206,7 @@ static void end_item(const drawing *d, const view_item *x, double cx, double cy,
     label(d, cx, cy + 4, "t", "middle", fg_text_is_utf8(text) ? text : "...");
 }
 
-/* ---- edges ------------------------------------------------------------------------------------ */
+/* ---- edges ----------------------------------------------------------------------------------- */
 
 static double cell_half(const drawing *d, const view_box *b, const view_cell *c, int lane)
 {
@@ -216,7 +221,8 @@ static int32_t row_of(const view_class *c, int32_t cell)
 }
 
 /* Where an edge meets a cell: the port of an open box, else its middle. */
-static double meets(const drawing *d, const view_box *b, const view_class *c, int32_t cell, int lane,
+static double meets(const drawing *d, const view_box *b, const view_class *c, int32_t cell,
+                    int lane,
                     int32_t port, bool lower)
 {
     const view_frame *f = &d->p.frame[b - d->p.v->box];
@@ -248,7 +254,8 @@ static bool has_lane(const drawing *d, const view_box *b, const view_cell *c, in
 }
 
 /* The middle of an item; items hang from the upper end of their row. */
-static double middle(const drawing *d, const view_box *b, const view_class *c, int32_t cell, int32_t r,
+static double middle(const drawing *d, const view_box *b, const view_class *c, int32_t cell,
+                     int32_t r,
                      double y)
 {
     const view_frame *f = &d->p.frame[b - d->p.v->box];
@@ -268,7 +275,8 @@ static void curve(const drawing *d, double x0, double y0, double x1, double y1)
 }
 
 /* Upper and lower end of a cell's row in one lane. */
-static void edge(const drawing *d, const view_box *b, const view_edge *e, int lane, double x, double y)
+static void edge(const drawing *d, const view_box *b, const view_edge *e, int lane, double x,
+                 double y)
 {
     const view_class *c = &d->p.v->class[b->class];
     const view_frame *f = &d->p.frame[b - d->p.v->box];
@@ -345,7 +353,7 @@ static void saved_lines(const drawing *d, const view_box *b, const double x[VIEW
     }
 }
 
-/* ---- boxes ------------------------------------------------------------------------------------ */
+/* ---- boxes ----------------------------------------------------------------------------------- */
 
 static void open_box(const drawing *d, int32_t at, const double x[VIEW_LANES], double y,
                      const view_box *in, const view_item *as);
@@ -402,7 +410,7 @@ static void open_box(const drawing *d, int32_t at, const double x[VIEW_LANES], d
             if (c->cell[i].kind == CELL_ITEM) item(d, b, i, r, x, y);
 }
 
-/* ---- memory and heat -------------------------------------------------------------------------- */
+/* ---- memory and heat ------------------------------------------------------------------------- */
 
 static void find_range(drawing *d)
 {

@@ -45,7 +45,8 @@ static void costs(const page *p, double flops, double bytes, double time)
 static void statistics(const page *p, const view_value *x)
 {
     if (!x->seen) return;
-    fg__view_say(&p->out, "  [%.4g, %.4g] mean %.4g rms %.4g", x->least, x->greatest, x->mean, x->rms);
+    fg__view_say(&p->out, "  [%.4g, %.4g] mean %.4g rms %.4g", x->least, x->greatest, x->mean,
+                 x->rms);
     if (x->not_finite) fg__view_say(&p->out, " NOT FINITE: %" PRId64, x->not_finite);
 }
 
@@ -59,7 +60,8 @@ static void node(const page *p, int32_t k, int depth)
         fg__view_say(&p->out, o ? ", " : "");
         value_name(p, n->out[o]);
     }
-    fg__view_say(&p->out, "%s%s", n->n_out ? " = " : "", n->recomputed ? "recomputed " : mark[n->pass]);
+    fg__view_say(&p->out, "%s%s", n->n_out ? " = " : "", n->recomputed ? "recomputed "
+                 : mark[n->pass]);
     plain(p, n->op);
     fg__view_say(&p->out, "(");
     for (int i = 0; i < n->n_in; i++) {
@@ -78,7 +80,11 @@ static void node(const page *p, int32_t k, int depth)
     costs(p, n->flops, n->bytes, n->time);
     if (x && x->laid && x->root == n->out[0])
         fg__view_say(&p->out, "  @%" PRId64 "+%" PRId64, x->offset, x->bytes);
-    if (x && x->reused[0]) { fg__view_say(&p->out, "  ("); plain(p, x->reused); fg__view_say(&p->out, ")"); }
+    if (x && x->reused[0]) {
+        fg__view_say(&p->out, "  (");
+        plain(p, x->reused);
+        fg__view_say(&p->out, ")");
+    }
     if (x) statistics(p, x);
     fg__view_say(&p->out, "  ");
     plain(p, n->user[0] ? n->user : n->src);
@@ -99,7 +105,8 @@ static double params_of(const page *p, const view_box *b)
     const size_t n = strlen(b->path);
     for (int32_t i = 0; i < p->v->n_values; i++) {
         const view_value *x = &p->v->value[i];
-        if (x->kind != VIEW_PARAM || strncmp(x->name, b->path, n) || (n && x->name[n] != '.')) continue;
+        if (x->kind != VIEW_PARAM || strncmp(x->name, b->path, n) || (n && x->name[n] != '.'))
+            continue;
         double count = 1;
         for (int k = 0; k < x->rank; k++) count *= (double)x->dim[k];
         sum += count;
@@ -136,7 +143,8 @@ static void box(const page *p, int32_t at, int32_t count, const char *last, int 
         const view_item *x = &b->item[i];
         const int32_t inner = fg__view_shown(v, b, x);
         if (inner >= 0) {
-            const char *end = x->kind == ITEM_RUN ? v->box[b->child[x->ref + x->count - 1]].name : "";
+            const char *end = x->kind == ITEM_RUN ? v->box[b->child[x->ref + x->count - 1]].name
+                : "";
             box(p, inner, x->count, end, depth + 1);
         } else if (x->kind == ITEM_NODE) {
             node(p, x->ref, depth + 1);

@@ -20,7 +20,7 @@ static uint64_t mix_text(uint64_t h, const char *s, size_t n)
     return mix(h, n);
 }
 
-/* ---- homes ------------------------------------------------------------------------------------ */
+/* ---- homes ----------------------------------------------------------------------------------- */
 
 static bool list_readers(fg_view *v)
 {
@@ -128,7 +128,7 @@ static bool find_homes(fg_view *v)
     return true;
 }
 
-/* ---- boxes and items -------------------------------------------------------------------------- */
+/* ---- boxes and items ------------------------------------------------------------------------- */
 
 static int32_t new_box(fg_view *v, view_box b)
 {
@@ -173,7 +173,8 @@ static int by_order(const void *a, const void *b)
 {
     const view_item *x = a, *y = b;
     if (x->order != y->order) return x->order < y->order ? -1 : 1;
-    return x->kind != y->kind ? (x->kind < y->kind ? -1 : 1) : x->ref < y->ref ? -1 : x->ref > y->ref;
+    return x->kind != y->kind ? (x->kind < y->kind ? -1 : 1) : x->ref < y->ref ? -1
+        : x->ref > y->ref;
 }
 
 /* Nodes and parts of a box with very many, PART in each: a new box is one item of it. */
@@ -181,7 +182,8 @@ static bool in_parts(fg_view *v, int32_t b)
 {
     while (v->box[b].n_items > MOST_ITEMS) {
         const int32_t n = v->box[b].n_items, ends = b ? 0 : v->n_values + v->n_outputs;
-        view_item *old = v->box[b].item, *item = fg__view_alloc(v, (size_t)(n + ends), sizeof *item);
+        view_item *old = v->box[b].item, *item = fg__view_alloc(v, (size_t)(n + ends),
+                                                                sizeof *item);
         int32_t made = 0;
         if (!item) return false;
         for (int32_t i = 0; i < n; ) {
@@ -289,7 +291,7 @@ bool fg__view_inside(const fg_view *v, const view_box *b, int32_t node)
     return v->at[node] >= b->first && v->at[node] < b->end;
 }
 
-/* ---- what goes in and out --------------------------------------------------------------------- */
+/* ---- what goes in and out -------------------------------------------------------------------- */
 
 int32_t fg__view_seen(const fg_view *v, int32_t x)
 {
@@ -364,7 +366,7 @@ static void find_saved(fg_view *v, int32_t at, int32_t *stamp)
     }
 }
 
-/* ---- classes ---------------------------------------------------------------------------------- */
+/* ---- classes --------------------------------------------------------------------------------- */
 
 static uint64_t hash_json(uint64_t h, const fg_json_value *x)
 {
@@ -489,7 +491,8 @@ static bool find_classes(fg_view *v)
         const int32_t b = v->inner_first[i];
         view_box *x = &v->box[b];
         uint32_t at = (uint32_t)(x->hash >> 16) & (cap - 1);
-        while (table[at] && !alike(&v->box[v->class[table[at] - 1].box], x)) at = (at + 1) & (cap - 1);
+        while (table[at] && !alike(&v->box[v->class[table[at] - 1].box], x))
+            at = (at + 1) & (cap - 1);
         if (!table[at]) {
             v->class[v->n_classes] = (view_class){ .box = b, .hash = x->hash };
             table[at] = ++v->n_classes;
@@ -519,7 +522,8 @@ int32_t fg__view_stand_in(const fg_view *v, int32_t k)
 
 fg_status fg__view_tree(fg_view *v)
 {
-    if (!list_readers(v) || !find_homes(v) || !place_nodes(v) || !list_items(v)) return FG_ERR_MEMORY;
+    if (!list_readers(v) || !find_homes(v) || !place_nodes(v) || !list_items(v))
+        return FG_ERR_MEMORY;
     add_ends(v);
     v->drawn = fg__view_alloc(v, (size_t)v->n_nodes + 1, sizeof *v->drawn);
     v->at = fg__view_alloc(v, (size_t)v->n_nodes + 1, sizeof *v->at);

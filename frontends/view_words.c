@@ -1,4 +1,5 @@
-/* view_words.c - what is written on things: shapes, amounts, labels, heat; and the writers' escapes. */
+/* view_words.c - what is written on things: shapes, amounts, labels, heat; and the writers'
+ * escapes. */
 #include <inttypes.h>
 #include <math.h>
 #include "view.h"
@@ -76,14 +77,15 @@ static void cut(char *s, int n)
     memcpy(at, "...", 4);
 }
 
-/* ---- amounts ---------------------------------------------------------------------------------- */
+/* ---- amounts --------------------------------------------------------------------------------- */
 
 void fg__view_shape(const view_value *x, view_words to)
 {
     size_t n = 0;
     to[0] = 0;
     for (int i = 0; i < x->rank && n < VIEW_WORDS; i++)
-        n += (size_t)snprintf(to + n, VIEW_WORDS - n, i ? "\303\227%" PRId64 : "%" PRId64, x->dim[i]);
+        n += (size_t)snprintf(to + n, VIEW_WORDS - n, i ? "\303\227%" PRId64 : "%" PRId64,
+                              x->dim[i]);
     if (!x->rank) snprintf(to, VIEW_WORDS, "scalar");
 }
 
@@ -144,7 +146,7 @@ void fg__view_attrs(const view_node *n, view_words to)
     if (!fg_text_is_utf8(to)) snprintf(to, VIEW_WORDS, "...");
 }
 
-/* ---- labels ----------------------------------------------------------------------------------- */
+/* ---- labels ---------------------------------------------------------------------------------- */
 
 const char *fg__view_sign(const view_node *n)
 {
@@ -170,7 +172,8 @@ void fg__view_label(const fg_view *v, int32_t node, view_words to)
     const view_node *n = &v->node[node];
     to[0] = 0;
     if (n->param >= 0) {
-        short_name(&v->value[n->param], v->box[n->home == node ? n->box : v->drawn_in[node]].path, to);
+        short_name(&v->value[n->param], v->box[n->home == node ? n->box : v->drawn_in[node]].path,
+                   to);
         if (to[0]) { cut(to, 30); return; }
     }
     for (int i = 0; i < n->n_in && n->pass == VIEW_FORWARD; i++)
@@ -203,7 +206,7 @@ int32_t fg__view_find_box(const fg_view *v, const char *path)
     return -1;
 }
 
-/* ---- heat ------------------------------------------------------------------------------------- */
+/* ---- heat ------------------------------------------------------------------------------------ */
 
 const char *fg_heat_name(fg_heat h)
 {

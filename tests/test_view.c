@@ -1,5 +1,5 @@
-/* test_view.c - graph.json, its reader, layout, folding, every format and diff, on graphs made here.
- * tests/test_browser.py tests the page in a browser. */
+/* test_view.c - graph.json, its reader, layout, folding, every format and diff, on graphs made
+ * here. tests/test_browser.py tests the page in a browser. */
 #include <criterion/criterion.h>
 #include <jansson.h>
 #include <math.h>
@@ -64,13 +64,15 @@ static fg_view *view_of_graph(fg_graph *g)
     return v;
 }
 
-/* ---- the schema ------------------------------------------------------------------------------- */
+/* ---- the schema ------------------------------------------------------------------------------ */
 
 static bool is_type(const json_t *x, const char *type)
 {
     return !strcmp(type, "object") ? json_is_object(x) : !strcmp(type, "array") ? json_is_array(x)
-         : !strcmp(type, "string") ? json_is_string(x) : !strcmp(type, "integer") ? json_is_integer(x)
-         : !strcmp(type, "number") ? json_is_number(x) : !strcmp(type, "boolean") ? json_is_boolean(x)
+         : !strcmp(type, "string") ? json_is_string(x) : !strcmp(type, "integer")
+             ? json_is_integer(x)
+         : !strcmp(type, "number") ? json_is_number(x) : !strcmp(type, "boolean")
+             ? json_is_boolean(x)
          : json_is_null(x);
 }
 
@@ -99,7 +101,8 @@ static bool fits(const json_t *x, const json_t *schema, char *where, size_t size
     json_object_foreach((json_t *)(uintptr_t)x, key, y) {
         const json_t *s = json_object_get(fields, key);
         snprintf((char *)start, size - (size_t)(start - where), ".%s", key);
-        if (fields && !s && json_is_false(json_object_get(schema, "additionalProperties"))) return false;
+        if (fields && !s && json_is_false(json_object_get(schema, "additionalProperties")))
+            return false;
         if (s && !fits(y, s, where, size)) return false;
     }
     json_array_foreach(x, i, y) {
@@ -142,7 +145,7 @@ Test(view, graph_json_is_as_its_schema_says)
     fg_graph_free(g);
 }
 
-/* ---- accounting ------------------------------------------------------------------------------- */
+/* ---- accounting ------------------------------------------------------------------------------ */
 
 typedef struct { fg_backend *b; fg_store *s; fg_plan *p; } ready;
 
@@ -268,7 +271,7 @@ Test(view, operations_are_those_of_the_closed_form)
     }
 }
 
-/* ---- structure -------------------------------------------------------------------------------- */
+/* ---- structure ------------------------------------------------------------------------------- */
 
 static const view_item *find_run(const fg_view *v, const view_box **in)
 {
@@ -362,11 +365,13 @@ static void check_box(const view_picture *p, int32_t at)
                 if (s.w[lane] <= 0) continue;
                 cr_expect_leq(s.h[lane], f->row_h[r] + 1e-9);
                 cr_expect_geq(f->x[lane][i] - s.w[lane] / 2, -1e-6, "left of %s", b->path);
-                cr_expect_leq(f->x[lane][i] + s.w[lane] / 2, f->w[lane] + 1e-6, "right of %s", b->path);
+                cr_expect_leq(f->x[lane][i] + s.w[lane] / 2, f->w[lane] + 1e-6, "right of %s",
+                              b->path);
                 for (int32_t k = c->row[r]; k < i; k++) {
                     if (c->cell[k].kind != CELL_ITEM) continue;
                     const double w = fg__view_size_now(p, b, c->cell[k].ref).w[lane];
-                    if (w > 0) cr_expect_leq(f->x[lane][k] + w / 2, f->x[lane][i] - s.w[lane] / 2 + 1e-6);
+                    if (w > 0)
+                        cr_expect_leq(f->x[lane][k] + w / 2, f->x[lane][i] - s.w[lane] / 2 + 1e-6);
                 }
             }
             const int32_t inner = fg__view_shown(v, b, &b->item[c->cell[i].ref]);
@@ -403,7 +408,7 @@ Test(view, spread_keeps_order_and_gaps_and_moves_little)
     cr_expect_float_eq(x[2] + x[3], 99, 1e-9);
 }
 
-/* ---- formats ---------------------------------------------------------------------------------- */
+/* ---- formats --------------------------------------------------------------------------------- */
 
 typedef fg_status (*writer)(const fg_view *, const fg_view_options *, fg_put, void *);
 static const writer writers[] = { fg_view_text, fg_view_dot, fg_view_svg, fg_view_html };
@@ -430,8 +435,8 @@ static const char *const hostile[] = {
     "</script><script>alert(1)</script>", "\"quotes\" 'and' \\back\\slashes\\", "line\nbreak\ttab",
     "<img src=x onerror=alert(2)>", "&amp; &lt; ]]> -->", "\342\200\256right to left\342\200\254",
     "\"];evil [label=\"x", "${alert(3)} `x` %s %n",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
 };
 enum { HOSTILE = sizeof hostile / sizeof hostile[0] };
 
@@ -477,7 +482,8 @@ Test(view, the_page_names_the_hash_of_its_script_and_no_address)
     cr_assert_not_null(end);
     fg__view_sha256(script, (size_t)(end - script), hash);
     cr_expect_not_null(strstr(t.text, hash), "%s", hash);
-    for (char *s = strstr(t.text, "xmlns=\"http"); s; s = strstr(s, "xmlns=\"http")) memset(s, 'x', 12);
+    for (char *s = strstr(t.text, "xmlns=\"http"); s; s = strstr(s, "xmlns=\"http"))
+        memset(s, 'x', 12);
     cr_expect_null(strstr(t.text, "http:"));
     cr_expect_null(strstr(t.text, "https:"));
     cr_expect_null(strstr(t.text, "src="));
@@ -499,7 +505,7 @@ Test(view, sha256_is_the_standards)
     cr_expect_eq(strlen(hash), 44);
 }
 
-/* ---- the reader ------------------------------------------------------------------------------- */
+/* ---- the reader ------------------------------------------------------------------------------ */
 
 Test(view, wrong_files_are_refused_with_the_reason)
 {
@@ -507,15 +513,16 @@ Test(view, wrong_files_are_refused_with_the_reason)
 #define VALUES "],\"values\":["
 #define NODES  "],\"nodes\":["
 #define V1     "{\"id\":1,\"kind\":\"node\",\"dtype\":\"f32\",\"shape\":[2],\"bytes\":8}"
-#define NODE(in, out, more) "{\"id\":0,\"op\":\"exp\",\"pass\":\"forward\",\"scope\":0,\"in\":[" in \
-                            "],\"out\":[" out "]" more "}"
+#define NODE(in, out, more) \
+    "{\"id\":0,\"op\":\"exp\",\"pass\":\"forward\",\"scope\":0,\"in\":[" in "],\"out\":[" out \
+    "]" more "}"
     static const struct { const char *json, *message; } wrong[] = {
         { "", "" },
         { "[1]", "this is no graph.json: it has no 'fox_graph'" },
         { "{\"fox_graph\":2}", "graph.json of version 2 is not known, only 1" },
         { "{\"fox_graph\":1}", "needs a list 'scopes'" },
-        { BEFORE "{\"id\":2,\"parent\":3,\"path\":\"a\"},{\"id\":3,\"parent\":0,\"path\":\"b\"}" VALUES
-          NODES "]}", "scope 2: its parent 3 does not come before it" },
+        { BEFORE "{\"id\":2,\"parent\":3,\"path\":\"a\"},{\"id\":3,\"parent\":0,\"path\":\"b\"}"
+          VALUES NODES "]}", "scope 2: its parent 3 does not come before it" },
         { BEFORE "{\"id\":2,\"parent\":2,\"path\":\"a\"}" VALUES NODES "]}",
           "scope 2: its parent 2 does not come before it" },
         { BEFORE VALUES V1 "," V1 NODES "]}", "two values have the id 1" },
@@ -523,7 +530,8 @@ Test(view, wrong_files_are_refused_with_the_reason)
           "node 0: 'in' names a value that is not there" },
         { BEFORE VALUES V1 NODES NODE("", "1,1", "") "]}",
           "node 0: output 1 is no value that this node alone makes" },
-        { BEFORE VALUES V1 NODES NODE("", "1", ",\"attrs\":3") "]}", "node 0: 'attrs' must be an object" },
+        { BEFORE VALUES V1 NODES NODE("", "1", ",\"attrs\":3") "]}",
+          "node 0: 'attrs' must be an object" },
         { BEFORE VALUES "{\"id\":1,\"kind\":\"thing\",\"shape\":[]}" NODES "]}",
           "value 1: its kind is node, input, param or state" },
         { BEFORE VALUES "{\"id\":1,\"kind\":\"node\",\"shape\":[-1]}" NODES "]}",
@@ -534,7 +542,8 @@ Test(view, wrong_files_are_refused_with_the_reason)
           "value 1: its bytes are out of range" },
         { BEFORE VALUES "{\"id\":1,\"kind\":\"node\",\"shape\":[],\"root\":7}" NODES "]}",
           "value 1: its root 7 is not there" },
-        { BEFORE VALUES V1 NODES "],\"outputs\":[{\"value\":5}]}", "an output's value is not there" },
+        { BEFORE VALUES V1 NODES "],\"outputs\":[{\"value\":5}]}",
+          "an output's value is not there" },
     };
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
         fg_view *v = (fg_view *)&v;
@@ -549,10 +558,13 @@ Test(view, wrong_files_are_refused_with_the_reason)
 /* Rings of values are no graph that a builder makes, but a file may hold one. */
 Test(view, rings_are_drawn_as_they_are)
 {
-    const char *json = BEFORE "{\"id\":1,\"parent\":0,\"path\":\"a\"},{\"id\":2,\"parent\":0,\"path\":\"b\"}"
+    const char *json =
+        BEFORE "{\"id\":1,\"parent\":0,\"path\":\"a\"},{\"id\":2,\"parent\":0,\"path\":\"b\"}"
         VALUES V1 ",{\"id\":2,\"kind\":\"node\",\"dtype\":\"f32\",\"shape\":[2],\"bytes\":8}" NODES
-        "{\"id\":0,\"op\":\"exp\",\"pass\":\"forward\",\"scope\":1,\"in\":[2],\"out\":[1],\"pair\":1},"
-        "{\"id\":1,\"op\":\"exp\",\"pass\":\"backward\",\"scope\":2,\"in\":[1],\"out\":[2],\"pair\":1},"
+        "{\"id\":0,\"op\":\"exp\",\"pass\":\"forward\",\"scope\":1,\"in\":[2],"
+        "\"out\":[1],\"pair\":1},"
+        "{\"id\":1,\"op\":\"exp\",\"pass\":\"backward\",\"scope\":2,\"in\":[1],"
+        "\"out\":[2],\"pair\":1},"
         "{\"id\":2,\"op\":\"log\",\"pass\":\"forward\",\"scope\":2,\"in\":[1,2],\"out\":[]}]}";
     fg_view *v = view_of(json);
     const fg_view_options o = { .depth = -1, .memory = true };
@@ -564,7 +576,7 @@ Test(view, rings_are_drawn_as_they_are)
     fg_view_free(v);
 }
 
-/* ---- diff ------------------------------------------------------------------------------------- */
+/* ---- diff ------------------------------------------------------------------------------------ */
 
 static char *diff_of(const char *a, const char *b, bool *differ)
 {
@@ -619,7 +631,8 @@ static void expect_diff(char *a, char *b, const char *const lines[])
     bool differ;
     char *said = diff_of(a, b, &differ);
     cr_expect(differ);
-    for (int i = 0; lines[i]; i++) cr_expect_not_null(strstr(said, lines[i]), "no '%s' in\n%s", lines[i], said);
+    for (int i = 0; lines[i]; i++)
+        cr_expect_not_null(strstr(said, lines[i]), "no '%s' in\n%s", lines[i], said);
     free(said);
     free(b);
 }
@@ -638,7 +651,8 @@ Test(view, diff_names_and_counts_what_changed)
         "0 added, 0 removed, 1 changed, 0 moved\n",
         "\n~ 1 linear  layers.2  output 0 shape 2\303\22732 -> 2\303\22740", NULL });
     expect_diff(plain, stack(4, ATTRIBUTE), (const char *const[]){
-        "0 added, 0 removed, 1 changed, 0 moved\n", "\n~ 1 rms_norm  layers.1  eps 1e-06 -> 0.001", NULL });
+        "0 added, 0 removed, 1 changed, 0 moved\n", "\n~ 1 rms_norm  layers.1  eps 1e-06 -> 0.001",
+            NULL });
     expect_diff(plain, stack(4, MOVED), (const char *const[]){
         "0 added, 0 removed, 0 changed, 1 moved\n",
         "> 1 scope  layers.2.tail  from layers.2.tail to layers.2.end, 2 nodes", NULL });
@@ -650,7 +664,7 @@ Test(view, diff_names_and_counts_what_changed)
     free(plain);
 }
 
-/* ---- times and statistics --------------------------------------------------------------------- */
+/* ---- times and statistics -------------------------------------------------------------------- */
 
 Test(view, a_run_notes_times_and_values)
 {
@@ -714,10 +728,13 @@ Test(view, options_that_do_not_fit_are_refused)
     fg_graph *g = training(1, NULL);
     fg_view *v = view_of_graph(g);
     char message[400];
-    cr_expect_eq(fg_view_check(v, &(fg_view_options){ .focus = "model.nowhere" }, message), FG_ERR_USAGE);
+    cr_expect_eq(fg_view_check(v, &(fg_view_options){ .focus = "model.nowhere" }, message),
+                 FG_ERR_USAGE);
     cr_expect_str_eq(message, "no scope 'model.nowhere' in this graph");
-    cr_expect_eq(fg_view_check(v, &(fg_view_options){ .heat = FG_HEAT_TIME }, message), FG_ERR_USAGE);
-    cr_expect_eq(fg_view_check(v, &(fg_view_options){ .heat = FG_HEAT_ABSMAX }, message), FG_ERR_USAGE);
+    cr_expect_eq(fg_view_check(v, &(fg_view_options){ .heat = FG_HEAT_TIME }, message),
+                 FG_ERR_USAGE);
+    cr_expect_eq(fg_view_check(v, &(fg_view_options){ .heat = FG_HEAT_ABSMAX }, message),
+                 FG_ERR_USAGE);
     cr_expect_eq(fg_view_check(v, &(fg_view_options){ .focus = "model.layers.0" }, message), FG_OK);
     cr_expect_eq(fg_view_take_times(v, v, message), FG_ERR_USAGE);
     fg_view_free(v);
