@@ -104,7 +104,7 @@ static int write_view(const wish *w, const cli_buffer *json, FILE *to)
         return CLI_OK;
     }
     fg_status s = fg_view_read(json->text, json->n, &v, message);
-    if (s) return cli_fail(w->c, cli_exit_of(s), "%s", message);
+    if (s) return cli_fail(w->c, cli_exit_of(s), "%s: %s", w->c->args[0], message);
     int status = w->profile ? take_profile(w, v) : CLI_OK;
     if (!status && fg_view_check(v, &w->view, message))
         status = cli_fail(w->c, CLI_USAGE, "%s", message);

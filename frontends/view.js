@@ -277,7 +277,7 @@ function round(x, y, w, h, r) {
   g.roundRect(x, y, w, h, Math.min(r, w / 2, h / 2));
 }
 function text(s, x, y, px, color, align, bold, room) {
-  if (px * state.k < 4.5) return;
+  if (px * state.k < 3.4) return;
   font(px, bold);
   g.fillStyle = color;
   g.textAlign = align;
@@ -786,6 +786,25 @@ function nodeInfo(to, k) {
   const used = N.out[k].flatMap(v => readers[v]).filter(x => N.home[x] !== N.home[k] || N.home[k] !== k);
   section(to, 'read by', ...[...new Set(used)].slice(0, 30).map(a => { const d = el('div'); d.append(goNode(a)); return d; }));
 }
+/* What keeps a box from being folded with the numbered one before it: the first node that differs. */
+function differs(b) {
+  const stem = x => S[B.name[x]].replace(/\d+$/, ''), up = B.parent[b];
+  if (up < 0 || stem(b) === S[B.name[b]]) return '';
+  const boxes = B.items[up].flatMap(x => x[0] === BOX ? [x[1]]
+    : x[0] === RUN ? B.child[up].slice(x[1], x[1] + x[2]) : []);
+  const before = boxes[boxes.indexOf(b) - 1];
+  if (before === undefined || stem(before) !== stem(b) || B.cls[before] === B.cls[b]) return '';
+  const p = [...nodesOf(before)], q = [...nodesOf(b)], name = S[B.name[before]];
+  for (let i = 0; i < Math.min(p.length, q.length); i++) {
+    const x = p[i], y = q[i];
+    if (op(x) !== op(y)) return `not as ${name}: ${op(y)} where that has ${op(x)}`;
+    if (N.attrs[x] !== N.attrs[y]) return `not as ${name}: ${op(y)} has ${S[N.attrs[y]]}, there ${S[N.attrs[x]]}`;
+    for (let o = 0; o < N.out[x].length; o++)
+      if (V.shape[N.out[x][o]] !== V.shape[N.out[y][o]])
+        return `not as ${name}: ${op(y)} makes ${shapeWords(N.out[y][o])}, there ${shapeWords(N.out[x][o])}`;
+  }
+  return p.length !== q.length ? `not as ${name}: ${q.length} nodes, there ${p.length}` : `not as ${name}: wired in another way`;
+}
 const paramsOf = b => {
   const path = S[B.path[b]];
   let sum = 0;
@@ -799,6 +818,7 @@ function boxInfo(to, b) {
   for (const k of nodesOf(b)) count[N.pass[k]]++;
   to.append(el('span', b ? 'scope' : 'model', { class: 'soft' }));
   to.append(el('h2', b ? S[B.name[b]] : M.model || 'graph'), el('div', S[B.path[b]], { class: 'soft' }));
+  if (differs(b)) to.append(el('p', differs(b)));
   const row = el('div', '', { class: 'row' });
   if (b) row.append(el('button', isOpen(b) ? 'close' : 'open', { type: 'button', onclick: () => toggle(b) }));
   row.append(el('button', 'open all inside', { type: 'button', onclick: () => openAll(b, true) }));
@@ -1430,7 +1450,7 @@ window.addEventListener('hashchange', () => {
 /* For tests and for the console. */
 window.fox = {
   data: D, state, ready: performance.now(), frame: () => frameTime, redraw: () => { drawNow(); return frameTime; },
-  hits: () => hits.map(q => ({ ...q })), rects: () => mem.rects, range: () => range, heat, boxHeat, isOpen,
+  hits: () => hits.map(q => ({ ...q })), rects: () => mem.rects, range: () => range, heat, boxHeat, isOpen, differs,
   box: path => paths.get(path), toggle, select, openAll, findPath, marks: () => [...marks.keys()]
 };
 document.documentElement.dataset.ready = '1';
