@@ -42,6 +42,7 @@ fg_plan *fg_plan_new(const fg_graph *g, fg_store *s)
                           n->op->name, why);
     }
     if (!p->status) fg__lay_out(p);
+    if (!p->status && p->profile) fg_plan_record(p, FG_RECORD_TIMES);
     return p;
 }
 

@@ -1,5 +1,5 @@
-/* fuzz_graph.c - any bytes as graph.json: refused with a message, or drawn in every format, the same
- * as itself in a diff, and pictures hold no script of the file's. */
+/* fuzz_graph.c - any bytes as graph.json: refused with a message, or drawn in every format and
+ * compared with itself, and pictures hold no script of the file's. */
 #include "fox_view.h"
 #include "fuzz.h"
 
