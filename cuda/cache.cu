@@ -73,7 +73,7 @@ static void rows_launch(const fg_exec *e, cudaStream_t stream)
     const fg_shape *s = &e->in_shape[0];
     const int64_t row = fg_count_of(s) / s->dim[0] / s->dim[1], n = s->dim[0] * row;
     keep_rows<<<fg_blocks(n, 256), 256, 0, stream>>>(
-        fg_source_of(e, 1), fg_input_of(e, 0), fg_output_of(e, 0), fg_divisor_of(row), s->dim[1],
+        fg_source_of(e, 1), fg_input_of(e, 0), fg_output_of(e, 0), fg_divisor_of(row, n), s->dim[1],
         e->in_shape[1].dim[1], n);
 }
 FG_KERNEL(cache_rows) = { .launch = rows_launch, .pitched_in = 2 };
