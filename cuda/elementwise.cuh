@@ -1,9 +1,10 @@
 /* elementwise.cuh - how elementwise kernels walk over tensors: flat, over shapes that broadcast,
  * and over columns of wider matrices.
  *
- * A thread takes 4 or 8 neighbouring elements with 16-byte accesses; where rows do not divide so, one
- * at a time.  More a thread gains nothing on an H100: full occupancy hides the latency.  A thread
- * reads its elements before it writes any, and no others: an output may lie in an input's memory. */
+ * A thread takes 4 or 8 neighbouring elements with 16-byte accesses; where rows do not divide so,
+ * one at a time.  More a thread gains nothing on an H100: full occupancy hides the latency.  A
+ * thread reads its elements before it writes any, and no others: an output may lie in an input's
+ * memory. */
 #ifndef FG_ELEMENTWISE_CUH
 #define FG_ELEMENTWISE_CUH
 #include "kernel.cuh"
@@ -66,8 +67,8 @@ static inline fg_target fg_target_of(const fg_exec *e, int o)
 {
     return { fg_output_of(e, o), fg_place_of(&e->out_rows[o], fg_count_of(&e->out_shape[o])) };
 }
-/* The same for kernels that know row and column of a [..., C] tensor: no division where its rows are
- * the matrix's. */
+/* The same for kernels that know row and column of a [..., C] tensor: no division where its rows
+ * are the matrix's. */
 struct fg_matrix {
     fg_place place;
     int64_t C, pitch;                            /* pitch 0: other rows */
@@ -85,7 +86,7 @@ static inline fg_matrix fg_matrix_of(const fg_rows *r, int64_t C, int64_t count)
 /* Eights of elements never straddle two rows. */
 static inline bool fg_in_eights(const fg_rows *r) { return !fg_is_pitched(r) || r->width % 8 == 0; }
 
-/* ---- several elements: loaded first, turned to float later, so that loads do not wait --------- */
+/* ---- several elements: loaded first, turned to float later, so that loads do not wait -------- */
 
 struct fg_raw8 { uint4 a, b; };
 

@@ -10,8 +10,8 @@
 #include "elementwise.cuh"
 
 #define THREADS 256
-#define CHUNK   64
-#define ROWS    8
+#define CHUNK   64                               /* sorted places added up on their own */
+#define ROWS    4                                /* tokens a thread; H100: 8 and 16 are no faster */
 
 /* ---- embedding ------------------------------------------------------------------------------ */
 
@@ -128,44 +128,22 @@ static __global__ void __launch_bounds__(THREADS) find_runs(layout l)
     if (k == l.T - 1 || l.token[k + 1] != c) l.end[c] = (int32_t)k + 1;
 }
 
-/* sum += rows [from, to) of the sorted order, V columns from `column`, in order. */
+/* sum += rows [from, to) of x in order, V columns from `column`; place NULL: rows as they lie. */
 template <int V>
-static __device__ __forceinline__ void add_rows(const layout &l, const fg_in &gy, int64_t from,
-                                                int64_t to, int64_t column, float *sum)
+static __device__ __forceinline__ void add_rows(const fg_in &x, const int32_t *place, int64_t from,
+                                                int64_t to, int64_t D, int64_t column, float *sum)
 {
-    constexpr int U = 8;
+    constexpr int U = 4;
     for (int64_t k = from; k < to; k += U) {
         fg_some<V> some[U];
 #pragma unroll
         for (int u = 0; u < U; u++)
-            if (k + u < to) some[u].load(gy, l.place[k + u] * l.D + column);
+            if (k + u < to) some[u].load(x, (place ? place[k + u] : k + u) * D + column);
 #pragma unroll
         for (int u = 0; u < U; u++) {
             if (k + u >= to) continue;
             float v[V];
-            some[u].floats(gy, v);
-#pragma unroll
-            for (int j = 0; j < V; j++) sum[j] += v[j];
-        }
-    }
-}
-/* sum += the sums of chunks [from, to). */
-template <int V>
-static __device__ __forceinline__ void add_chunks(const layout &l, int64_t from, int64_t to,
-                                                  int64_t column, float *sum)
-{
-    const fg_in sums = { l.sums, false };
-    constexpr int U = 8;
-    for (int64_t k = from; k < to; k += U) {
-        fg_some<V> some[U];
-#pragma unroll
-        for (int u = 0; u < U; u++)
-            if (k + u < to) some[u].load(sums, (k + u) * l.D + column);
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-            if (k + u >= to) continue;
-            float v[V];
-            some[u].floats(sums, v);
+            some[u].floats(x, v);
 #pragma unroll
             for (int j = 0; j < V; j++) sum[j] += v[j];
         }
@@ -181,41 +159,41 @@ static __global__ void __launch_bounds__(THREADS) sum_chunks(layout l, fg_in gy,
     const int64_t from = chunk * CHUNK;
     if (l.token[from] != l.token[from + CHUNK - 1] || l.token[from] == l.vocab) return;
     float sum[V] = { 0 };
-    add_rows<V>(l, gy, from, from + CHUNK, column, sum);
+    add_rows<V>(gy, l.place, from, from + CHUNK, l.D, column, sum);
     fg_store_some<V>(fg_out{ l.sums, false }, chunk * l.D + column, sum);
 }
 
-/* Most tokens do not occur: a thread takes V columns of ROWS of them, so that their zeros do not wait
- * for one load after the other. */
+/* Most tokens do not occur: a thread takes V columns of ROWS of them, so that their zeros do not
+ * wait for one load after the other. */
 template <int V>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, V == 8 ? 4 : 5)
 sum_tokens(layout l, fg_in gy, fg_out gw, fg_divisor width)
 {
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     const int64_t q = fg_divide(i, width), c0 = q * ROWS, column = V * (i - q * width.d);
     if (c0 >= l.vocab) return;
-    int from[ROWS], to[ROWS];
+    const float zeros[V] = { 0 };
+    unsigned there = 0;                          /* bit r: token c0 + r occurs */
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        from[r] = c0 + r < l.vocab ? l.begin[c0 + r] : 0;
-        to[r] = c0 + r < l.vocab ? l.end[c0 + r] : 0;
-    }
-#pragma unroll 1
-    for (int r = 0; r < ROWS && c0 + r < l.vocab; r++) {
-        int a = from[0], b = to[0];
+    for (int r = 0; r < ROWS; r++)
+        if (c0 + r < l.vocab && l.begin[c0 + r] < l.end[c0 + r]) there |= 1u << r;
 #pragma unroll
-        for (int k = 1; k < ROWS; k++)
-            if (k == r) a = from[k], b = to[k];
-        const int low = (a + CHUNK - 1) / CHUNK, high = b / CHUNK;       /* its whole chunks */
+    for (int r = 0; r < ROWS; r++)
+        if (c0 + r < l.vocab && !(there >> r & 1))
+            fg_store_some<V>(gw, (c0 + r) * l.D + column, zeros);
+    for (; there; there &= there - 1) {
+        const int64_t c = c0 + __ffs((int)there) - 1, from = l.begin[c], to = l.end[c];
+        const int64_t low = (from + CHUNK - 1) / CHUNK, high = to / CHUNK;   /* its whole chunks */
         float sum[V] = { 0 };
-        if (low >= high) {
-            add_rows<V>(l, gy, a, b, column, sum);
-        } else {
-            add_rows<V>(l, gy, a, low * CHUNK, column, sum);
-            add_chunks<V>(l, low, high, column, sum);
-            add_rows<V>(l, gy, high * CHUNK, b, column, sum);
+        const bool chunks = low < high;
+#pragma unroll 1
+        for (int part = 0; part < (chunks ? 3 : 1); part++) {
+            const int64_t start = part == 0 ? from : part == 1 ? low : high * CHUNK;
+            const int64_t stop = part == 0 && chunks ? low * CHUNK : part == 1 ? high : to;
+            add_rows<V>(part == 1 ? fg_in{ l.sums, false } : gy, part == 1 ? nullptr : l.place,
+                        start, stop, l.D, column, sum);
         }
-        fg_store_some<V>(gw, (c0 + r) * l.D + column, sum);
+        fg_store_some<V>(gw, c * l.D + column, sum);
     }
 }
 

@@ -9,7 +9,7 @@
 
 #define SUM_THREADS 256
 #define FEW_BLOCKS  1056                         /* eight for every multiprocessor of an H100 */
-#define DOWN_BLOCKS 396
+#define DOWN_BLOCKS 264                          /* of whole rows; more leave more partial sums */
 
 /* ---- sums ----------------------------------------------------------------------------------- */
 
@@ -24,8 +24,8 @@ static __host__ __device__ int64_t least(int64_t a, int64_t b) { return a < b ? 
 static int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t pieces_of(const pass *p) { return (p->S + p->length - 1) / p->length; }
 
-/* Threads side by side along N, each with `width` columns; below of them under each other.  Many rows:
- * whole rows of x together; few: narrow blocks, more of them. */
+/* Threads side by side along N, each with `width` columns; `below` of them under each other.  Many
+ * rows: whole rows of x together; few: narrow blocks, more of them. */
 static int width_of(const pass *p) { return p->N % 8 == 0 ? 8 : 1; }
 static int side_of(const pass *p)
 {
@@ -360,7 +360,7 @@ static size_t cumsum_scratch(const fg_infer *i)
 static __device__ double walk_chunk(const running &c, fg_in x, fg_out y, int64_t outer,
                                     int64_t chunk, int64_t column, double sum)
 {
-    constexpr int U = 16;
+    constexpr int U = 8;
     const int64_t t0 = chunk * c.length, t1 = t0 + c.length < c.T ? t0 + c.length : c.T;
     const int64_t step = c.reverse ? -c.inner : c.inner;
     int64_t at = (outer * c.T + (c.reverse ? c.T - 1 - t0 : t0)) * c.inner + column;
@@ -400,11 +400,12 @@ static __global__ void __launch_bounds__(128) sums_before(running c, double *sum
         const double more = __shfl_up_sync(~0u, all, d);
         if (lane >= d) all += more;
     }
-    all -= sum;
+    double before = __shfl_up_sync(~0u, all, 1);         /* not all - sum: sums may be infinite */
+    if (lane == 0) before = 0;
     for (int64_t k = from; k < to; k++) {
         const double own = s[k * c.inner];
-        s[k * c.inner] = all;
-        all += own;
+        s[k * c.inner] = before;
+        before += own;
     }
 }
 static __global__ void __launch_bounds__(256)
@@ -420,13 +421,14 @@ static void cumsum_launch(const fg_exec *e, cudaStream_t stream)
 {
     const running c = running_of(&e->in_shape[0], (const struct fg_attr_cumsum *)e->attr);
     const int64_t columns = c.outer * c.inner;
-    double *sums = c.chunks > 1 ? (double *)e->scratch : nullptr;
     const fg_in x = fg_input_of(e, 0);
+    const fg_out y = fg_output_of(e, 0);
+    double *sums = c.chunks > 1 ? (double *)e->scratch : nullptr;
+    const unsigned blocks = fg_blocks(columns * c.chunks, 256);
     if (sums) {
-        chunk_sums<<<fg_blocks(columns * c.chunks, 256), 256, 0, stream>>>(c, x, sums);
+        chunk_sums<<<blocks, 256, 0, stream>>>(c, x, sums);
         sums_before<<<fg_blocks(columns, 4), 128, 0, stream>>>(c, sums);
     }
-    running_sums<<<fg_blocks(columns * c.chunks, 256), 256, 0, stream>>>(c, x, fg_output_of(e, 0),
-                                                                         sums);
+    running_sums<<<blocks, 256, 0, stream>>>(c, x, y, sums);
 }
 FG_KERNEL(cumsum) = { .launch = cumsum_launch, .scratch = cumsum_scratch };

@@ -48,8 +48,8 @@ static __device__ __forceinline__ spot spot_of(const geometry &k, unsigned j, un
     return { (int)row, (int)((q - row * k.H) * 2 * k.half + i0 + i), (int)(row * channels + i) };
 }
 
-/* Blocks: positions along x, channels along y; V channels a thread at once, WIDE: x may be f32.  The
- * first loads are under way while the angles are made. */
+/* Blocks: positions along x, channels along y; V channels a thread at once, WIDE: x may be f32.
+ * The first loads are under way while the angles are made. */
 template <int V, bool WIDE>
 static __global__ void __launch_bounds__(THREADS, WIDE ? 3 : 4)
 rotate(geometry k, fg_in x, fg_out y, fg_matrix from, fg_matrix to)

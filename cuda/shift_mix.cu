@@ -3,8 +3,8 @@
  *     y_t = a_t x_(t-1) + (1 - a_t) x_t
  *     gx_t = (1 - a_t) gy_t + a_(t+1) gy_(t+1),  ga_t = sum over channels of gy_t (x_(t-1) - x_t)
  *
- * Bytes: every tensor once from memory; the row before (of gy: after) comes from cache.  A thread has
- * one row: on an H100 walking down 2 or 4 rows with the neighbour kept in registers is slower. */
+ * Bytes: every tensor once from memory; the row before (of gy: after) comes from cache.  A thread
+ * has one row: on an H100 walking down 2 or 4 rows with the neighbour in registers is slower. */
 #include "rows.cuh"
 
 #define THREADS 256
@@ -97,7 +97,8 @@ FG_KERNEL(shift_mix) = { .launch = launch, .pitched_in = 3, .pitched_out = 1 };
 
 /* ---- shift_mix_grad ------------------------------------------------------------------------- */
 
-/* A head is `lanes` neighbouring threads of a warp, eight channels each; WIDE: gy or x may be f32. */
+/* A head is `lanes` neighbouring threads of a warp, eight channels each; WIDE: gy or x may be f32,
+ * any mixture. */
 template <bool WIDE>
 static __global__ void __launch_bounds__(THREADS) mix_grad(geometry k, tensors z, int lanes)
 {

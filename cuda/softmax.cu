@@ -1,8 +1,8 @@
 /* softmax.cu - ops/softmax.c on a GPU: softmax and ln-sum-exp of rows, the causal mask of attention
  * scores.
  *
- * Bytes: every tensor once.  A row of up to 16376 elements stays in registers; of a longer one x is
- * read a second time, mostly from the second-level cache.  A row of -inf alone gives
+ * Bytes: every tensor once.  A row of up to about 16000 elements stays in registers; a longer one
+ * is read a second time, mostly from the second-level cache.  A row of -inf alone gives
  * softmax 0 and log_sum_exp -inf; NaN goes through. */
 #include "rows.cuh"
 
@@ -84,7 +84,7 @@ softmax_long_rows(fg_in x, fg_out y, int64_t n)
         else if (eights <= 1024)                                                                 \
             kernel<512, 2><<<(unsigned)(rows), 512, 0, stream>>>(__VA_ARGS__);                   \
         else if (eights <= 2048)                                                                 \
-            kernel<1024, 2><<<(unsigned)(rows), 1024, 0, stream>>>(__VA_ARGS__);                   \
+            kernel<512, 4><<<(unsigned)(rows), 512, 0, stream>>>(__VA_ARGS__);                   \
         else long_launch;                                                                        \
     } while (0)
 

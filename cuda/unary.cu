@@ -9,8 +9,8 @@ static __device__ __forceinline__ float sigmoid(float x)
     const float u = expf(-fabsf(x)), s = __fdividef(1.0f, 1.0f + u);
     return x < 0 ? u * s : s;
 }
-/* ln(1 + u), 0 <= u <= 1, as 2 artanh z = 2 (z + z^3/3 + z^5/5 + ...), z = u / (2 + u) <= 1/3: what is
- * left out is below 2^-30 of it. */
+/* ln(1 + u), 0 <= u <= 1, as 2 artanh z = 2 (z + z^3/3 + z^5/5 + ...), z = u / (2 + u) <= 1/3:
+ * what is left out is below 2^-30 of it. */
 static __device__ __forceinline__ float log_1_plus(float u)
 {
     const float z = __fdividef(u, 2.0f + u), w = z * z;
