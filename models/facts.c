@@ -39,6 +39,19 @@ transformer_config transformer_llama_config(int64_t vocab, int64_t width, int64_
         .rope_base = 500000, .initializer_range = 0.02 };
 }
 
+hgrn2_config hgrn2_lm_config(int64_t vocab, int64_t width, int64_t layers, int64_t expand)
+{
+    return (hgrn2_config){ .vocab_size = vocab, .hidden_size = width, .num_hidden_layers = layers,
+        .expand_ratio = expand, .hidden_ratio = 4, .norm_eps = 1e-6, .initializer_range = 0.02 };
+}
+
+delta_net_config delta_net_lm_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads)
+{
+    return (delta_net_config){ .vocab_size = vocab, .hidden_size = width,
+        .num_hidden_layers = layers, .num_heads = heads, .conv_size = 4, .hidden_ratio = 4,
+        .norm_eps = 1e-6, .initializer_range = 0.02 };
+}
+
 mamba2_config mamba2_lm_config(int64_t vocab, int64_t width, int64_t layers, int64_t heads)
 {
     return (mamba2_config){ .vocab_size = vocab, .hidden_size = width, .num_hidden_layers = layers,
@@ -135,6 +148,55 @@ static const field transformer_fields[] = {
     { NULL, NULL, FIXED, 0, NULL }
 };
 
+#define LINEAR_FIELDS(C)                                                                    \
+    { "vocab_size",           "32000",    COUNT, offsetof(C, vocab_size),        NULL },    \
+    { "hidden_size",          "2048",     COUNT, offsetof(C, hidden_size),       NULL },    \
+    { "num_hidden_layers",    "24",       COUNT, offsetof(C, num_hidden_layers), NULL },    \
+    { "hidden_ratio",         "4",        REAL,  offsetof(C, hidden_ratio),      NULL },    \
+    { "intermediate_size",    "null",     COUNT, offsetof(C, intermediate_size), NULL },    \
+    { "norm_eps",             "1e-06",    REAL,  offsetof(C, norm_eps),          NULL },    \
+    { "initializer_range",    "0.02",     REAL,  offsetof(C, initializer_range), NULL },    \
+    { "tie_word_embeddings",  "false",    FLAG,  offsetof(C, tie_word_embeddings), yes },   \
+    { "hidden_act",           "\"swish\"", FIXED, 0, NULL },                                \
+    { "attn_mode",            "\"chunk\"", FIXED, 0, NULL },                                \
+    { "max_position_embeddings", "2048",  FIXED, 0, NULL },                                 \
+    { "fuse_cross_entropy",   "true",     FIXED, 0, NULL },                                 \
+    { "use_cache",            "true",     FIXED, 0, NULL },                                 \
+    { "bos_token_id",         "null",     FIXED, 0, NULL },                                 \
+    { "eos_token_id",         "null",     FIXED, 0, NULL },                                 \
+    { "pad_token_id",         "null",     FIXED, 0, NULL },                                 \
+    { "torch_dtype",          "\"float32\"", FIXED, 0, NULL }
+
+/* model_type tells whether the lower bounds count: see hgrn2_config_record. */
+static const field hgrn2_fields[] = {
+    { "architectures", "[\"HGRN2ForCausalLM\"]", FIXED, 0, NULL },
+    LINEAR_FIELDS(hgrn2_config),
+    { "num_heads", "null", COUNT, offsetof(hgrn2_config, num_heads), NULL },
+    { "expand_ratio", "128", COUNT, offsetof(hgrn2_config, expand_ratio), NULL },
+    { "use_short_conv", "false", FIXED, 0, NULL },
+    { "conv_size", "4", FIXED, 0, NULL },
+    { "elementwise_affine", "true", FIXED, 0, NULL },
+    { NULL, NULL, FIXED, 0, NULL }
+};
+
+static const field delta_net_fields[] = {
+    { "model_type", "\"delta_net-project_fox\"", FIXED, 0, NULL },
+    { "architectures", "[\"DeltaNetForCausalLM\"]", FIXED, 0, NULL },
+    LINEAR_FIELDS(delta_net_config),
+    { "num_heads", "16", COUNT, offsetof(delta_net_config, num_heads), NULL },
+    { "conv_size", "4", COUNT, offsetof(delta_net_config, conv_size), NULL },
+    { "expand_k", "1", FIXED, 0, NULL },
+    { "expand_v", "1", FIXED, 0, NULL },
+    { "use_gate", "false", FIXED, 0, NULL },
+    { "use_short_conv", "true", FIXED, 0, NULL },
+    { "use_beta", "true", FIXED, 0, NULL },
+    { "use_output_norm", "true", FIXED, 0, NULL },
+    { "norm_first", "false", FIXED, 0, NULL },
+    { "qk_norm", "\"l2\"", FIXED, 0, NULL },
+    { "qk_activation", "\"silu\"", FIXED, 0, NULL },
+    { NULL, NULL, FIXED, 0, NULL }
+};
+
 static const field mamba2_fields[] = {
     { "model_type", "\"mamba2-project_fox\"", FIXED, 0, NULL },
     { "architectures", "[\"Mamba2ForCausalLM\"]", FIXED, 0, NULL },
@@ -211,6 +273,20 @@ void fox_config_record(fg_graph *g, const fox_config *c)
 void transformer_config_record(fg_graph *g, const transformer_config *c)
 {
     record(g, transformer_fields, c);
+}
+
+/* "hgrn2" is what code that applies the bounds calls itself. */
+void hgrn2_config_record(fg_graph *g, const hgrn2_config *c)
+{
+    const bool applied = c->lower_bound == HGRN2_BOUNDS_APPLIED;
+    record(g, hgrn2_fields, c);
+    (void)fg_graph_set_fact(g, "model_type", applied ? "\"hgrn2\"" : "\"hgrn2-project_fox\"");
+    (void)fg_graph_set_fact(g, "use_lower_bound", yes[c->lower_bound != HGRN2_NO_BOUNDS]);
+}
+
+void delta_net_config_record(fg_graph *g, const delta_net_config *c)
+{
+    record(g, delta_net_fields, c);
 }
 
 void mamba2_config_record(fg_graph *g, const mamba2_config *c)

@@ -53,6 +53,16 @@ fg_tensor fg__cache_state(fg_loc at, fg_graph *g, const char *what, fg_dtype t, 
     return (fg_state)(at, g, unused_name(g, what), t, s);
 }
 
+/* The last row of one row. */
+fg_tensor fg__cache_put(fg_loc at, fg_tensor state, fg_tensor value)
+{
+    fg_shape s = fg_shape_of(value);
+    for (int i = s.rank++; i > 1; i--) s.dim[i] = s.dim[i - 1];
+    s.dim[1] = 1;
+    const fg_tensor x = fg_reshape(value, s);
+    return fg__cache_last(at, state, x);
+}
+
 fg_tensor fg__cache_rows(fg_loc at, fg_tensor rows, fg_tensor x)
 {
     const fg_tensor in[] = { rows, x };

@@ -64,6 +64,18 @@ static fg_tensor transformer_shared_keys(fg_tensor tokens)
     return transformer_lm(tokens, &c);
 }
 
+static fg_tensor hgrn2(fg_tensor tokens)
+{
+    const hgrn2_config c = hgrn2_lm_config(V, 48, 2, 12);
+    return hgrn2_lm(tokens, &c);
+}
+
+static fg_tensor delta_net(fg_tensor tokens)
+{
+    const delta_net_config c = delta_net_lm_config(V, 48, 2, 3);
+    return delta_net_lm(tokens, &c);
+}
+
 static fg_tensor mamba2(fg_tensor tokens)
 {
     mamba2_config c = mamba2_lm_config(V, 48, 2, 4);
@@ -109,6 +121,8 @@ static const struct family families[] = {
     { "transformer", transformer },
     { "transformer_window", transformer_window },
     { "transformer_shared_keys", transformer_shared_keys },
+    { "hgrn2", hgrn2 },
+    { "delta_net", delta_net },
     { "mamba2", mamba2 },
     { "mamba2_groups", mamba2_groups },
     { "hybrid", hybrid },

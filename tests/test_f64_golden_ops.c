@@ -191,6 +191,36 @@ Test(golden_ops, causal_conv_equals_the_official_convolution_of_width_4)
           (const double[]){ -1.26196265, -1.8999204, 1.0468821, -1.5047195 });
 }
 
+Test(golden_ops, gated_linear_attention_equals_the_official_one)
+{
+    static world w;
+    w.g = fg_graph_new();
+    const fg_tensor q = values(&w, 0, FG_DIMS(1, 7, 1, 3));
+    const fg_tensor k = values(&w, 1, FG_DIMS(1, 7, 1, 3));
+    const fg_tensor v = values(&w, 2, FG_DIMS(1, 7, 1, 2));
+    const fg_tensor f = values(&w, 3, FG_DIMS(1, 7, 1, 3));
+    const fg_tensor log_a = fg_log_sigmoid(f), none = { 0 };
+    const fg_tensor y = fg_gated_linear_attention(q, k, v, log_a, 1 / sqrt(3), none);
+    check(&w, y, 4, (const fg_tensor[]){ q, k, v, f },
+          (const char *const[]){ "dq", "dk", "dv", "df" },
+          (const double[]){ 0.68710653, 4.3267337, 1.5862859, 4.6790058, 0.1690782 });
+}
+
+Test(golden_ops, delta_rule_equals_the_official_one)
+{
+    static world w;
+    w.g = fg_graph_new();
+    const fg_tensor q = values(&w, 0, FG_DIMS(1, 7, 1, 3));
+    const fg_tensor k = values(&w, 1, FG_DIMS(1, 7, 1, 3));
+    const fg_tensor v = values(&w, 2, FG_DIMS(1, 7, 1, 2));
+    const fg_tensor b = values(&w, 4, FG_DIMS(1, 7, 1));
+    const fg_tensor qn = fg_l2_norm(q, 1e-6), kn = fg_l2_norm(k, 1e-6), beta = fg_sigmoid(b);
+    const fg_tensor none = { 0 }, y = fg_delta_rule(qn, kn, v, beta, 1 / sqrt(3), none);
+    check(&w, y, 4, (const fg_tensor[]){ q, k, v, b },
+          (const char *const[]){ "dq", "dk", "dv", "db" },
+          (const double[]){ 0.02917260, 0.1622897, 0.1620578, 1.9500346, -0.0238229 });
+}
+
 Test(golden_ops, ssd_scan_equals_the_official_scan_of_mamba2)
 {
     static world w;

@@ -122,7 +122,8 @@ Test(files, official_files_open_and_hold_what_they_should)
 {
     static const struct { const char *family; int tensors; } rows[] = {
         { "fox_llama", 23 }, { "fox_pro", 35 },
-        { "transformer_llama", 19 }, { "transformer_pro", 31 }
+        { "transformer_llama", 19 }, { "transformer_pro", 31 },
+        { "hgrn2", 31 }, { "hgrn2_lower_bound", 31 }, { "delta_net", 29 }
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         char name[400];
@@ -605,6 +606,32 @@ Test(files, official_configs_are_read)
     cr_assert(c.u.mamba2.head_dim == 32 && c.u.mamba2.state_size == 16 && c.u.mamba2.n_groups == 1);
     cr_assert(c.u.mamba2.initializer_range == 0.1 && !c.u.mamba2.no_conv_bias);
     cr_assert(c.u.mamba2.time_step_low == 0 && c.u.mamba2.time_step_high == 0);
+    snprintf(name, sizeof name, "%s/hgrn2/config.json", FIXTURES);
+    cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
+    cr_assert(c.family == FG_FAMILY_HGRN2 && c.u.hgrn2.expand_ratio == 16);
+    cr_assert(c.u.hgrn2.num_heads == 0 && c.u.hgrn2.lower_bound == HGRN2_BOUNDS_STORED);
+    snprintf(name, sizeof name, "%s/delta_net/config.json", FIXTURES);
+    cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
+    cr_assert(c.family == FG_FAMILY_DELTA_NET && c.u.delta_net.num_heads == 2);
+    cr_assert_eq(c.u.delta_net.conv_size, 4);
+}
+
+Test(files, a_hgrn2_without_the_releases_suffix_applies_its_lower_bounds)
+{
+    fg_config c, again;
+    cr_assert_eq(read_config("{\"model_type\":\"hgrn2\",\"hidden_size\":256,"
+                             "\"vocab_size\":9,\"num_hidden_layers\":2}", &c), FG_OK, "%s",
+                 message);
+    cr_assert_eq(c.u.hgrn2.lower_bound, HGRN2_BOUNDS_APPLIED);
+    fg_graph *g = fg_graph_new();
+    fg_config_build(&c, fg_input(g, "tokens", FG_I32, FG_DIMS(1, 3)));
+    cr_assert_eq(fg_config_write(path, g, message), FG_OK, "%s", message);
+    cr_assert_eq(fg_config_read(path, &again, message), FG_OK, "%s", message);
+    cr_expect_eq(memcmp(&c, &again, sizeof c), 0);
+    fg_graph_free(g);
+    cr_assert_eq(read_config("{\"model_type\":\"hgrn2\",\"use_lower_bound\":false}", &c),
+                 FG_OK, "%s", message);
+    cr_assert_eq(c.u.hgrn2.lower_bound, HGRN2_NO_BOUNDS);
 }
 
 Test(files, missing_keys_are_the_classes_defaults)
@@ -647,6 +674,14 @@ Test(files, bad_configs_are_refused_with_key_and_value)
         { "{}", "model_type is missing, known are forgetting_transformer, transformer" },
         { "{\"model_type\":\"llama\"}", "model_type is \"llama\", known are" },
         { "{\"model_type\":7}", "model_type is 7" },
+        { "{\"model_type\":\"hgrn2\",\"expand_ratio\":100}",
+         "expand_ratio is 100, must divide hidden_size 2048" },
+        { "{\"model_type\":\"hgrn2\",\"num_heads\":4}", "expand_ratio is missing, must be" },
+        { "{\"model_type\":\"delta_net\",\"use_gate\":true}",
+         "use_gate is true, must be false" },
+        { "{\"model_type\":\"delta_net\",\"qk_norm\":\"sum\"}",
+         "qk_norm is \"sum\", must be one of l2" },
+        { "{\"model_type\":\"delta_net\",\"expand_k\":2}", "expand_k is 2, must be a number" },
         { "{\"model_type\":\"transformer\",\"model_type\":\"transformer\"}",
          "key model_type is there twice" },
         { "{\"model_type\":\"transformer\"} x", "something follows" },
@@ -809,6 +844,8 @@ static double worst_logit(const char *family)
     fg_backend *cpu = fg_backend_open("cpu", 1);
     fg_store *s = fg_store_new(cpu);
     fg_graph *g = fg_graph_new();
+    if (strcmp(family, "hgrn2_lower_bound") == 0)        /* what its config.json does not say */
+        fg_graph_set(g, "lower_bound", "1");
     fg_tensor logits = model_of(&c, g, B, T);
     cr_assert_eq(fg_graph_status(g), FG_OK, "%s", fg_graph_message(g));
     cr_assert_eq(fg_store_init(s, g, 1), FG_OK, "%s", fg_store_message(s));
@@ -836,8 +873,9 @@ static double worst_logit(const char *family)
 Test(files, config_and_weights_alone_rebuild_the_official_model)
 {
     static const char *const families[] = { "fox_llama", "fox_pro", "transformer_llama",
-                                            "transformer_pro" };
-    for (int i = 0; i < 4; i++) {
+                                            "transformer_pro", "hgrn2", "hgrn2_lower_bound",
+                                            "delta_net" };
+    for (int i = 0; i < 7; i++) {
         double worst = worst_logit(families[i]);
         cr_expect(worst < 1e-5, "%s: logits differ by %g", families[i], worst);
     }
@@ -846,8 +884,8 @@ Test(files, config_and_weights_alone_rebuild_the_official_model)
 Test(files, the_config_a_model_records_reads_back_the_same)
 {
     static const char *const families[] = { "fox_llama", "fox_pro", "transformer_llama",
-                                            "transformer_pro" };
-    for (int i = 0; i < 4; i++) {
+                                            "transformer_pro", "hgrn2", "delta_net" };
+    for (int i = 0; i < 6; i++) {
         char name[400];
         fg_config c, again;
         snprintf(name, sizeof name, "%s/%s/config.json", FIXTURES, families[i]);
