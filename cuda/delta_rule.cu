@@ -296,7 +296,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     la_chain c = chain_of(z, s, x);
     c.o = { (bf16 *)e->out[0], z.T * row, LA_WIDTH, row };
     c.to = (float *)e->out[1];
-    la_chain_launch<true>(la_forward<true, false>, c, stream);
+    la_run_forward<true>(c, stream);
 }
 
 static const char *unfit(const fg_infer *c) { return rows_unfit(&c->in[1], &c->in[2]); }
@@ -554,15 +554,14 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH, row = z.H * LA_WIDTH;
     const int bytes = (int)sizeof(joined);
     launch_prepare(z, x, w.s, stream);
-    la_chain c = chain_of(z, w.s, x);
-    c.kept = w.S;
-    c.o = { w.e, z.H * own, own, LA_WIDTH };
-    la_chain_launch<true>(la_forward<true, true>, c, stream);
-    c.kept = w.R;
-    c.u = { go, z.T * row, LA_WIDTH, row };
-    c.o = { w.gu, z.H * own, own, LA_WIDTH };
-    c.from = (const float *)e->in[1], c.to = (float *)e->out[4];
-    la_chain_launch<true>(la_backward<true>, c, stream);
+    la_chain forth = chain_of(z, w.s, x), back = forth;
+    forth.kept = w.S;
+    forth.o = { w.e, z.H * own, own, LA_WIDTH };
+    back.kept = w.R;
+    back.u = { go, z.T * row, LA_WIDTH, row };
+    back.o = { w.gu, z.H * own, own, LA_WIDTH };
+    back.from = (const float *)e->in[1], back.to = (float *)e->out[4];
+    la_run_both_ways<true>(forth, back, stream);
     cudaFuncSetAttribute(join, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     join<<<dim3((unsigned)z.chunks, (unsigned)(z.B * z.H)), 512, bytes, stream>>>(
         z, x, go, w, { (bf16 *)e->out[0], (bf16 *)e->out[1], (bf16 *)e->out[2],

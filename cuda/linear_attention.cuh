@@ -139,16 +139,22 @@ static __device__ __forceinline__ void la_load(void *to, const bf16 *from, int64
                                                int thread, const uint8_t *flags = nullptr,
                                                int bit = 0)
 {
-    constexpr int ROW = WIDTH / 8, STEP = THREADS / ROW;
-    static_assert(THREADS % ROW == 0 && LA_ROWS % STEP == 0, "");
-    const uint32_t x = fg_shared(to);
+    constexpr int ROW = WIDTH / 8, STEP = THREADS / ROW, BYTES = STEP * WIDTH * 2;
+    static_assert(THREADS % ROW == 0 && LA_ROWS % STEP == 0 && STEP % 4 == 0, "");
     const int r0 = thread / ROW, c = thread % ROW;
+    const uint32_t x = fg_shared(to);            /* the swizzle comes again every 8 rows */
+    const uint32_t even = x + fg_swizzle<WIDTH>(r0, c), odd = x + fg_swizzle<WIDTH>(r0 + STEP, c);
     const bf16 *p = from + r0 * row + c * 8;
+    if (n == LA_ROWS && !flags) {
 #pragma unroll
+        for (int k = 0; k < LA_ROWS / STEP; k++, p += STEP * row)
+            fg_copy_async((k % 2 ? odd - BYTES : even) + k * BYTES, p, true);
+        return;
+    }
     for (int k = 0; k < LA_ROWS / STEP; k++, p += STEP * row) {
         const int r = r0 + k * STEP;
         const bool real = r < n && (!flags || (flags[r] & bit));
-        fg_copy_async(x + fg_swizzle<WIDTH>(r, c), real ? p : from, real);
+        fg_copy_async((k % 2 ? odd - BYTES : even) + k * BYTES, real ? p : from, real);
     }
 }
 
@@ -196,12 +202,13 @@ template <bool DELTA> struct la_shared {
 };
 
 /* Warps 0 and 1 carry 16 columns of values each, transposed: S^T is the operand of W S as it stands
- * in registers, and u^T that of K^T u, so nothing passes between warps on the way.  Warps 4 and 5
- * fetch; 2, 3, 6, 7 write o and what is kept, one step behind. */
+ * in registers, and u^T that of K^T u, so nothing passes between warps on the way.  Warps 2 and 3
+ * fetch; 6 and 7 write o and what is kept, one step behind.  Warp w runs on scheduler w % 4: 4 and 5
+ * do nothing, so that the chain has a scheduler for each of its warps. */
 #define LA_THREADS 256
 #define LA_IS_CHAIN(warp)   ((warp) < 2)
-#define LA_IS_FETCHER(warp) ((warp) / 2 == 2)
-static __device__ __forceinline__ int la_writer(int warp) { return warp < 4 ? warp - 2 : warp - 4; }
+#define LA_IS_FETCHER(warp) ((warp) / 2 == 1)
+#define LA_IS_WRITER(warp)  ((warp) >= 6)
 
 template <bool DELTA>
 static __device__ __forceinline__ void la_fetch(const la_chain &c, la_stage<DELTA> *s, int64_t bh,
@@ -265,37 +272,48 @@ static __device__ __forceinline__ void la_operand(uint32_t a[4], const float x[4
 template <int WIDTH>
 static __device__ __forceinline__ void la_share(const uint32_t a[4], bf16 *to, int m, int k)
 {
+#if __CUDA_ARCH__ >= 900
+    const int q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
+    const uint32_t at = fg_shared(to) + fg_swizzle<WIDTH>(m + (q & 1) * 8 + i, k / 8 + (q >> 1));
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+                 :: "r"(at), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+#else
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
     *la_pair<WIDTH>(to, m + g, k + c) = a[0];
     *la_pair<WIDTH>(to, m + g + 8, k + c) = a[1];
     *la_pair<WIDTH>(to, m + g, k + 8 + c) = a[2];
     *la_pair<WIDTH>(to, m + g + 8, k + 8 + c) = a[3];
+#endif
 }
 
-/* acc += a x: 16 columns of values by 64 rows, or by 128 keys */
+/* acc += a x: 16 columns of values by 64 rows, or by 128 keys.  A warp is alone with its tensor core
+ * here: operands are fetched LA_AHEAD products early, to hide what shared memory takes. */
+#define LA_AHEAD 5
 static __device__ __forceinline__ void la_to_rows(float acc[8][4], const uint32_t a[8][4],
                                                   uint32_t x)
 {
+    uint32_t b[LA_AHEAD][4];
 #pragma unroll
-    for (int k = 0; k < 8; k++)
+    for (int i = 0; i < LA_AHEAD; i++) la_b<LA_WIDTH>(b[i], x, i / 4 * 16, i % 4 * 16);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint32_t b[4];
-            la_b<LA_WIDTH>(b, x, 16 * k, 16 * j);
-            la_mma2(acc + 2 * j, a[k], b);
-        }
+    for (int i = 0; i < 32; i++) {
+        const int next = i + LA_AHEAD;
+        la_mma2(acc + i % 4 * 2, a[i / 4], b[i % LA_AHEAD]);
+        if (next < 32) la_b<LA_WIDTH>(b[i % LA_AHEAD], x, next / 4 * 16, next % 4 * 16);
+    }
 }
 static __device__ __forceinline__ void la_to_keys(float acc[16][4], const uint32_t a[4][4],
                                                   uint32_t x)
 {
+    uint32_t b[LA_AHEAD][4];
 #pragma unroll
-    for (int k = 0; k < 4; k++)
+    for (int i = 0; i < LA_AHEAD; i++) la_b_turned<LA_WIDTH>(b[i], x, i / 8 * 16, i % 8 * 16);
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            uint32_t b[4];
-            la_b_turned<LA_WIDTH>(b, x, 16 * k, 16 * j);
-            la_mma2(acc + 2 * j, a[k], b);
-        }
+    for (int i = 0; i < 32; i++) {
+        const int next = i + LA_AHEAD;
+        la_mma2(acc + i % 8 * 2, a[i / 8], b[i % LA_AHEAD]);
+        if (next < 32) la_b_turned<LA_WIDTH>(b[i % LA_AHEAD], x, next / 8 * 16, next % 8 * 16);
+    }
 }
 
 /* decay of the delta rule's chunk, 1 where there are no documents */
@@ -307,6 +325,7 @@ template <bool DELTA>
 static __device__ __forceinline__ void la_decay(float S[16][4], const float *factor, float keep)
 {
     const int c = threadIdx.x % 4 * 2;
+    if (DELTA && keep == 1) return;
 #pragma unroll
     for (int j = 0; j < 16; j++) {
         const float2 d = DELTA ? make_float2(keep, keep) : *(const float2 *)&factor[8 * j + c];
@@ -322,8 +341,8 @@ static __device__ __forceinline__ void la_keep_state(const bf16 *S, bf16 *to, in
 {
     to += blockIdx.x * LA_COLUMNS * LA_WIDTH;
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const int i = writer * 32 + threadIdx.x % 32 + 128 * k, r = i / 16, c = i % 16;
+    for (int k = 0; k < 8; k++) {
+        const int i = writer * 32 + threadIdx.x % 32 + 64 * k, r = i / 16, c = i % 16;
         *(uint4 *)(to + r * LA_WIDTH + c * 8) =
             *(const uint4 *)((const char *)S + fg_swizzle<LA_WIDTH>(r, c));
     }
@@ -431,11 +450,8 @@ static __device__ __forceinline__ void la_step(float S[16][4], la_stage<DELTA> *
 
 /* From the first chunk to the last.  KEEP: the states, and e of the delta rule; else o. */
 template <bool DELTA, bool KEEP>
-static __global__ void __launch_bounds__(LA_THREADS, 1)
-la_forward(const __grid_constant__ la_chain c)
+static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_shared<DELTA> *sm)
 {
-    extern __shared__ __align__(1024) char memory[];
-    la_shared<DELTA> *sm = (la_shared<DELTA> *)memory;
     const int warp = threadIdx.x / 32;
     const int64_t bh = blockIdx.y, b = bh / c.z.H, h = bh % c.z.H, size = LA_WIDTH * LA_WIDTH;
     const int64_t chunks = c.z.chunks;
@@ -467,15 +483,14 @@ la_forward(const __grid_constant__ la_chain c)
             if (!KEEP && i + 1 < chunks) la_fetch_late(c, &sm->late[(i + 1) % LA_STAGES], bh, i + 1);
             fg_copy_commit();
             fg_copy_wait<1>();                   /* what the next step needs is there */
-        } else if (i > 0) {
+        } else if (LA_IS_WRITER(warp) && i > 0) {
             const int64_t j = i - 1, t = j * LA_ROWS;
-            const int w = la_writer(warp), n = la_rows(c.z, j);
-            if (KEEP) {
-                la_keep_state(sm->S[j % 2], c.kept + (bh * chunks + j) * size, w);
-                if (DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, 16 * w, n);
-            } else {
-                la_write_out(c, &sm->late[j % LA_STAGES], sm->S[j % 2], sm->u[j % 2], b, h, t,
-                             16 * w, n);
+            const int w = warp - 6, n = la_rows(c.z, j);
+            if (KEEP) la_keep_state(sm->S[j % 2], c.kept + (bh * chunks + j) * size, w);
+            for (int m = 32 * w; m < 32 * w + 32; m += 16) {
+                if (KEEP && DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, m, n);
+                else if (!KEEP) la_write_out(c, &sm->late[j % LA_STAGES], sm->S[j % 2],
+                                             sm->u[j % 2], b, h, t, m, n);
             }
         }
         __syncthreads();
@@ -533,11 +548,8 @@ static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DEL
 
 /* From the last chunk to the first. */
 template <bool DELTA>
-static __global__ void __launch_bounds__(LA_THREADS, 1)
-la_backward(const __grid_constant__ la_chain c)
+static __device__ __forceinline__ void la_backward_chain(const la_chain &c, la_shared<DELTA> *sm)
 {
-    extern __shared__ __align__(1024) char memory[];
-    la_shared<DELTA> *sm = (la_shared<DELTA> *)memory;
     const int warp = threadIdx.x / 32;
     const int64_t bh = blockIdx.y, b = bh / c.z.H, h = bh % c.z.H, size = LA_WIDTH * LA_WIDTH;
     const int64_t chunks = c.z.chunks;
@@ -573,11 +585,12 @@ la_backward(const __grid_constant__ la_chain c)
             }
             fg_copy_commit();
             fg_copy_wait<1>();
-        } else if (i > 0) {
-            const int w = la_writer(warp);
+        } else if (LA_IS_WRITER(warp) && i > 0) {
+            const int w = warp - 6;
             la_keep_state(sm->S[(i - 1) % 2], c.kept + (bh * chunks + chunk + 1) * size, w);
-            la_keep_rows(sm->u[(i - 1) % 2], c.o, b, h, (chunk + 1) * LA_ROWS, 16 * w,
-                         la_rows(c.z, chunk + 1));
+            for (int m = 32 * w; m < 32 * w + 32; m += 16)
+                la_keep_rows(sm->u[(i - 1) % 2], c.o, b, h, (chunk + 1) * LA_ROWS, m,
+                             la_rows(c.z, chunk + 1));
         }
         __syncthreads();
     }
@@ -586,16 +599,37 @@ la_backward(const __grid_constant__ la_chain c)
     la_state_out(R, c.to + bh * size, c.z.scale);
 }
 
-static inline dim3 la_chain_grid(const la_task &z)
+template <bool DELTA>
+static __global__ void __launch_bounds__(LA_THREADS, 1)
+la_forward(const __grid_constant__ la_chain c)
 {
-    return dim3(LA_WIDTH / LA_COLUMNS, (unsigned)(z.B * z.H));
+    extern __shared__ __align__(1024) char memory[];
+    la_forward_chain<DELTA, false>(c, (la_shared<DELTA> *)memory);
 }
-template <bool DELTA, typename K>
-static void la_chain_launch(K *kernel, const la_chain &c, cudaStream_t stream)
+/* The two ways of the gradient do not need each other: half the blocks go forth, half back. */
+template <bool DELTA>
+static __global__ void __launch_bounds__(LA_THREADS, 1)
+la_both_ways(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain back)
+{
+    extern __shared__ __align__(1024) char memory[];
+    if (blockIdx.z) la_forward_chain<DELTA, true>(forth, (la_shared<DELTA> *)memory);
+    else la_backward_chain<DELTA>(back, (la_shared<DELTA> *)memory);
+}
+
+template <bool DELTA> static void la_run_forward(const la_chain &c, cudaStream_t stream)
 {
     const int bytes = (int)sizeof(la_shared<DELTA>);
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    kernel<<<la_chain_grid(c.z), LA_THREADS, bytes, stream>>>(c);
+    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(c.z.B * c.z.H));
+    cudaFuncSetAttribute(la_forward<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    la_forward<DELTA><<<grid, LA_THREADS, bytes, stream>>>(c);
+}
+template <bool DELTA>
+static void la_run_both_ways(const la_chain &forth, const la_chain &back, cudaStream_t stream)
+{
+    const int bytes = (int)sizeof(la_shared<DELTA>);
+    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(forth.z.B * forth.z.H), 2);
+    cudaFuncSetAttribute(la_both_ways<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    la_both_ways<DELTA><<<grid, LA_THREADS, bytes, stream>>>(forth, back);
 }
 
 /* Cuts bytes off scratch, 256-byte aligned; base NULL: only counts. */
