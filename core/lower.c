@@ -58,7 +58,7 @@ static bool of_weights(const fg_graph *g, const fg_node *n, int depth)
         if (v->kind != FG_OF_NODE || depth > 2 * FG_MAX_IN) return false;
         if (!of_weights(g, &g->nodes[v->node], depth + 1)) return false;
     }
-    return n->n_in > 0;
+    return true;
 }
 
 static bool node_equal(const fg_graph *g, const fg_node *a, const fg_node *b)

@@ -70,6 +70,23 @@ static bool is_parameter(const fg_plan *p, uint32_t v)
     return p->low->values[fg__root_of(p, v)].kind == FG_OF_PARAM;
 }
 
+/* All that node k reads is fixed, and no other node's memory is where it writes. */
+static bool stays_fixed(const fg_plan *p, uint32_t k)
+{
+    const fg_graph *g = p->low;
+    const fg_node *n = &g->nodes[k];
+    for (int i = 0; i < n->n_in; i++) {
+        const fg_value *v = &g->values[n->in[i]];
+        if (!n->in[i] || v->kind == FG_OF_PARAM) continue;
+        if (v->kind != FG_OF_NODE || !p->fixed[v->node]) return false;
+    }
+    for (int o = 0; o < n->n_out; o++) {
+        const uint32_t by = g->values[fg__root_of(p, n->out[o])].node;
+        if (by != FG_NO_NODE && !p->fixed[by]) return false;
+    }
+    return true;
+}
+
 /* Casts and joins of weights, and what else depends on parameters alone, run again only when these
  * have changed: in no step of decoding, once in several micro batches. */
 static void find_fixed(fg_plan *p)
@@ -79,15 +96,16 @@ static void find_fixed(fg_plan *p)
         if (g->nodes[k].op->code->memory == FG_MUTATE)
             for (int o = 0; o < g->nodes[k].n_out; o++)
                 p->changes_params |= is_parameter(p, g->nodes[k].out[o]);
-    for (uint32_t k = 0; k < g->n_nodes && !p->changes_params && p->store->backend->fuses; k++) {
-        const fg_node *n = &g->nodes[k];
-        bool fixed = n->op->code->memory != FG_MUTATE && n->n_in > 0;
-        for (int i = 0; i < n->n_in && fixed; i++) {
-            const fg_value *v = &g->values[n->in[i]];
-            if (n->in[i])
-                fixed = v->kind == FG_OF_PARAM || (v->node != FG_NO_NODE && p->fixed[v->node]);
+    if (p->changes_params || !p->store->backend->fuses) return;
+    for (uint32_t k = 0; k < g->n_nodes; k++)
+        p->fixed[k] = g->nodes[k].op->code->memory != FG_MUTATE;
+    for (bool changed = true; changed; ) {
+        changed = false;
+        for (uint32_t k = 0; k < g->n_nodes; k++) {
+            if (!p->fixed[k] || stays_fixed(p, k)) continue;
+            p->fixed[k] = false;
+            changed = true;
         }
-        p->fixed[k] = fixed;
     }
 }
 

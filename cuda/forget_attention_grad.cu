@@ -26,33 +26,10 @@
  * Bytes at the least, bf16: q, k, v, o, go, gq, gk, gv once, 16 B N H D; moved besides: gq in f32,
  * through the L2 cache, 256 / 128 bytes a pair and 128 keys.
  * Source: as ops/forget_attention_grad.c; tiles and order as in Dao 2023, "FlashAttention-2". */
-#include "attention.cuh"
+#include "forget_attention_grad.cuh"
 
 enum { GO, GLSE, Q, K, V, LOG_F, O, LSE, FIRST };
-
 static constexpr int ROWS = 64;          /* queries of a tile */
-static constexpr float LOG_F_MIN = -100; /* below it the gate's gradient is 0 */
-static constexpr int UNSEEN = INT32_MAX; /* the lowest key of a row that sees none */
-
-/* What does not depend on the tile sizes.  Per-token arrays are [B,H,np], np a multiple of 128. */
-struct args {
-    const void *q, *k, *v, *go, *o;
-    void *gq, *gk, *gv;
-    float *glog_f;
-    const float *log_f, *lse, *glse;
-    const int *first;
-    int64_t q_row, k_row, v_row, f_row, gq_row, gk_row, gv_row, gf_row;   /* elements per token */
-    int64_t B, N, H, Hkv, D, np, window;
-    float scale, scale2;                 /* scale2 = scale log2(e) */
-    int n_q, n_k, keys;          /* tiles of queries, tiles of keys and keys of one */
-    bool narrow, plain;                  /* bf16; neither first nor window */
-    fg_gates gates;                      /* NULLs: no gate */
-    float *column, *rows;                /* rows: sums over keys, or per tile [B,H,n_q] */
-    float2 *row;                         /* L_i - ell_i, delta_i */
-    int *low, *last, *turn, *next;       /* low: [B,np], last: [B,n_k], turn: [B,H,n_q] */
-    int4 *span;                          /* [B,n_q]: lowest tile of keys, highest low, padding? */
-    float4 *sum_q;                       /* gq / scale in f32, as the fragments lie */
-};
 
 /* ---- gates and rows ------------------------------------------------------------------------- */
 
@@ -66,8 +43,8 @@ template <int LANES> static __global__ void __launch_bounds__(256) rows_fill(con
         a.turn[head * a.n_q + tile] = 0;
         if (tile + h + b == 0) *a.next = 0;
     }
-    for (int r = (int)threadIdx.x / LANES; r < ROWS; r += 256 / LANES) {
-        const int64_t t = tile * ROWS + r, at = (b * a.N + t) * a.H + h;
+    for (int r = (int)threadIdx.x / LANES; r < a.tile; r += 256 / LANES) {
+        const int64_t t = tile * a.tile + r, at = (b * a.N + t) * a.H + h;
         float delta = 0, level = INFINITY;
         if (t < a.N && !(a.first && a.first[b * a.N + t] > t)) {
             if (LANES < 32 || a.D % 8 == 0) {
@@ -85,15 +62,17 @@ template <int LANES> static __global__ void __launch_bounds__(256) rows_fill(con
         }
         delta = fg_warp_sum<LANES>(delta);
         if (level < INFINITY && a.glse) delta -= a.glse[at];
-        if (lane == 0) a.row[head * a.np + t] = make_float2(level, level < INFINITY ? delta : 0);
+        if (lane) continue;
+        a.level[head * a.np + t] = level;
+        a.delta[head * a.np + t] = level < INFINITY ? delta : 0;
     }
 }
 
 /* The lowest key that each row sees, and what that means for its tile. */
-static __global__ void __launch_bounds__(ROWS) spans_fill(const args a)
+static __global__ void __launch_bounds__(128) spans_fill(const args a)
 {
-    __shared__ int part[3][ROWS / 32];
-    const int64_t tile = blockIdx.x, b = blockIdx.y, t = tile * ROWS + threadIdx.x;
+    __shared__ int part[3][4];
+    const int64_t tile = blockIdx.x, b = blockIdx.y, t = tile * a.tile + threadIdx.x;
     int64_t from = 0;
     if (t < a.N) {
         if (a.first) from = a.first[b * a.N + t];
@@ -112,9 +91,10 @@ static __global__ void __launch_bounds__(ROWS) spans_fill(const args a)
     }
     __syncthreads();
     if (threadIdx.x) return;
-    const int l = min(part[0][0], part[0][1]);
-    a.span[b * a.n_q + tile] = make_int4(l == UNSEEN ? UNSEEN : l / a.keys,
-                                         max(part[1][0], part[1][1]), part[2][0] | part[2][1], 0);
+    int l = UNSEEN, high = 0, any = 0;
+    for (int w = 0; w < a.tile / 32; w++)
+        l = min(l, part[0][w]), high = max(high, part[1][w]), any |= part[2][w];
+    a.span[b * a.n_q + tile] = make_int4(l == UNSEEN ? UNSEEN : l / a.keys, high, any, 0);
 }
 
 /* last_j: the last tile of queries that sees tile j of keys, or -1. */
@@ -125,7 +105,7 @@ static __global__ void __launch_bounds__(1024) lasts_fill(const args a)
         int i = a.n_q - 1;
         const int64_t end = a.first || !a.window ? a.N
                           : (int64_t)(j + 1) * a.keys - 1 + a.window;
-        if (end / ROWS < i) i = (int)(end / ROWS);
+        if (end / a.tile < i) i = (int)(end / a.tile);
         while (i >= 0 && a.span[b * a.n_q + i].x > j) i--;
         a.last[b * a.n_k + j] = i;
     }
@@ -133,18 +113,6 @@ static __global__ void __launch_bounds__(1024) lasts_fill(const args a)
 
 /* ---- tensor cores --------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void copy8(unsigned to, const void *from)
-{
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(to), "l"(from) : "memory");
-}
-
-static __device__ __forceinline__ float4 shared_float4(unsigned at)
-{
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(at) : "memory");
-    return x;
-}
 static __device__ __forceinline__ void add_float4(float4 *to, float4 x)
 {
 #if __CUDA_ARCH__ >= 900
@@ -155,32 +123,21 @@ static __device__ __forceinline__ void add_float4(float4 *to, float4 x)
     atomicAdd(p, x.x), atomicAdd(p + 1, x.y), atomicAdd(p + 2, x.z), atomicAdd(p + 3, x.w);
 #endif
 }
-static __device__ __forceinline__ int turn_now(const int *turn)
-{
-    int x;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(turn) : "memory");
-    return x;
-}
-static __device__ __forceinline__ void turn_set(int *turn, int x)
-{
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(turn), "r"(x) : "memory");
-}
-
 /* Sizes of a tile and where its parts lie in shared memory.  Rows of 16-byte chunks; chunk c of row
  * r lies at c ^ r % 8, so that eight rows of a matrix never meet in a bank. */
 template <int D_, int WARPS_, int MT_, int PER_SM_, int KEEP_> struct shape {
     static constexpr int D = D_, WARPS = WARPS_, MT = MT_, PER_SM = PER_SM_;
     static constexpr bool KEEP_K = KEEP_ & 1, KEEP_V = KEEP_ & 2;   /* in registers */
     static constexpr int THREADS = WARPS * 32, OWN = MT * 16, KEYS = WARPS * OWN;
-    static constexpr int CH = 16;                          /* queries at a time */
+    static constexpr int CH = SOME;                        /* queries at a time */
     static constexpr int KS = D / 16, NT = D / 8;          /* steps of 16, columns of 8 */
     static constexpr int WIDE = D / (WARPS / 2), WT = WIDE / 8;    /* a warp's part of gq: 32 rows */
     static constexpr int BYTES = D * 2;                    /* of a row */
     static constexpr int K_AT = 0, V_AT = K_AT + KEYS * BYTES, Q_AT = V_AT + KEYS * BYTES;
     static constexpr int GO_AT = Q_AT + 2 * ROWS * BYTES, DS_AT = GO_AT + 2 * ROWS * BYTES;
-    static constexpr int ROW_AT = DS_AT + KEYS * ROWS * 2, LOW_AT = ROW_AT + 2 * ROWS * 8;
+    static constexpr int ROW_AT = DS_AT + KEYS * ROWS * 2, LOW_AT = ROW_AT + 4 * ROWS * 4;
     static constexpr int BASE_AT = LOW_AT + 2 * ROWS * 4, PART_AT = BASE_AT + 16;
-    static constexpr int SHARED = PART_AT + 2 * WARPS * 4;
+    static constexpr int SHARED = PART_AT + 2 * (ROWS / SOME) * WARPS * 4;
     static constexpr int TILE4 = ROWS * D / 4;             /* float4 of a tile of gq */
 };
 
@@ -243,12 +200,13 @@ static __device__ __forceinline__ void queries_load(const args &a, const share<S
         fg_copy_async(to + S::Q_AT, (const bf16 *)a.q + token * a.q_row + d, there);
         fg_copy_async(to + S::GO_AT, (const bf16 *)a.go + token * a.H * a.D + d, sees);
     }
-    if (x < ROWS / 2)
-        fg_copy_async(s.memory + S::ROW_AT + p.stage * ROWS * 8 + x * 16, a.row + at + x * 2, true);
-    else if (x < ROWS / 2 + ROWS / 4)
-        fg_copy_async(s.memory + S::LOW_AT + p.stage * ROWS * 4 + (x - ROWS / 2) * 16,
-               a.low + s.b * a.np + tile0 + (x - ROWS / 2) * 4, true);
-    else if (x == ROWS / 2 + ROWS / 4 && a.gates.block)
+    const int y = x % (ROWS / 4), part = x / (ROWS / 4);
+    const unsigned row = s.memory + S::ROW_AT + p.stage * ROWS * 4 + y * 16;
+    if (part == 0) fg_copy_async(row, a.level + at + y * 4, true);
+    else if (part == 1) fg_copy_async(row + 2 * ROWS * 4, a.delta + at + y * 4, true);
+    else if (part == 2)
+        fg_copy_async(row + 4 * ROWS * 4, a.low + s.b * a.np + tile0 + y * 4, true);
+    else if (y == 0 && a.gates.block)
         copy8(s.memory + S::BASE_AT + p.stage * 8,
               &a.gates.block[(s.b * a.H + p.h) * a.gates.blocks + tile0 / FG_GATE_BLOCK].base);
 }
@@ -304,16 +262,16 @@ static __device__ __forceinline__ void mask(const share<S> &s, step p, int n,
             }
 }
 
-/* z to p and dp to ds; sums of ds per key. */
+/* z to p and dp to ds; ds is summed per key, and over all to sum. */
 template <class S>
 static __device__ __forceinline__ void weights(const args &a, const share<S> &s, step p, int n,
-                                               float d, const float4 (&row)[2],
+                                               float d, const float2 (&level)[2],
                                                float (&z)[S::MT][2][4], float (&dp)[S::MT][2][4],
-                                               float (&sum)[S::MT][2])
+                                               float (&column)[S::MT][2], float &sum)
 {
 #pragma unroll
     for (int t = 0; t < 2; t++) {
-        const float l0 = d - row[t].x, l1 = d - row[t].z;
+        const float l0 = d - level[t].x, l1 = d - level[t].y;
 #pragma unroll
         for (int m = 0; m < S::MT; m++)
 #pragma unroll
@@ -327,9 +285,12 @@ static __device__ __forceinline__ void weights(const args &a, const share<S> &s,
 #pragma unroll
     for (int m = 0; m < S::MT; m++)
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-            sum[m][r] += (dp[m][0][2 * r] + dp[m][0][2 * r + 1])
-                       + (dp[m][1][2 * r] + dp[m][1][2 * r + 1]);
+        for (int r = 0; r < 2; r++) {
+            const float x = (dp[m][0][2 * r] + dp[m][0][2 * r + 1])
+                          + (dp[m][1][2 * r] + dp[m][1][2 * r + 1]);
+            column[m][r] += x;
+            sum += x;
+        }
 }
 
 /* x of two columns of 8 as the left operand of a product over these 16. */
@@ -377,15 +338,26 @@ static __device__ __forceinline__ void accumulate(share<S> &s, unsigned q, unsig
     }
 }
 
-/* All of a step but gq; returns the warp's sum of ds. */
+/* The warps' sums of ds over SOME queries */
 template <class S>
-static __device__ __forceinline__ float step_keys(const args &a, share<S> &s, step p)
+static __device__ __forceinline__ unsigned part_at(const share<S> &s, int stage, int some)
 {
-    const unsigned rows = s.memory + S::ROW_AT + p.stage * ROWS * 8 + s.lane % 4 * 16;
+    return s.memory + S::PART_AT + (stage * (ROWS / SOME) + some) * S::WARPS * 4;
+}
+static __device__ __forceinline__ void part_put(unsigned at, float x)
+{
+    asm volatile("st.shared.f32 [%0], %1;" :: "r"(at), "f"(x) : "memory");
+}
+
+/* All of a step but gq; the warp's sums of ds go to shared memory. */
+template <class S>
+static __device__ __forceinline__ void step_keys(const args &a, share<S> &s, step p)
+{
+    const unsigned rows = s.memory + S::ROW_AT + p.stage * ROWS * 4 + s.lane % 4 * 8;
     const unsigned q = s.memory + S::Q_AT + p.stage * ROWS * S::BYTES, go = q + S::GO_AT - S::Q_AT;
     const unsigned plain = lane_offset<false>(s.lane, S::BYTES);
     const unsigned turned = lane_offset<true>(s.lane, S::BYTES);
-    float d = 0, sum[S::MT][2] = {};
+    float d = 0, column[S::MT][2] = {};
     if (a.gates.block) {
         double base;
         asm volatile("ld.shared.f64 %0, [%1];"
@@ -395,30 +367,33 @@ static __device__ __forceinline__ float step_keys(const args &a, share<S> &s, st
 #pragma unroll 1
     for (int n = 0; n < ROWS; n += S::CH) {
         unsigned w[S::MT][4] = {}, u[S::MT][4] = {};
+        float sum = 0;
         const bool any = p.i * ROWS + n + S::CH > s.key0 + s.warp * S::OWN;
         if (any) {
-            const float4 row[2] = { shared_float4(rows + n * 8), shared_float4(rows + n * 8 + 64) };
+            const float2 level[2] = { shared_float2(rows + n * 4), shared_float2(rows + n * 4 + 32) };
+            const unsigned deltas = rows + 2 * ROWS * 4 + n * 4;
+            const float2 delta[2] = { shared_float2(deltas), shared_float2(deltas + 32) };
             float z[S::MT][2][4] = {}, dp[S::MT][2][4];
 #pragma unroll
             for (int m = 0; m < S::MT; m++)
 #pragma unroll
                 for (int e = 0; e < 8; e++)
-                    dp[m][e >> 2][e & 3] = e & 1 ? -row[e >> 2].w : -row[e >> 2].y;
+                    dp[m][e >> 2][e & 3] = e & 1 ? -delta[e >> 2].y : -delta[e >> 2].x;
             scores(s, q + n * S::BYTES + plain, go + n * S::BYTES + plain, z, dp);
-            weights(a, s, p, n, d, row, z, dp, sum);
+            weights(a, s, p, n, d, level, z, dp, column, sum);
 #pragma unroll
             for (int m = 0; m < S::MT; m++) pack(z[m], w[m]), pack(dp[m], u[m]);
         }
 #pragma unroll
         for (int m = 0; m < S::MT; m++) ds_put(s, m, n, u[m]);
         if (any) accumulate(s, q + n * S::BYTES + turned, go + n * S::BYTES + turned, w, u);
+        sum = fg_warp_sum(sum);
+        if (s.lane == 0) part_put(part_at(s, p.stage, n / SOME) + s.warp * 4, sum);
     }
-    float total = 0;
 #pragma unroll
     for (int m = 0; m < S::MT; m++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) s.column[m][r] += sum[m][r], total += sum[m][r];
-    return fg_warp_sum(total);
+        for (int r = 0; r < 2; r++) s.column[m][r] += column[m][r];
 }
 
 /* gQ / scale of the step: 32 rows and WIDE columns are the warp's. */
@@ -475,22 +450,25 @@ static __device__ __forceinline__ void queries_add(const args &a, const share<S>
         }
 }
 
-/* The tile's sum of ds, then the turn of the next; by one thread, after a barrier. */
+/* The tile's sums of ds, then the turn of the next; by one warp, after a barrier. */
 template <class S>
 static __device__ __forceinline__ void turn_pass(const args &a, const share<S> &s, int stage,
                                                  int64_t tile, int rank)
 {
-    float sum = 0;
-    for (int w = 0; w < S::WARPS; w++) {
-        float x;
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x)
-                     : "r"(s.memory + S::PART_AT + (stage * S::WARPS + w) * 4) : "memory");
-        sum += x;
+    if (s.lane < ROWS / SOME) {
+        float sum = 0, *row = a.rows + tile * (ROWS / SOME) + s.lane;
+#pragma unroll
+        for (int w = 0; w < S::WARPS; w++) {
+            float x;
+            asm volatile("ld.shared.f32 %0, [%1];"
+                         : "=f"(x) : "r"(part_at(s, stage, s.lane) + w * 4) : "memory");
+            sum += x;
+        }
+        if (rank == 0) *row = sum;
+        else atomicAdd(row, sum);        /* one adder at a time, in the order of turns */
     }
-    if (rank == 0) a.rows[tile] = sum;
-    else atomicAdd(a.rows + tile, sum);          /* one adder at a time, in the order of turns */
-    __threadfence();
-    turn_set(a.turn + tile, rank + 1);
+    __syncwarp();
+    if (s.lane == 0) turn_set(a.turn + tile, rank + 1);
 }
 
 template <class S>
@@ -542,14 +520,6 @@ static __device__ __forceinline__ void keys_store(const args &a, const share<S> 
         }
 }
 
-/* The next tile of queries that sees keys of tile j: i itself or a later one. */
-static __device__ __forceinline__ int seen_from(const args &a, int64_t b, int i, int last, int j)
-{
-    if (!a.plain)
-        while (i <= last && a.span[b * a.n_q + i].x > j) i++;
-    return i;
-}
-
 template <class S> static __device__ __forceinline__ void keys_keep(share<S> &s)
 {
 #pragma unroll
@@ -562,8 +532,7 @@ template <class S> static __device__ __forceinline__ void keys_keep(share<S> &s)
         }
 }
 
-/* One tile of keys of one key head.  Tiles are given out from the last to the first, so whoever
- * waits for a turn waits for a tile that has been given out: no deadlock. */
+/* One tile of keys of one key head. */
 template <class S> static __global__ void __launch_bounds__(S::THREADS, S::PER_SM)
 tile_of_keys(const args a)
 {
@@ -571,57 +540,49 @@ tile_of_keys(const args a)
     __shared__ int given;
     if (threadIdx.x == 0) given = atomicAdd(a.next, 1);
     __syncthreads();
-    const int j = a.n_k - 1 - given % a.n_k;
-    const int64_t head = given / a.n_k, kv = head % a.Hkv, group = a.H / a.Hkv;
+    walk w;
+    w.begin(a, given);
+    const int h0 = w.h, kv = h0 / (int)(a.H / a.Hkv);
     share<S> s;
     s.memory = fg_shared(memory), s.lane = (int)threadIdx.x % 32, s.warp = (int)threadIdx.x / 32;
-    s.key0 = j * S::KEYS, s.b = head / a.Hkv;
+    s.key0 = w.j * S::KEYS, s.b = w.b;
 #pragma unroll
     for (int e = 0; e < S::MT * S::NT * 4; e++)
         s.gk[e / (4 * S::NT)][e / 4 % S::NT][e % 4] = s.gv[e / (4 * S::NT)][e / 4 % S::NT][e % 4] = 0;
-    const int last = a.plain ? a.n_q - 1 : a.last[s.b * a.n_k + j];
-    const int first = seen_from(a, s.b, s.key0 / ROWS, last, j);
-    step p = { first, 0, kv * group, false };
+    step p = { w.i, 0, w.h, false };
     columns_begin(a, s, p.h);
     keys_load(a, s, kv);
-    if (first <= last) queries_load(a, s, p);
+    if (w.more()) queries_load(a, s, p);
     fg_copy_commit();
     fg_copy_wait<0>();
     __syncthreads();
     keys_keep(s);
     int64_t before = -1;                 /* the tile of queries whose turn is still to be passed */
     int rank = 0;
-    while (p.i <= last) {
+    while (w.more()) {
         fg_copy_wait<0>();
         __syncthreads();
-        if (before >= 0 && threadIdx.x == 0) turn_pass(a, s, p.stage ^ 1, before, rank);
-        step next = { seen_from(a, s.b, p.i + 1, last, j), p.stage ^ 1, p.h, false };
-        if (next.i > last && p.h + 1 < (kv + 1) * group) next.i = first, next.h++;
-        if (next.i <= last) queries_load(a, s, next);
+        if (before >= 0 && s.warp == 0) turn_pass(a, s, p.stage ^ 1, before, rank);
+        before = w.tile(a), rank = w.rank(a), p.masked = w.masked(a);
+        w.advance(a);
+        const step next = { w.i, p.stage ^ 1, w.h, false };
+        if (w.more()) queries_load(a, s, next);
         fg_copy_commit();
-        p.masked = p.i * ROWS < s.key0 + S::KEYS - 1
-                || (!a.plain && a.span[s.b * a.n_q + p.i].y > s.key0);
-        const float sum = step_keys(a, s, p);
-        if (s.lane == 0)
-            asm volatile("st.shared.f32 [%0], %1;"
-                         :: "r"(s.memory + S::PART_AT + (p.stage * S::WARPS + s.warp) * 4), "f"(sum)
-                         : "memory");
+        step_keys(a, s, p);
         __syncthreads();
         float c[2][S::WT][4];
         step_queries(s, p, c);
-        before = (s.b * a.H + p.h) * a.n_q + p.i;
-        rank = min((p.i * ROWS + ROWS - 1) / S::KEYS, a.n_k - 1) - j;
         queries_add(a, s, before, rank, c);
-        if (next.h != p.h || next.i > last) {
+        if (next.h != p.h || !w.more()) {
             columns_end(a, s, p.h);
-            if (next.i <= last) columns_begin(a, s, next.h);
+            if (w.more()) columns_begin(a, s, next.h);
         }
         p = next;
     }
     __syncthreads();
-    if (before >= 0 && threadIdx.x == 0) turn_pass(a, s, p.stage ^ 1, before, rank);
+    if (before >= 0 && s.warp == 0) turn_pass(a, s, p.stage ^ 1, before, rank);
     if (before < 0)
-        for (int64_t h = kv * group; h < (kv + 1) * group; h++) columns_end(a, s, h);
+        for (int h = h0; h < w.h_end; h++) columns_end(a, s, h);
     keys_store(a, s, kv);
 }
 
@@ -634,7 +595,7 @@ template <class S> static __global__ void __launch_bounds__(S::THREADS) queries_
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const float4 *from = a.sum_q + tile * S::TILE4 + warp * (2 * S::WT * 32) + lane;
     const bool any = a.turn[tile] > 0;
-    if (!any && threadIdx.x == 0) a.rows[tile] = 0;
+    if (!any && threadIdx.x < ROWS / SOME) a.rows[tile * (ROWS / SOME) + threadIdx.x] = 0;
 #pragma unroll
     for (int e = 0; e < 2 * S::WT; e++) {
         const float4 x = any ? from[e * 32] : make_float4(0, 0, 0, 0);
@@ -712,9 +673,8 @@ static __device__ __forceinline__ void plain_tile(const args &a, operands<W> &m,
         const int64_t i = i0 + lane + 8 * u;
         float p = 0, ds = 0;
         if (i < a.N && j <= i && j >= a.low[b * a.np + i]) {
-            const float2 row = a.row[head * a.np + i];
-            p = exp2f(fmaf(z[u], a.scale2, between - row.x) - ell);
-            ds = p * (dp[u] - row.y);
+            p = exp2f(fmaf(z[u], a.scale2, between - a.level[head * a.np + i]) - ell);
+            ds = p * (dp[u] - a.delta[head * a.np + i]);
         }
         m.p[key][lane + 8 * u] = p;
         m.ds[key][lane + 8 * u] = ds;
@@ -822,13 +782,13 @@ template <int W> static __global__ void __launch_bounds__(256) plain_queries(con
 
 /* ---- the gate's gradient -------------------------------------------------------------------- */
 
-/* The sum over keys of a row's ds.  per_tile: its own is glse, and an equal part of what else its
- * tile's sum holds; a group of 16 threads has the tile, 4 rows each. */
-static __device__ __forceinline__ void row_sums(const args &a, bool per_tile, int64_t b, int64_t h,
+/* The sums over keys of 4 rows' ds.  some: those of SOME rows together are known; a row's own is
+ * glse, and an equal part of what else that sum holds. */
+static __device__ __forceinline__ void row_sums(const args &a, bool some, int64_t b, int64_t h,
                                                 int64_t t, float (&row)[4])
 {
-    const int64_t head = b * a.H + h, tile = t / ROWS;
-    if (!per_tile) {
+    const int64_t head = b * a.H + h, from = t / SOME * SOME;
+    if (!some) {
 #pragma unroll
         for (int e = 0; e < 4; e++) row[e] = t + e < a.N ? a.rows[head * a.np + t + e] : 0;
         return;
@@ -839,15 +799,16 @@ static __device__ __forceinline__ void row_sums(const args &a, bool per_tile, in
         const bool sees = a.glse && t + e < a.N && a.low[b * a.np + t + e] != UNSEEN;
         sum += row[e] = sees ? a.glse[(b * a.N + t + e) * a.H + h] : 0;
     }
-    sum = fg_warp_sum<16>(sum);
-    const int64_t rows = a.N - tile * ROWS < ROWS ? a.N - tile * ROWS : ROWS;
-    const float rest = t < a.N ? (a.rows[head * a.n_q + tile] - sum) / (float)rows : 0;
+    sum = fg_warp_sum<SOME / 4>(sum);
+    const int64_t rows = a.N - from < SOME ? a.N - from : SOME;
+    const int64_t at = head * a.n_q * (a.tile / SOME) + from / SOME;
+    const float rest = t < a.N ? (a.rows[at] - sum) / (float)rows : 0;
 #pragma unroll
     for (int e = 0; e < 4; e++) row[e] = t + e < a.N ? row[e] + rest : 0;
 }
 
 /* One block per head, from the last token to the first, 4 tokens a thread. */
-static __global__ void __launch_bounds__(1024) gates_gradient(const args a, bool per_tile)
+static __global__ void __launch_bounds__(1024) gates_gradient(const args a, bool some)
 {
     __shared__ double part[32];
     const int64_t h = blockIdx.x, b = blockIdx.y, head = b * a.H + h;
@@ -857,7 +818,7 @@ static __global__ void __launch_bounds__(1024) gates_gradient(const args a, bool
         const int64_t t = t0 + (int64_t)threadIdx.x * 4;
         float row[4];
         double sum[4], x = 0;
-        row_sums(a, per_tile, b, h, t, row);
+        row_sums(a, some, b, h, t, row);
 #pragma unroll
         for (int e = 3; e >= 0; e--) {
             if (t + e < a.N) x += (double)row[e] - (double)a.column[head * a.np + t + e];
@@ -897,7 +858,7 @@ static __global__ void __launch_bounds__(256) gates_zero(const args a)
 #define KEEP64 1
 #endif
 #ifndef KEEP128
-#define KEEP128 1
+#define KEEP128 0
 #endif
 using shape64 = shape<64, 4, 2, 2, KEEP64>;
 using shape128 = shape<128, 8, 1, 1, KEEP128>;
@@ -920,12 +881,15 @@ static size_t cut(args *a, const fg_shape *q, const fg_shape *k, bool gate, bool
     size_t used = 0;
     a->B = q->dim[0], a->N = k->dim[1], a->H = q->dim[2], a->Hkv = k->dim[2], a->D = q->dim[3];
     a->np = (a->N + FG_GATE_BLOCK - 1) / FG_GATE_BLOCK * FG_GATE_BLOCK;
-    a->n_q = (int)((a->N + ROWS - 1) / ROWS);
-    a->keys = a->D <= 64 ? shape64::KEYS : shape128::KEYS;
+    a->sm90 = matrices && fg_forget_attention_grad_has_sm90();
+    a->tile = a->sm90 && a->D <= 64 ? 128 : 64;
+    a->keys = 128;
+    a->n_q = (int)((a->N + a->tile - 1) / a->tile);
     a->n_k = (int)((a->N + a->keys - 1) / a->keys);
     const size_t heads = (size_t)(a->B * a->H), tokens = heads * (size_t)a->np;
     const size_t tiles = heads * (size_t)a->n_q, B = (size_t)a->B;
-    take(base, &used, &a->row, tokens * sizeof *a->row);
+    take(base, &used, &a->level, tokens * sizeof *a->level);
+    take(base, &used, &a->delta, tokens * sizeof *a->delta);
     take(base, &used, &a->column, tokens * sizeof *a->column);
     take(base, &used, &a->rows, tokens * sizeof *a->rows);
     take(base, &used, &a->low, B * (size_t)a->np * sizeof *a->low);
@@ -934,8 +898,8 @@ static size_t cut(args *a, const fg_shape *q, const fg_shape *k, bool gate, bool
     take(base, &used, &a->turn, tiles * sizeof *a->turn);
     take(base, &used, &a->next, sizeof *a->next);
     if (matrices)
-        take(base, &used, &a->sum_q, tiles * (a->D <= 64 ? shape64::TILE4 : shape128::TILE4)
-                                          * sizeof *a->sum_q);
+        take(base, &used, &a->sum_q, tiles * (size_t)(a->tile * (a->D <= 64 ? 64 : 128))
+                                          * sizeof(float));
     if (gate) {
         size_t bytes = 0;
         a->gates = fg_gates_cut(base ? base + used : nullptr, a->B, a->N, a->H, &bytes);
@@ -997,7 +961,7 @@ static args arguments(const fg_exec *e)
 static void prepare(const args &a, cudaStream_t stream)
 {
     const dim3 tiles((unsigned)a.n_q, (unsigned)a.H, (unsigned)a.B);
-    spans_fill<<<dim3((unsigned)a.n_q, (unsigned)a.B), ROWS, 0, stream>>>(a);
+    spans_fill<<<dim3((unsigned)a.n_q, (unsigned)a.B), a.tile, 0, stream>>>(a);
     if (!a.plain) lasts_fill<<<(unsigned)a.B, 1024, 0, stream>>>(a);
     if (a.log_f) fg_gates_scan(a.log_f, a.f_row, a.B, a.N, a.H, &a.gates, stream);
     if (a.D % 8 || a.D > 128) rows_fill<32><<<tiles, 256, 0, stream>>>(a);
@@ -1028,7 +992,8 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     const args a = arguments(e);
     const bool matrices = a.sum_q;
     prepare(a, stream);
-    if (matrices && a.D <= 64) run_matrices<shape64>(a, stream);
+    if (a.sm90) fg_forget_attention_grad_sm90(a, stream);
+    else if (matrices && a.D <= 64) run_matrices<shape64>(a, stream);
     else if (matrices) run_matrices<shape128>(a, stream);
     else if (a.D <= 64) run_plain<64>(a, stream);
     else if (a.D <= 128) run_plain<128>(a, stream);

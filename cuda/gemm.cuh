@@ -5,6 +5,11 @@
  * op(a): [M,K]   op(b): [K,N]   y: [M,N]   bias: [N], added to every row.
  * a and b are both bf16, or both f32; sums are f32 (true f32, never tf32).
  *
+ * Extents.  Where all rows begin at multiples of 16 bytes, what an extent over 512 has beyond a
+ * multiple of 8 is a small product of its own: cuBLASLt is slow with the odd extent.
+ * Rounding.  A y of bf16 is rounded once, but for two cases in which cuBLASLt was seen to round the
+ * product before it adds: beta != 0 (and so a K that is cut), and a bias where N or K is no
+ * multiple of 8.
  * Choice of the algorithm.  A shape's first call outside of a capture takes up to 8 candidates of
  * the library's heuristic, runs each on the real operands, keeps the best until the last
  * fg_gemm_close, and waits for the stream; later calls enqueue and nothing else.  A call with
@@ -13,7 +18,7 @@
  * Bits.  A candidate that gives other bits from run to run is dropped.  Among those that give the
  * bits of the heuristic's first candidate (checked on the operands, and only with the same split
  * of K) the fastest is taken, so noise in the measurement does not change results from process to
- * process; one with other bits is taken only where it is faster by more than a tenth. */
+ * process; one with other bits is taken only if it splits K and is faster by more than a tenth. */
 #ifndef FG_GEMM_CUH
 #define FG_GEMM_CUH
 #include "kernel.cuh"

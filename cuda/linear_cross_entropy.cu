@@ -15,8 +15,8 @@
 enum {
     SLICE_BYTES = 512 << 20,     /* of the logits of a slice, about */
     ROW_STEP = 128,              /* a slice has a multiple of this many rows */
-    THREADS = 512,               /* of the block that walks one row */
-    AHEAD = 4                    /* 16-byte vectors of bf16 a thread has in flight */
+    THREADS = 256,               /* of the block that walks one row */
+    AHEAD = 4                    /* vectors of 8 logits that a thread has in flight */
 };
 
 typedef struct { int64_t rows, V, N, step, pitch; size_t z_bytes; } extents;
@@ -38,21 +38,58 @@ static extents extents_of(const fg_shape *x, const fg_shape *w, fg_dtype type)
 
 /* ---- one row, by one block ------------------------------------------------------------------ */
 
+/* Eight logits as they lie in memory. */
+template <bool NARROW> struct packed { uint4 u[NARROW ? 1 : 2]; };
+
+template <bool NARROW>
+static __device__ __forceinline__ packed<NARROW> load(const void *row, int vector)
+{
+    packed<NARROW> p;
+    const uint4 *q = (const uint4 *)row + (int64_t)vector * (NARROW ? 1 : 2);
+    p.u[0] = q[0];
+    if (!NARROW) p.u[!NARROW] = q[1];
+    return p;
+}
+
+template <bool NARROW> static __device__ __forceinline__ fg_vec8 unpack(const packed<NARROW> &p)
+{
+    fg_vec8 x;
+    if (NARROW) fg_unpack(p.u[0], x.v);
+    else {
+        *(uint4 *)x.v = p.u[0];
+        *(uint4 *)(x.v + 4) = p.u[!NARROW];
+    }
+    return x;
+}
+
+/* e^x to 2^-20 for x from -87 to 0; below that 0.  One multiplication and the hardware's 2^x. */
+static __device__ __forceinline__ float exp_of(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+    return y;
+}
+
 /* The greatest x so far and the sum of e^(x - greatest). */
 struct running {
     float most, sum;
-    __device__ void add8(const fg_vec8 &x)
+    __device__ __forceinline__ void add8(const fg_vec8 &x)
     {
         float here = x[0];
 #pragma unroll
         for (int i = 1; i < 8; i++) here = fmaxf(here, x[i]);
         if (here > most) {
-            sum *= __expf(most - here);
+            sum *= exp_of(most - here);
             most = here;
         }
         const float shift = most == -INFINITY ? 0 : most;        /* NaN in x reaches sum */
+        float a = 0, b = 0;
 #pragma unroll
-        for (int i = 0; i < 8; i++) sum += __expf(x[i] - shift);
+        for (int i = 0; i < 8; i += 2) {
+            a += exp_of(x[i] - shift);
+            b += exp_of(x[i + 1] - shift);
+        }
+        sum += a + b;
     }
 };
 
@@ -70,70 +107,76 @@ static __device__ float block_max(float x)
 
 template <bool NARROW>
 static __global__ void __launch_bounds__(THREADS)
-row_loss(const void *z, int64_t pitch, int64_t V, const int32_t *labels, float *loss, float *lse)
+row_loss(const void *z, int64_t pitch, int V, const int32_t *labels, float *loss, float *lse)
 {
-    const int64_t row = blockIdx.x;
-    const fg_in x = { z, NARROW };
+    const void *x = (const char *)z + blockIdx.x * pitch * (NARROW ? 2 : 4);
+    const fg_in element = { x, NARROW };
+    const int whole = V / 8;
     running r = { -INFINITY, 0 };
-    for (int64_t from = threadIdx.x; from < V / 8; from += THREADS * AHEAD) {
-        fg_vec8 v[AHEAD];
+    for (int from = threadIdx.x; from < whole; from += THREADS * AHEAD) {
+        packed<NARROW> p[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
-            if (from + k * THREADS < V / 8)
-                v[k] = fg_load8(x, row * pitch + (from + k * THREADS) * 8);
+            if (from + k * THREADS < whole) p[k] = load<NARROW>(x, from + k * THREADS);
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
-            if (from + k * THREADS < V / 8) r.add8(v[k]);
+            if (from + k * THREADS < whole) r.add8(unpack(p[k]));
     }
     if (threadIdx.x < V % 8) {
         fg_vec8 v;
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = -INFINITY;
-        v[0] = x[row * pitch + V / 8 * 8 + threadIdx.x];
+        for (int i = 1; i < 8; i++) v[i] = -INFINITY;
+        v[0] = element[whole * 8 + threadIdx.x];
         r.add8(v);
     }
     const float most = block_max(r.most), shift = most == -INFINITY ? 0 : most;
-    const float scale = r.most == -INFINITY ? 1 : __expf(r.most - shift);
+    const float scale = r.most == -INFINITY ? 1 : exp_of(r.most - shift);
     const float sum = fg_block_sum<THREADS>(r.sum * scale);
     if (threadIdx.x > 0) return;
-    const int32_t label = labels[row];
+    const int32_t label = labels[blockIdx.x];
     const float total = most == -INFINITY ? most + sum : most + logf(sum);
-    lse[row] = total;
-    loss[row] = label == -100 ? 0 : label >= 0 && label < V ? total - x[row * pitch + label] : NAN;
+    lse[blockIdx.x] = total;
+    loss[blockIdx.x] = label == -100 ? 0 : label >= 0 && label < V ? total - element[label] : NAN;
 }
 
 /* z becomes gz. */
 template <bool NARROW>
 static __global__ void __launch_bounds__(THREADS)
-row_grad(void *z, int64_t pitch, int64_t V, const float *gloss, const int32_t *labels,
+row_grad(void *z, int64_t pitch, int V, const float *gloss, const int32_t *labels,
          const float *lse)
 {
-    const int64_t row = blockIdx.x;
-    const int32_t label = labels[row];
-    const bool valid = label >= 0 && label < V, none = label == -100;
-    const float scale = none ? 0 : valid ? gloss[row] : NAN, shift = lse[row];
-    const fg_in x = { z, NARROW };
-    const fg_out y = { z, NARROW };
-    const auto grad = [&](float x, int64_t c) {
-        return none ? 0 : scale * (__expf(x - shift) - (c == label ? 1.0f : 0.0f));
-    };
-    for (int64_t from = threadIdx.x; from < V / 8; from += THREADS * AHEAD) {
-        fg_vec8 v[AHEAD];
+    void *x = (char *)z + blockIdx.x * pitch * (NARROW ? 2 : 4);
+    const fg_in element = { x, NARROW };
+    const fg_out y = { x, NARROW };
+    const int32_t label = labels[blockIdx.x];
+    const int whole = V / 8, last = whole * 8 + (int)threadIdx.x;
+    if (label == -100) {
+        for (int from = threadIdx.x; from < whole; from += THREADS)
+            fg_store8(y, (int64_t)from * 8, fg_vec8{});
+        if (last < V) y.put(last, 0);
+        return;
+    }
+    const float scale = label >= 0 && label < V ? gloss[blockIdx.x] : NAN, shift = lse[blockIdx.x];
+    for (int from = threadIdx.x; from < whole; from += THREADS * AHEAD) {
+        packed<NARROW> p[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
-            if (from + k * THREADS < V / 8)
-                v[k] = fg_load8(x, row * pitch + (from + k * THREADS) * 8);
+            if (from + k * THREADS < whole) p[k] = load<NARROW>(x, from + k * THREADS);
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
-            const int64_t c = (from + k * THREADS) * 8;
-            if (c + 8 > V) continue;
+            if (from + k * THREADS >= whole) continue;
+            fg_vec8 v = unpack(p[k]);
+            const unsigned at = (unsigned)label - (unsigned)(from + k * THREADS) * 8;
 #pragma unroll
-            for (int i = 0; i < 8; i++) v[k][i] = grad(v[k][i], c + i);
-            fg_store8(y, row * pitch + c, v[k]);
+            for (int i = 0; i < 8; i++) v[i] = scale * exp_of(v[i] - shift);
+            if (at < 8)
+#pragma unroll
+                for (int i = 0; i < 8; i++) v[i] -= at == (unsigned)i ? scale : 0;
+            fg_store8(y, (int64_t)(from + k * THREADS) * 8, v);
         }
     }
-    const int64_t c = V / 8 * 8 + threadIdx.x;
-    if (c < V) y.put(row * pitch + c, grad(x[row * pitch + c], c));
+    if (last < V)
+        y.put(last, scale * exp_of(element[last] - shift) - (last == label ? scale : 0));
 }
 
 /* ---- the ops -------------------------------------------------------------------------------- */
@@ -150,9 +193,15 @@ static void logits(const fg_exec *e, int at, const extents *s, int64_t from, int
     fg_gemm(&g, stream);
 }
 
+static const char *product_unfit(const fg_shape *w, fg_dtype x_type, fg_dtype w_type, fg_dtype y)
+{
+    if (w->dim[0] > INT32_MAX - 4096) return "the vocabulary has more rows than a label can name";
+    return fg_gemm_unfit(x_type, w_type, y);
+}
+
 static const char *unfit(const fg_infer *c)
 {
-    return fg_gemm_unfit(c->in_type[0], c->in_type[1], c->in_type[0]);
+    return product_unfit(&c->in[1], c->in_type[0], c->in_type[1], c->in_type[0]);
 }
 
 static size_t scratch(const fg_infer *c)
@@ -171,7 +220,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
         const int64_t n = s.rows - from < s.step ? s.rows - from : s.step;
         logits(e, 0, &s, from, n, z, stream);
         (narrow ? row_loss<true> : row_loss<false>)<<<(unsigned)n, THREADS, 0, stream>>>(
-            z, s.pitch, s.V, labels + from, loss + from, lse + from);
+            z, s.pitch, (int)s.V, labels + from, loss + from, lse + from);
     }
 }
 
@@ -179,8 +228,8 @@ FG_KERNEL(linear_cross_entropy) = { .launch = launch, .unfit = unfit, .scratch =
 
 static const char *grad_unfit(const fg_infer *c)
 {
-    const char *x = fg_gemm_unfit(c->in_type[1], c->in_type[2], c->out_type[0]);
-    return x ? x : fg_gemm_unfit(c->in_type[1], c->in_type[2], c->out_type[1]);
+    const char *gx = product_unfit(&c->in[2], c->in_type[1], c->in_type[2], c->out_type[0]);
+    return gx ? gx : fg_gemm_unfit(c->in_type[1], c->in_type[2], c->out_type[1]);
 }
 
 static size_t grad_scratch(const fg_infer *c)
@@ -221,7 +270,7 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
         const int64_t n = s.rows - from < s.step ? s.rows - from : s.step;
         logits(e, 1, &s, from, n, z, stream);
         (narrow ? row_grad<true> : row_grad<false>)<<<(unsigned)n, THREADS, 0, stream>>>(
-            z, s.pitch, s.V, gloss + from, labels + from, lse + from);
+            z, s.pitch, (int)s.V, gloss + from, labels + from, lse + from);
         grad_products(e, &s, from, n, z, sum, stream);
     }
     if (s.rows == 0) grad_products(e, &s, 0, 0, z, gw, stream);

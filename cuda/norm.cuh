@@ -4,11 +4,12 @@
  *
  * Rows of D elements are cut in segments, each held in registers by THREADS threads, VECS vectors
  * of 8 elements a thread: every input is read once and every output written once.  A segment is
- *   - one group, n <= 8192: all its threads sum;
+ *   - one group, n <= 4096: all its threads sum;
  *   - or 512 elements of several groups of n = 8, 16, .. 256: n / 8 neighbouring lanes sum.
  * Any other n goes element by element, one warp to a group, and reads its inputs twice.
- * The gain's gradient: each block adds the rows it is given, in order, and leaves one row of
- * partial sums, then a second kernel adds those.  Blocks and rows are set by the shape alone. */
+ * The gradient's blocks walk the rows they are given, in order; the next row is on its way while
+ * the present one is summed.  Each leaves one row of partial sums of gw, and a second kernel adds
+ * those.  Blocks and rows are set by the shape alone. */
 #ifndef FG_NORM_CUH
 #define FG_NORM_CUH
 #include "kernel.cuh"
@@ -16,10 +17,15 @@
 enum {
     NORM_WARPS = 4,              /* of a block, where a warp holds a segment */
     NORM_FEW = 512,              /* elements of a segment of several groups */
-    NORM_PARTS = 792,            /* blocks that share the rows of the gradient, at most: 6 each
-                                    for 132 processors */
-    NORM_ROWS_APART = 32         /* least rows of a block in the gradient by elements */
+    NORM_PROCESSORS = 132,       /* that the gradient's rows are shared among, on any card */
+    NORM_ROWS = 4                /* that a block of the gradient walks at the least */
 };
+
+/* Blocks of the gradient that a processor holds, by the threads of a segment and their vectors:
+ * what registers allow.  H100, 2026-11. */
+template <int THREADS, int VECS> constexpr int norm_backward_blocks =
+    THREADS == 32 ? (VECS == 1 ? 5 : 3) : THREADS == 128 ? 4
+    : THREADS == 192 ? (VECS == 1 ? 3 : 2) : THREADS == 256 ? 2 : 1;
 
 /* Row r of a tensor of rows of D elements begins at r / per * pitch + r % per * D. */
 struct norm_rows { int64_t per, pitch, D; };
@@ -41,6 +47,17 @@ struct norm_size {
     int lanes;                   /* that sum one group; 0: all threads of the segment */
     bool whole;                  /* segments fit in registers; false: element by element */
 };
+/* Chooses the threads and vectors that hold a segment: USE(THREADS, VECS) for the first that do. */
+#define NORM_FORMS(segment, USE) \
+    do { \
+        if ((segment) <= 256) { USE(32, 1); } \
+        else if ((segment) <= 512) { USE(32, 2); } \
+        else if ((segment) <= 1024) { USE(128, 1); } \
+        else if ((segment) <= 1536) { USE(192, 1); } \
+        else if ((segment) <= 2048) { USE(256, 1); } \
+        else if ((segment) <= 3072) { USE(192, 2); } \
+        else { USE(512, 1); } \
+    } while (0)
 
 static inline norm_size norm_size_of(const fg_shape *x, const fg_shape *w, int64_t groups)
 {
@@ -48,7 +65,7 @@ static inline norm_size norm_size_of(const fg_shape *x, const fg_shape *w, int64
     s.rows = 1;
     for (int i = 0; i + 1 < x->rank; i++) s.rows *= x->dim[i];
     s.D = fg_last_of(x), s.groups = groups, s.n = s.D / groups, s.n_w = fg_last_of(w);
-    s.whole = s.n % 8 == 0 && s.n <= 8192;
+    s.whole = s.n % 8 == 0 && s.n <= 4096 && s.D < 1 << 30;
     const bool few = s.whole && groups > 1 && s.n <= 256 && (s.n & (s.n - 1)) == 0;
     s.lanes = few ? (int)(s.n / 8) : 0;
     s.segment = s.n;
@@ -66,7 +83,7 @@ template <int VECS> struct norm_values { float v[VECS][8]; };
 
 template <int VECS>
 static __device__ __forceinline__ void norm_fetch(norm_values<VECS> &r, const fg_in &x, int64_t row,
-                                                  const int64_t *at, const bool *ok)
+                                                  const int *at, const bool *ok)
 {
     if (x.narrow) {
 #pragma unroll
@@ -93,7 +110,7 @@ static __device__ __forceinline__ void norm_widen(norm_values<VECS> &r, bool nar
 
 template <int VECS>
 static __device__ __forceinline__ void norm_put(const norm_values<VECS> &r, const fg_out &y,
-                                                int64_t row, const int64_t *at, const bool *ok)
+                                                int64_t row, const int *at, const bool *ok)
 {
 #pragma unroll
     for (int i = 0; i < VECS; i++) {
@@ -105,9 +122,22 @@ static __device__ __forceinline__ void norm_put(const norm_values<VECS> &r, cons
     }
 }
 
+/* The sum over a block; calls take turns between two slots, so that one barrier is enough. */
+template <int THREADS> static __device__ __forceinline__ float norm_block_sum(float x, int slot)
+{
+    __shared__ float part[2][THREADS / 32];
+    x = fg_warp_sum(x);
+    if (threadIdx.x % 32 == 0) part[slot][threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) x += part[slot][i];
+    return x;
+}
+
 /* part[i], one for each vector, becomes the sum over the group that the vector lies in. */
 template <int THREADS, int VECS>
-static __device__ __forceinline__ void norm_group_sums(float (&part)[VECS], int lanes)
+static __device__ __forceinline__ void norm_group_sums(float (&part)[VECS], int lanes, int slot)
 {
     if (THREADS == 32 && lanes > 0) {
 #pragma unroll
@@ -118,26 +148,27 @@ static __device__ __forceinline__ void norm_group_sums(float (&part)[VECS], int 
     float sum = part[0];
 #pragma unroll
     for (int i = 1; i < VECS; i++) sum += part[i];
-    sum = THREADS == 32 ? fg_warp_sum(sum) : fg_block_sum<THREADS>(sum);
+    sum = THREADS == 32 ? fg_warp_sum(sum) : norm_block_sum<THREADS>(sum, slot);
 #pragma unroll
     for (int i = 0; i < VECS; i++) part[i] = sum;
 }
 
 /* Where a thread's vectors lie. */
 template <int THREADS, int VECS> struct norm_place {
-    int64_t at[VECS], w[VECS];   /* in the row, in the gain */
+    int at[VECS], w[VECS], group[VECS];          /* in the row, in the gain; its group */
     bool ok[VECS], first[VECS];  /* inside the segment; first vector of its group */
-    __device__ __forceinline__ norm_place(const norm_size &s, int64_t segment)
+    __device__ __forceinline__ norm_place(const norm_size &s, int segment)
     {
-        const int64_t from = segment * s.segment;
-        const int64_t to = from + s.segment < s.D ? from + s.segment : s.D;
+        const int from = segment * (int)s.segment, n = (int)s.n;
+        const int to = from + s.segment < s.D ? from + (int)s.segment : (int)s.D;
 #pragma unroll
         for (int i = 0; i < VECS; i++) {
             at[i] = from + (i * THREADS + threadIdx.x % THREADS) * 8;
             ok[i] = at[i] < to;
-            const int64_t inside = s.lanes ? at[i] & (s.n - 1) : at[i] - from;
+            const int inside = s.lanes ? at[i] & (n - 1) : at[i] - from;
             first[i] = ok[i] && inside == 0;
-            w[i] = s.n_w == s.D ? at[i] : inside;
+            w[i] = !ok[i] ? 0 : s.n_w == s.D ? at[i] : inside;
+            group[i] = ok[i] ? at[i] / n : 0;
         }
     }
 };
@@ -168,17 +199,17 @@ static __global__ void __launch_bounds__(norm_block<THREADS>) norm_whole(const n
                       ? blockIdx.x * (int64_t)NORM_WARPS + threadIdx.x / 32 : blockIdx.x;
     if (row >= a.s.rows) return;
     const norm_place<THREADS, VECS> place(a.s, blockIdx.y);
-    norm_values<VECS> x, more, g;
+    norm_values<VECS> x, other;
     norm_fetch(x, a.x, norm_row(a.x_rows, row), place.at, place.ok);
-    if (GATED) norm_fetch(g, a.g, norm_row(a.g_rows, row), place.at, place.ok);
-    else if (a.more.p) norm_fetch(more, a.more, row * a.s.D, place.at, place.ok);
+    if (GATED) norm_fetch(other, a.g, norm_row(a.g_rows, row), place.at, place.ok);
+    else if (a.more.p) norm_fetch(other, a.more, row * a.s.D, place.at, place.ok);
     norm_widen(x, a.x.narrow);
     if (!GATED && a.more.p) {
-        norm_widen(more, a.more.narrow);
+        norm_widen(other, a.more.narrow);
 #pragma unroll
         for (int i = 0; i < VECS; i++)
 #pragma unroll
-            for (int k = 0; k < 8; k++) x.v[i][k] += more.v[i][k];
+            for (int k = 0; k < 8; k++) x.v[i][k] += other.v[i][k];
         norm_put(x, a.sum, row * a.s.D, place.at, place.ok);
     }
     float rstd[VECS];
@@ -188,18 +219,17 @@ static __global__ void __launch_bounds__(norm_block<THREADS>) norm_whole(const n
 #pragma unroll
         for (int k = 0; k < 8; k++) rstd[i] += x.v[i][k] * x.v[i][k];
     }
-    norm_group_sums<THREADS>(rstd, a.s.lanes);
-    if (GATED) norm_widen(g, a.g.narrow);
+    norm_group_sums<THREADS>(rstd, a.s.lanes, 0);
+    if (GATED) norm_widen(other, a.g.narrow);
 #pragma unroll
     for (int i = 0; i < VECS; i++) {
         rstd[i] = 1.0f / sqrtf(rstd[i] / (float)a.s.n + a.eps);
-        if (!place.ok[i]) continue;
-        if (place.first[i]) a.rstd[row * a.s.groups + place.at[i] / a.s.n] = rstd[i];
+        if (place.first[i]) a.rstd[row * a.s.groups + place.group[i]] = rstd[i];
         const fg_vec8 w = fg_load8(a.w, place.w[i]);
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             x.v[i][k] = x.v[i][k] * rstd[i] * w[k];
-            if (GATED) x.v[i][k] *= norm_sigmoid(g.v[i][k]);
+            if (GATED) x.v[i][k] *= norm_sigmoid(other.v[i][k]);
         }
     }
     norm_put(x, a.y, norm_row(a.y_rows, row), place.at, place.ok);
@@ -246,16 +276,14 @@ template <bool GATED> static void norm_launch(const norm_forward &a, cudaStream_
 {
     const norm_size &s = a.s;
     if (s.rows == 0 || s.D == 0) return;
-    if (!s.whole)
+    if (!s.whole) {
         norm_elements<GATED><<<fg_blocks(s.rows * s.groups, NORM_WARPS), 32 * NORM_WARPS, 0,
                                stream>>>(a);
-    else if (s.segment <= 256) norm_start<GATED, 32, 1>(a, stream);
-    else if (s.segment <= 512) norm_start<GATED, 32, 2>(a, stream);
-    else if (s.segment <= 1024) norm_start<GATED, 128, 1>(a, stream);
-    else if (s.segment <= 1536) norm_start<GATED, 192, 1>(a, stream);
-    else if (s.segment <= 2048) norm_start<GATED, 256, 1>(a, stream);
-    else if (s.segment <= 4096) norm_start<GATED, 256, 2>(a, stream);
-    else norm_start<GATED, 256, 4>(a, stream);
+        return;
+    }
+#define USE(threads, vecs) norm_start<GATED, threads, vecs>(a, stream)
+    NORM_FORMS(s.segment, USE);
+#undef USE
 }
 
 /* ---- gradient ------------------------------------------------------------------------------- */
@@ -314,48 +342,68 @@ static __device__ __forceinline__ void norm_leave(const norm_backward &a, const 
     }
 }
 
+/* What one row needs from memory. */
+template <int VECS> struct norm_backward_row {
+    norm_values<VECS> gy, x, other;
+    float rstd[VECS];
+};
+
 template <bool GATED, int THREADS, int VECS>
-static __global__ void __launch_bounds__(norm_block<THREADS>) norm_grad_whole(const norm_backward a)
+static __device__ __forceinline__ void
+norm_backward_fetch(norm_backward_row<VECS> &r, const norm_backward &a, int64_t row,
+                    const norm_place<THREADS, VECS> &place)
+{
+    norm_fetch(r.x, a.x, norm_row(a.x_rows, row), place.at, place.ok);
+    norm_fetch(r.gy, a.gy, norm_row(a.gy_rows, row), place.at, place.ok);
+    if (GATED) norm_fetch(r.other, a.g, norm_row(a.g_rows, row), place.at, place.ok);
+    else if (a.more.p)
+        norm_fetch(r.other, a.more, norm_row(a.more_rows, row), place.at, place.ok);
+#pragma unroll
+    for (int i = 0; i < VECS; i++) r.rstd[i] = a.rstd[row * a.s.groups + place.group[i]];
+}
+
+template <bool GATED, int THREADS, int VECS>
+static __global__ void
+__launch_bounds__(norm_block<THREADS>, (norm_backward_blocks<THREADS, VECS>))
+norm_grad_whole(const norm_backward a)
 {
     extern __shared__ float part[];
     const int held = THREADS == 32 ? NORM_WARPS : 1, warp = THREADS == 32 ? threadIdx.x / 32 : 0;
     const norm_place<THREADS, VECS> place(a.s, blockIdx.y);
     const int64_t last = norm_first(a.s.rows, a.parts, blockIdx.x + 1);
-    norm_values<VECS> gw = {};
-    for (int64_t row = norm_first(a.s.rows, a.parts, blockIdx.x) + warp; row < last; row += held) {
-        norm_values<VECS> gy, x, g, more;
-        float rstd[VECS], sum[VECS];
-        norm_fetch(x, a.x, norm_row(a.x_rows, row), place.at, place.ok);
-        norm_fetch(gy, a.gy, norm_row(a.gy_rows, row), place.at, place.ok);
-        if (GATED) norm_fetch(g, a.g, norm_row(a.g_rows, row), place.at, place.ok);
-        else if (a.more.p)
-            norm_fetch(more, a.more, norm_row(a.more_rows, row), place.at, place.ok);
+    int64_t row = norm_first(a.s.rows, a.parts, blockIdx.x) + warp;
+    fg_vec8 w[VECS];
 #pragma unroll
-        for (int i = 0; i < VECS; i++)
-            rstd[i] = place.ok[i] ? a.rstd[row * a.s.groups + place.at[i] / a.s.n] : 0;
-        norm_widen(x, a.x.narrow);
-        norm_widen(gy, a.gy.narrow);
-        if (GATED) norm_widen(g, a.g.narrow);
-        else if (a.more.p) norm_widen(more, a.more.narrow);
+    for (int i = 0; i < VECS; i++) w[i] = fg_load8(a.w, place.w[i]);
+    norm_values<VECS> gw = {};
+    norm_backward_row<VECS> next;
+    if (row < last) norm_backward_fetch<GATED>(next, a, row, place);
+    for (int slot = 0; row < last; row += held, slot ^= 1) {
+        norm_backward_row<VECS> r = next;
+        if (row + held < last) norm_backward_fetch<GATED>(next, a, row + held, place);
+        norm_widen(r.x, a.x.narrow);
+        norm_widen(r.gy, a.gy.narrow);
+        if (GATED) norm_widen(r.other, a.g.narrow);
+        else if (a.more.p) norm_widen(r.other, a.more.narrow);
+        float sum[VECS];
 #pragma unroll
         for (int i = 0; i < VECS; i++) {
-            const fg_vec8 w = fg_load8(a.w, place.ok[i] ? place.w[i] : 0);
 #pragma unroll
-            for (int k = 0; k < 8; k++) x.v[i][k] *= rstd[i];
-            sum[i] = norm_terms<GATED>(gy.v[i], x.v[i], g.v[i], w, gw.v[i]);
+            for (int k = 0; k < 8; k++) r.x.v[i][k] *= r.rstd[i];
+            sum[i] = norm_terms<GATED>(r.gy.v[i], r.x.v[i], r.other.v[i], w[i], gw.v[i]);
         }
-        norm_group_sums<THREADS>(sum, a.s.lanes);
+        norm_group_sums<THREADS>(sum, a.s.lanes, slot);
 #pragma unroll
         for (int i = 0; i < VECS; i++) {
             const float mean = sum[i] / (float)a.s.n;
 #pragma unroll
             for (int k = 0; k < 8; k++) {
-                gy.v[i][k] = rstd[i] * (gy.v[i][k] - x.v[i][k] * mean);
-                if (!GATED && a.more.p) gy.v[i][k] += more.v[i][k];
+                r.gy.v[i][k] = r.rstd[i] * (r.gy.v[i][k] - r.x.v[i][k] * mean);
+                if (!GATED && a.more.p) r.gy.v[i][k] += r.other.v[i][k];
             }
         }
-        norm_put(gy, a.gx, norm_row(a.gx_rows, row), place.at, place.ok);
-        if (GATED) norm_put(g, a.gg, norm_row(a.gg_rows, row), place.at, place.ok);
+        norm_put(r.gy, a.gx, norm_row(a.gx_rows, row), place.at, place.ok);
+        if (GATED) norm_put(r.other, a.gg, norm_row(a.gg_rows, row), place.at, place.ok);
     }
     const int64_t from = blockIdx.y * a.s.segment;
 #pragma unroll
@@ -378,7 +426,8 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_grad_elements(con
     const int64_t gy_at = norm_row(a.gy_rows, row) + from, x_at = norm_row(a.x_rows, row) + from;
     const int64_t w_at = a.s.n_w == a.s.D ? from : 0;
     const int64_t g_at = GATED ? norm_row(a.g_rows, row) + from : 0;
-    const int64_t more_at = norm_row(a.more_rows, row) + from;
+    const bool more = !GATED && a.more.p;
+    const int64_t more_at = more ? norm_row(a.more_rows, row) + from : 0;
     const int64_t gx_at = norm_row(a.gx_rows, row) + from;
     const int64_t gg_at = GATED ? norm_row(a.gg_rows, row) + from : 0;
     const float rstd = a.rstd[k];
@@ -391,8 +440,7 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_grad_elements(con
     for (int64_t i = lane; i < n; i += 32) {
         const float s = GATED ? norm_sigmoid(a.g[g_at + i]) : 1;
         const float m = a.gy[gy_at + i] * s * a.w[w_at + i], h = a.x[x_at + i] * rstd;
-        const float more = !GATED && a.more.p ? a.more[more_at + i] : 0;
-        a.gx.put(gx_at + i, rstd * (m - h * mean) + more);
+        a.gx.put(gx_at + i, rstd * (m - h * mean) + (more ? a.more[more_at + i] : 0));
         if (GATED) a.gg.put(gg_at + i, m * h * (1 - s));
     }
 }
@@ -429,11 +477,21 @@ norm_add_parts(const float *from, int64_t rows, int64_t n, fg_out to)
     if (threadIdx.x == 0 && column < n) to.put(column, sum);
 }
 
+/* Blocks that share the rows: as many as NORM_PROCESSORS hold at once, each with NORM_ROWS rows for
+ * every segment it holds; element by element at most 64, with 32 rows. */
 static inline int64_t norm_parts(const norm_size &s)
 {
-    const int64_t least = !s.whole ? NORM_ROWS_APART : s.lanes ? 2 * NORM_WARPS : 4;
-    const int64_t parts = (s.rows + least - 1) / least, most = NORM_PARTS;
-    return parts < 1 ? 1 : parts < most ? parts : most;
+    int64_t most = 64, least = 32;
+    if (s.whole) {
+#define USE(threads, vecs) \
+        most = NORM_PROCESSORS * norm_backward_blocks<threads, vecs> / s.segments; \
+        least = NORM_ROWS * (threads == 32 ? NORM_WARPS : 1)
+        NORM_FORMS(s.segment, USE);
+#undef USE
+    }
+    const int64_t parts = (s.rows + least - 1) / least;
+    if (parts < most) most = parts;
+    return most > 1 ? most : 1;
 }
 /* Rows of partial sums, each as long as the gain. */
 static inline int64_t norm_part_rows(const norm_size &s)
@@ -466,14 +524,11 @@ static void norm_grad_launch(norm_backward &a, const fg_out &gw, cudaStream_t st
         if (s.rows > 0)
             norm_grad_elements<GATED><<<fg_blocks(s.rows * s.groups, NORM_WARPS), 32 * NORM_WARPS,
                                         0, stream>>>(a);
+    } else {
+#define USE(threads, vecs) norm_grad_start<GATED, threads, vecs>(a, stream)
+        NORM_FORMS(s.segment, USE);
+#undef USE
     }
-    else if (s.segment <= 256) norm_grad_start<GATED, 32, 1>(a, stream);
-    else if (s.segment <= 512) norm_grad_start<GATED, 32, 2>(a, stream);
-    else if (s.segment <= 1024) norm_grad_start<GATED, 128, 1>(a, stream);
-    else if (s.segment <= 1536) norm_grad_start<GATED, 192, 1>(a, stream);
-    else if (s.segment <= 2048) norm_grad_start<GATED, 256, 1>(a, stream);
-    else if (s.segment <= 4096) norm_grad_start<GATED, 256, 2>(a, stream);
-    else norm_grad_start<GATED, 256, 4>(a, stream);
     const dim3 block(32, 32);
     norm_add_parts<<<fg_blocks(s.n_w, 32), block, 0, stream>>>(a.part, norm_part_rows(s), s.n_w,
                                                                gw);

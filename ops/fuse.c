@@ -21,11 +21,15 @@ static const fg_node *maker(const fg_rewrite *r, uint32_t v)
 
 /* ---- products of one input ------------------------------------------------------------------ */
 
-enum { GROUP_MAX = 16, REACH = 4096 };   /* members; nodes between the first and the last */
+enum {
+    GROUP_MAX = 16, REACH = 4096,        /* members; nodes between the first and the last */
+    WHOLE = 8                            /* elements of a row that are loaded at once */
+};
 
 typedef struct {
     int n;
     uint32_t node[GROUP_MAX];            /* the products, in running order */
+    int64_t rows[GROUP_MAX];             /* of their weights */
     uint32_t dx[GROUP_MAX], dw[GROUP_MAX];     /* their gradients, FG_NO_NODE if not there */
 } group;
 
@@ -43,6 +47,7 @@ static void find_group(const fg_rewrite *r, uint32_t k, group *m)
         if (g->values[n->in[1]].type != g->values[first->in[1]].type) continue;
         if (g->values[n->out[0]].type != g->values[first->out[0]].type) continue;
         m->dx[m->n] = m->dw[m->n] = FG_NO_NODE;
+        m->rows[m->n] = fg_dim(fg__now_tensor(r, n->in[1]), 0);
         m->node[m->n++] = i;
     }
 }
@@ -70,9 +75,15 @@ static fg_tensor as_type(fg_tensor t, fg_tensor like)
     return fg_dtype_of(t) == fg_dtype_of(like) ? t : fg__cast(t, fg_dtype_of(like));
 }
 
-static fg_tensor join(const fg_rewrite *r, fg_tensor all, uint32_t v, int axis)
+static int64_t padded(int64_t n) { return (n + WHOLE - 1) / WHOLE * WHOLE; }
+
+/* all and, behind it along an axis, v with zeros up to a multiple of WHOLE, so that what comes next
+ * begins where a kernel's 16-byte loads may. */
+static fg_tensor join(const fg_rewrite *r, fg_tensor all, uint32_t v, int axis, int64_t rows)
 {
-    const fg_tensor t = fg__now_tensor(r, v);
+    fg_tensor t = fg__now_tensor(r, v);
+    if (axis < 0) axis += fg_shape_of(t).rank;
+    if (rows % WHOLE) t = fg__slice_grad(FG_HERE, t, axis, 0, padded(rows));
     return fg_absent(all) ? t : fg_concat(all, t, axis);
 }
 
@@ -83,7 +94,7 @@ static fg_tensor joined_weights(fg_rewrite *r, const group *m)
     const uint32_t k = n->recomputed && n->pair != FG_NO_NODE ? n->pair : m->node[0];
     const uint32_t first = fg__build_as(r, k);
     fg_tensor w = { 0 };
-    for (int j = 0; j < m->n; j++) w = join(r, w, r->g->nodes[m->node[j]].in[1], 0);
+    for (int j = 0; j < m->n; j++) w = join(r, w, r->g->nodes[m->node[j]].in[1], 0, m->rows[j]);
     fg__built(r, k, first);
     return w;
 }
@@ -101,13 +112,12 @@ static void merge_products(fg_rewrite *r, const group *m, fg_tensor w)
     fg_node own[GROUP_MAX];
     for (int j = 0; j < m->n; j++) own[j] = g->nodes[m->node[j]];
     for (int j = 0; j < m->n; j++) {
-        const int64_t n = fg_dim(fg__now_tensor(r, own[j].in[1]), 0);
         first = fg__build_as(r, m->node[j]);
-        fg_tensor part = fg_slice(y, -1, at, at + n);
+        fg_tensor part = fg_slice(y, -1, at, at + m->rows[j]);
         if (own[j].in[2]) part = fg_add(part, as_type(fg__now_tensor(r, own[j].in[2]), y));
         fg__built(r, m->node[j], first);
         fg__instead(r, own[j].out[0], part);
-        at += n;
+        at += padded(m->rows[j]);
     }
     fg__take_slot(r, k, y);
 }
@@ -142,7 +152,7 @@ static bool unread_before(const fg_rewrite *r, const group *m, const uint32_t *n
 static fg_tensor joined_gradients(const fg_rewrite *r, const group *m, const uint32_t *node)
 {
     fg_tensor gy = { 0 };
-    for (int j = 0; j < m->n; j++) gy = join(r, gy, r->g->nodes[node[j]].in[0], -1);
+    for (int j = 0; j < m->n; j++) gy = join(r, gy, r->g->nodes[node[j]].in[0], -1, m->rows[j]);
     return gy;
 }
 
@@ -173,12 +183,11 @@ static void merge_weight_gradients(fg_rewrite *r, const group *m)
     for (int j = 0; j < m->n; j++) own[j] = g->nodes[m->dw[j]];
     int64_t at = 0;
     for (int j = 0; j < m->n; j++) {
-        const int64_t n = g->values[own[j].out[0]].shape.dim[0];
         first = fg__build_as(r, m->dw[j]);
-        const fg_tensor part = fg_slice(gw, 0, at, at + n);
+        const fg_tensor part = fg_slice(gw, 0, at, at + m->rows[j]);
         fg__built(r, m->dw[j], first);
         fg__instead(r, own[j].out[0], part);
-        at += n;
+        at += padded(m->rows[j]);
     }
     fg__take_slot(r, last, gw);
 }

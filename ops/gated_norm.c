@@ -228,5 +228,5 @@ static fg_tensor grad_example(fg_graph *g, int i)
 const fg_op_code fg_code_gated_norm_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
     .example = grad_example, .scratch = grad_scratch, .reuse = 1u << 0 | 1u << 3,
-    .bf16 = { .like = { 2, 0, 4 }, .wide_out = 2 },
+    .bf16 = { .wide_in = 16, .like = { 2, 0, 4 }, .wide_out = 2 },
 };

@@ -216,7 +216,7 @@ static fg_tensor grad_example(fg_graph *g, int i)
 const fg_op_code fg_code_rms_norm_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
     .example = grad_example, .scratch = grad_scratch, .reuse = 1u << 0 | 1u << 1,
-    .bf16 = { .like = { 2 }, .wide_out = 2 },
+    .bf16 = { .wide_in = 8, .like = { 2 }, .wide_out = 2 },
 };
 
 /* ---- add_rms_norm --------------------------------------------------------------------------- */

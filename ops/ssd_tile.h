@@ -5,9 +5,10 @@
  * piece, and 0 for the others.  Tiles of pairs are stored as w[j][i], source j before target i.
  *
  * A decay over several tokens is e to a sum of dt_t a, in double, so neither a short memory beside
- * a long one nor a million tokens cost accuracy.  Between pairs it is made so for every FG_ANCHOR-th
- * source, and by single factors e^(dt_t a) for those between.  Decays below FG_GONE count as 0:
- * products of subnormal numbers are slow, and a float holds nothing of them beside others. */
+ * a long one nor a million tokens cost accuracy.  Between pairs it is made so for every
+ * FG_ANCHOR-th source, and by single factors e^(dt_t a) for those between.  Decays below FG_GONE
+ * count as 0: products of subnormal numbers are slow, and a float holds nothing of them beside
+ * others. */
 #ifndef FG_SSD_TILE_H
 #define FG_SSD_TILE_H
 #include "internal.h"

@@ -19,8 +19,10 @@ for model in fox_pro_tiny fox_llama_ops transformer_tiny mamba2_tiny hybrid hgrn
         name=$(basename "$build")
         # the model file itself is compiled by the same compiler as the library
         export FOX_CC=$cc
-        "$build/fox-graph" dump "$source" --pass train --stage lowered --format text \
+        "$build/fox-graph" dump "$source" --pass all --stage planned --stable --json \
             >"$work/$name.dump"
+        "$build/fox-graph" dump "$source" --pass all --stable --format html | grep -v Policy \
+            >>"$work/$name.dump"
         for threads in 1 2; do
             out=$work/$model-$name-$threads
             "$build/fox-graph" train "$source" --data "$work/text" --steps 4 --threads $threads \

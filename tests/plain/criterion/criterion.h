@@ -75,7 +75,7 @@ int main(void)
 {
     for (int i = 0; i < plain_count; i++) {
         struct plain_hooks of = plain_all[i].of;
-        for (int s = 0; s < plain_suite_count; s++, __VA_ARGS__)
+        for (int s = 0; s < plain_suite_count; s++)
             if (!strcmp(plain_suites[s].suite, plain_all[i].suite)) of = plain_suites[s].of;
         if (of.init) of.init();
         plain_all[i].run();
