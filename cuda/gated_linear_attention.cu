@@ -11,8 +11,8 @@
  * as -110 at least, where e^g is 0 in f32.
  * Anything else: row by row (linear_attention_rows.cuh).
  *
- * Bytes of 1 x 16384 rows, 12 heads, one unit = 50 MB: forward 13 (least 6), gradient 28 (least 12). */
-#include <math.h>
+ * Bytes of 1 x 16384 rows, 12 heads, a unit is 50 MB: forward 13 (least 6), gradient 30 (least 12).
+ */
 #include "linear_attention.cuh"
 #include "linear_attention_rows.cuh"
 
@@ -240,24 +240,6 @@ static void launch_prepare(const la_task &z, const inputs &x, const operands &s,
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-static la_task task_of(const fg_shape *k, double scale, const void *first, const void *past,
-                       const void *state)
-{
-    la_task z = {};
-    z.B = k->dim[0], z.T = k->dim[1], z.H = k->dim[2];
-    z.chunks = (z.T + LA_ROWS - 1) / LA_ROWS;
-    z.first = (const int32_t *)first, z.past = (const int32_t *)past, z.state = (const float *)state;
-    z.scale = (float)scale;
-    return z;
-}
-
-static bool in_chunks(const fg_shape *k, const fg_shape *v, const fg_dtype *type, int i)
-{
-    return k->dim[1] >= LA_ROWS && k->dim[3] == LA_WIDTH && v->dim[3] == LA_WIDTH
-           && k->dim[0] * k->dim[2] <= 65535
-           && type[i] == FG_BF16 && type[i + 1] == FG_BF16 && type[i + 2] == FG_BF16;
-}
-
 static la_chain chain_of(const la_task &z, const operands &s, const bf16 *u)
 {
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH, row = z.H * LA_WIDTH;
@@ -274,7 +256,7 @@ static size_t scratch(const fg_infer *c)
 {
     const int64_t chunks = (c->in[1].dim[1] + LA_ROWS - 1) / LA_ROWS;
     size_t used = 0;
-    if (in_chunks(&c->in[1], &c->in[2], c->in_type, 0) && c->out_type[0] == FG_BF16)
+    if (la_in_chunks(&c->in[1], &c->in[2], c->in_type, 0) && c->out_type[0] == FG_BF16)
         cut_operands(nullptr, &used, c->in[1].dim[0] * c->in[1].dim[2], chunks);
     return used;
 }
@@ -283,8 +265,9 @@ static void launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_gated_linear_attention *a =
         (const struct fg_attr_gated_linear_attention *)e->attr;
-    const la_task z = task_of(&e->in_shape[1], a->scale, e->in[4], e->in[5], e->in[6]);
-    if (!in_chunks(&e->in_shape[1], &e->in_shape[2], e->in_type, 0) || e->out_type[0] != FG_BF16) {
+    const la_task z = la_task_of(&e->in_shape[1], a->scale, e->in[4], e->in[5], e->in[6]);
+    if (!la_in_chunks(&e->in_shape[1], &e->in_shape[2], e->in_type, 0)
+        || e->out_type[0] != FG_BF16) {
         rows_forward<false>(e, z, stream);
         return;
     }
@@ -474,8 +457,9 @@ static __device__ __forceinline__ void chunk_pairs(joined *sm, float gq[4][4], f
             const int r = 16 * i + c + 8 * x;
             const bf16 *q0 = (const bf16 *)la_pair<HALF>(sm->q, r, d0) + g;
             const bf16 *q1 = (const bf16 *)la_pair<HALF>(sm->q, r + 1, d0) + g;
-            bq[x] = fg_pack2(__bfloat162float(*q0) * fg_exp2(sm->z.lambda[r * gates<HALF>::lane + d0 + g]),
-                             __bfloat162float(*q1) * fg_exp2(sm->z.lambda[(r + 1) * gates<HALF>::lane + d0 + g]));
+            const float *l = &sm->z.lambda[r * gates<HALF>::lane + d0 + g];
+            bq[x] = fg_pack2(__bfloat162float(*q0) * fg_exp2(l[0]),
+                             __bfloat162float(*q1) * fg_exp2(l[gates<HALF>::lane]));
         }
 #pragma unroll
         for (int j = i; j >= 0; j--) {
@@ -622,21 +606,14 @@ static way_back cut_way_back(char *base, size_t *used, int64_t heads, int64_t ch
     return w;
 }
 
-/* The chain goes back in units of scale. */
-static bool grad_in_chunks(double scale, const fg_shape *shape, const fg_dtype *type,
-                           const fg_dtype *out)
-{
-    return fabs(scale) > 1e-6 && in_chunks(&shape[3], &shape[4], type, 2) && type[0] == FG_BF16 && out[0] == FG_BF16
-           && out[1] == FG_BF16 && out[2] == FG_BF16;
-}
-
 static size_t grad_scratch(const fg_infer *c)
 {
-    const struct fg_attr_gated_linear_attention_grad *a = (const struct fg_attr_gated_linear_attention_grad *)c->attr;
+    const struct fg_attr_gated_linear_attention_grad *a =
+        (const struct fg_attr_gated_linear_attention_grad *)c->attr;
     const int64_t heads = c->in[3].dim[0] * c->in[3].dim[2];
     const int64_t chunks = (c->in[3].dim[1] + LA_ROWS - 1) / LA_ROWS;
     size_t used = 0;
-    if (grad_in_chunks(a->scale, c->in, c->in_type, c->out_type))
+    if (la_back_in_chunks(a->scale, c->in, c->in_type, c->out_type))
         cut_way_back(nullptr, &used, heads, chunks);
     else used = rows_grad_scratch(&c->in[3], &c->in[4]);
     return used;
@@ -646,8 +623,8 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_gated_linear_attention_grad *a =
         (const struct fg_attr_gated_linear_attention_grad *)e->attr;
-    const la_task z = task_of(&e->in_shape[3], a->scale, e->in[6], nullptr, e->in[7]);
-    if (!grad_in_chunks(a->scale, e->in_shape, e->in_type, e->out_type)) {
+    const la_task z = la_task_of(&e->in_shape[3], a->scale, e->in[6], nullptr, e->in[7]);
+    if (!la_back_in_chunks(a->scale, e->in_shape, e->in_type, e->out_type)) {
         rows_backward<false>(e, z, stream);
         return;
     }
