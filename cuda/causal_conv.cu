@@ -150,8 +150,9 @@ static geometry geometry_of(const fg_exec *e, int at, bool silu, bool *eights)
     k.silu = silu;
     *eights = k.W == 4 && k.C % 8 == 0 && fg_in_eights(&e->in_rows[at])
               && fg_in_eights(&e->out_rows[0]);
-    k.columns = fg_divisor_of(k.C / (*eights ? 8 : 1));
-    k.strips = fg_divisor_of((k.T + STRIP - 1) / STRIP);
+    const int64_t most = fg_count_of(x) + THREADS;
+    k.columns = fg_divisor_of(k.C / (*eights ? 8 : 1), most);
+    k.strips = fg_divisor_of((k.T + STRIP - 1) / STRIP, most);
     return k;
 }
 
@@ -280,7 +281,7 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     const geometry k = geometry_of(e, 1, a->silu, &eights);
     eights = eights && fg_in_eights(&e->in_rows[0]);
     geometry one = k;
-    one.columns = fg_divisor_of(k.C);
+    one.columns = fg_divisor_of(k.C, k.B * k.T * k.C + THREADS);
     const gradients z = { fg_source_of(e, 0), fg_source_of(e, 1), fg_target_of(e, 0),
                           (float *)e->scratch };
     const int64_t rows = k.B * k.strips.d, n = (k.W + 1) * k.C;
