@@ -317,7 +317,7 @@ static void fuse_norm_grad_add(fg_rewrite *r, uint32_t k)
 
 typedef struct { fg_tensor gy; int axis; int64_t start, stop, extent; } part;
 
-/* The slice_grads that node k, an add, sums up, by way of other adds; -1: there is anything else. */
+/* The slice_grads that node k, an add, sums up by way of other adds; -1: there is more. */
 static int list_parts(const fg_rewrite *r, uint32_t v, part *parts, int n, bool top)
 {
     const fg_node *m = maker(r, v);
