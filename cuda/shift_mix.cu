@@ -5,7 +5,7 @@
  *
  * Bytes: every tensor once from memory; a thread walks STRIP rows, so a neighbour's row is read
  * again for one row in STRIP, mostly from cache. */
-#include "rows.cuh"
+#include "shift.cuh"
 
 #define THREADS 256
 #define STRIP   4
@@ -15,15 +15,6 @@ struct geometry {
     int64_t B, T, H, D;
     fg_divisor columns, strips, width;           /* of a row, of a sequence, of a head; V each */
 };
-
-/* What row t of a sequence is: PAD gives 0, START has nothing before it. */
-enum place { PAD, START, INSIDE };
-static __device__ __forceinline__ place place_of(const geometry &k, int64_t past, int64_t row,
-                                                 int64_t t)
-{
-    const int64_t low = k.first && k.first[row] > 0 ? k.first[row] : 0, p = past + t;
-    return low > p ? PAD : low == p ? START : INSIDE;
-}
 
 /* V elements, loaded first and turned to float later. */
 template <int V> struct some;
@@ -94,7 +85,7 @@ mix(geometry k, fg_source x, fg_source a, fg_in prev, fg_target y)
 #pragma unroll
     for (int u = 0; u < STRIP; u++) {
         if (at.t + u >= k.T) continue;
-        const place is = place_of(k, past, row + u, at.t + u);
+        const fg_shift_row is = fg_shift_place(k.first, past, row + u, at.t + u);
         const float g = is == INSIDE ? gate[u] : 0, rest = is == PAD ? 0 : 1 - gate[u];
         raw[u + 1].floats(x.x, v);
 #pragma unroll
@@ -161,8 +152,9 @@ static __global__ void __launch_bounds__(THREADS) mix_grad(geometry k, gradients
     }
 #pragma unroll
     for (int u = 0; u < STRIP; u++) {
-        const place is = u < rows ? place_of(k, 0, row + u, at.t + u) : PAD;
-        const bool next = u + 1 < rows && place_of(k, 0, row + u + 1, at.t + u + 1) == INSIDE;
+        const fg_shift_row is = u < rows ? fg_shift_place(k.first, 0, row + u, at.t + u) : PAD;
+        const bool next = u + 1 < rows &&
+                          fg_shift_place(k.first, 0, row + u + 1, at.t + u + 1) == INSIDE;
         const float keep = is == PAD ? 0 : 1 - gate[u], pass = next ? gate[u + 1] : 0;
         const bool counts = is == INSIDE;
         float g[8], h[8], v[8], p[8], r[8], sum = 0;
@@ -189,8 +181,8 @@ static __global__ void __launch_bounds__(THREADS) mix_grad_any(geometry k, gradi
     const int64_t q = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (q >= k.B * k.T * k.H) return;
     const int64_t row = q / k.H, t = row % k.T, C = k.H * k.D;
-    const place is = place_of(k, 0, row, t);
-    const bool next = t + 1 < k.T && place_of(k, 0, row + 1, t + 1) == INSIDE;
+    const fg_shift_row is = fg_shift_place(k.first, 0, row, t);
+    const bool next = t + 1 < k.T && fg_shift_place(k.first, 0, row + 1, t + 1) == INSIDE;
     const float keep = is == PAD ? 0 : 1 - z.a.x[z.a.place.at(q)];
     const float pass = next ? z.a.x[z.a.place.at(q + k.H)] : 0;
     float sum = 0;
