@@ -5,6 +5,7 @@
  *                                              gradients: one product for x, one for all weights
  *   rms_norm(a + b, w)                         add_rms_norm(a, b, w)
  *   rms_norm_grad(...) + r                     rms_norm_grad(..., more = r)
+ *   rms_norm_grad(...) and its cast to bf16    rms_norm_grad_bf16(...), which gives both
  *   shift_mix(x, sigmoid(z))                   shift_gate(x, z), and behind rms_norm of every head
  *                                              shift_norm(x, z, w); the same for their gradients
  *
@@ -314,6 +315,39 @@ static void fuse_norm_grad_add(fg_rewrite *r, uint32_t k)
     }
 }
 
+/* A cast of v to bf16, FG_NO_NODE if there is none. */
+static uint32_t narrow_cast(const fg_rewrite *r, uint32_t v)
+{
+    const fg_graph *g = r->g;
+    if (g->values[v].type != FG_F32) return FG_NO_NODE;
+    for (uint32_t k = 0; k < r->n_nodes; k++)
+        if (is_op(&g->nodes[k], FG_OP_cast) && fg__now(r, g->nodes[k].in[0]) == v &&
+            g->values[g->nodes[k].out[0]].type == FG_BF16) return k;
+    return FG_NO_NODE;
+}
+
+/* The gradient that goes on in f32 along the residual stream, and in bf16 into products. */
+static void fuse_norm_grad_cast(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    const fg_node old = g->nodes[k];
+    const struct fg_attr_rms_norm_grad *a = old.attr;
+    const uint32_t cast = narrow_cast(r, old.out[0]);
+    if (cast == FG_NO_NODE) return;
+    const fg_tensor in[] = { fg__now_tensor(r, old.in[0]), fg__now_tensor(r, old.in[1]),
+                             fg__now_tensor(r, old.in[2]), fg__now_tensor(r, old.in[3]),
+                             fg__now_tensor(r, old.in[4]) };
+    const uint32_t first = fg__build_as(r, k);
+    const fg_tensor t = FG_APPLY(rms_norm_grad_bf16, FG_HERE, in, a->groups);
+    fg__built(r, k, first);
+    if (!fg_ok(t)) return;
+    for (int o = 0; o < 2; o++)
+        g->values[fg_result(t, o).id].type = g->values[old.out[o]].type;
+    fg__instead(r, g->nodes[cast].out[0], fg_result(t, 2));
+    for (int o = 0; o < 2; o++) fg__instead(r, old.out[o], fg_result(t, o));
+    fg__take_slot(r, k, t);
+}
+
 /* ---- shifts --------------------------------------------------------------------------------- */
 
 /* The value that v shows in another shape. */
@@ -479,6 +513,8 @@ void fg__fuse(fg_rewrite *r)
         if (is_op(&g->nodes[k], FG_OP_rms_norm)) fuse_add_norm(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_add)) fuse_norm_grad_add(r, k);
+    for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
+        if (is_op(&g->nodes[k], FG_OP_rms_norm_grad)) fuse_norm_grad_cast(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_shift_mix_grad)) fuse_shift_grad(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)

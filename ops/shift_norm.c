@@ -133,6 +133,7 @@ static fg_tensor grad_example(fg_graph *g, int i)
     return FG_APPLY(shift_gate_grad, FG_HERE, in, 0);
 }
 
+/* no_grad: made by lowering alone, behind all gradients. */
 const fg_op_code fg_code_shift_gate_grad = {
     .infer = grad_infer, .decompose = grad_decompose, .cost = grad_cost, .example = grad_example,
     .no_grad = true, .bf16 = { .like = { 2, 3 } },
