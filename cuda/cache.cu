@@ -24,8 +24,8 @@ static void write_launch(const fg_exec *e, cudaStream_t stream)
 {
     const fg_shape *x = &e->in_shape[1];
     const int64_t n = fg_count_of(x), row = n / x->dim[0] / x->dim[1];
-    const rows_of k = { fg_divisor_of(row), fg_divisor_of(x->dim[1]), e->in_shape[0].dim[1],
-                        (const int32_t *)e->in[2] };
+    const rows_of k = { fg_divisor_of(row, n), fg_divisor_of(x->dim[1], n),
+                        e->in_shape[0].dim[1], (const int32_t *)e->in[2] };
     const fg_source from = fg_source_of(e, 1);
     const fg_out to = fg_output_of(e, 0);
     if (row % 8 == 0 && fg_in_eights(&e->in_rows[1]))
@@ -49,6 +49,6 @@ static void last_launch(const fg_exec *e, cudaStream_t stream)
     const fg_shape *x = &e->in_shape[1];
     const int64_t n = fg_count_of(&e->in_shape[0]);
     keep_last<<<fg_blocks(n, 256), 256, 0, stream>>>(fg_source_of(e, 1), fg_output_of(e, 0),
-                                                     fg_divisor_of(n / x->dim[0]), x->dim[1], n);
+                                                     fg_divisor_of(n / x->dim[0], n), x->dim[1], n);
 }
 FG_KERNEL(cache_last) = { .launch = last_launch, .pitched_in = 2 };

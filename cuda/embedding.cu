@@ -58,7 +58,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     const int32_t *tokens = (const int32_t *)e->in[0];
     const fg_in w = fg_input_of(e, 1);
     const fg_out y = fg_output_of(e, 0);
-    const fg_divisor d = fg_divisor_of(D);
+    const fg_divisor d = fg_divisor_of(D, n);
     if (D % 8 == 0)
         pick_rows<8><<<fg_blocks(n, 16 * THREADS), THREADS, 0, stream>>>(tokens, w, y, d, vocab, n);
     else
@@ -143,32 +143,46 @@ static __global__ void __launch_bounds__(THREADS) find_runs(layout l)
     if (k == l.T - 1 || l.token[k + 1] != c) l.end[c] = (int32_t)k + 1;
 }
 
-/* sum += rows [from, to) of the sorted order, V columns from `column`; a fixed order. */
+/* sum += rows [from, to) of the sorted order, V columns from `column`, in order. */
 template <int V>
 static __device__ __forceinline__ void add_rows(const layout &l, const fg_in &gy, int64_t from,
                                                 int64_t to, int64_t column, float *sum)
 {
-    constexpr int U = 4;
+    constexpr int U = 8;
     for (int64_t k = from; k < to; k += U) {
-        fg_raw8 raw[U];
-        float one[U];
+        fg_some<V> some[U];
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            if (k + u < to) some[u].load(gy, l.place[k + u] * l.D + column);
 #pragma unroll
         for (int u = 0; u < U; u++) {
             if (k + u >= to) continue;
-            const int64_t i = l.place[k + u] * l.D + column;
-            if (V == 8) raw[u] = fg_load_raw8(gy, i);
-            else one[u] = gy[i];
+            float v[V];
+            some[u].floats(gy, v);
+#pragma unroll
+            for (int j = 0; j < V; j++) sum[j] += v[j];
         }
+    }
+}
+/* sum += the sums of chunks [from, to). */
+template <int V>
+static __device__ __forceinline__ void add_chunks(const layout &l, int64_t from, int64_t to,
+                                                  int64_t column, float *sum)
+{
+    const fg_in sums = { l.sums, false };
+    constexpr int U = 8;
+    for (int64_t k = from; k < to; k += U) {
+        fg_some<V> some[U];
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            if (k + u < to) some[u].load(sums, (k + u) * l.D + column);
 #pragma unroll
         for (int u = 0; u < U; u++) {
             if (k + u >= to) continue;
-            if constexpr (V == 8) {
-                const fg_vec8 v = fg_floats(gy, raw[u]);
+            float v[V];
+            some[u].floats(sums, v);
 #pragma unroll
-                for (int j = 0; j < V; j++) sum[j] += v[j];
-            } else {
-                sum[0] += one[u];
-            }
+            for (int j = 0; j < V; j++) sum[j] += v[j];
         }
     }
 }
@@ -183,8 +197,7 @@ static __global__ void __launch_bounds__(THREADS) sum_chunks(layout l, fg_in gy,
     if (l.token[from] != l.token[from + CHUNK - 1] || l.token[from] == l.vocab) return;
     float sum[V] = { 0 };
     add_rows<V>(l, gy, from, from + CHUNK, column, sum);
-#pragma unroll
-    for (int j = 0; j < V; j++) l.sums[chunk * l.D + column + j] = sum[j];
+    fg_store_some<V>(fg_out{ l.sums, false }, chunk * l.D + column, sum);
 }
 
 template <int V>
@@ -196,27 +209,22 @@ sum_tokens(layout l, fg_in gy, fg_out gw, fg_divisor width)
     const int64_t c = fg_divide(i, width), column = V * (i - c * width.d);
     const int64_t from = l.begin[c], to = l.end[c];
     const int64_t low = (from + CHUNK - 1) / CHUNK, high = to / CHUNK;   /* its whole chunks */
-    fg_vec8 sum;
-#pragma unroll
-    for (int j = 0; j < 8; j++) sum[j] = 0;
+    float sum[V] = { 0 };
     if (low >= high) {
-        add_rows<V>(l, gy, from, to, column, sum.v);
+        add_rows<V>(l, gy, from, to, column, sum);
     } else {
-        add_rows<V>(l, gy, from, low * CHUNK, column, sum.v);
-        for (int64_t k = low; k < high; k++)
-#pragma unroll
-            for (int j = 0; j < V; j++) sum[j] += l.sums[k * l.D + column + j];
-        add_rows<V>(l, gy, high * CHUNK, to, column, sum.v);
+        add_rows<V>(l, gy, from, low * CHUNK, column, sum);
+        add_chunks<V>(l, low, high, column, sum);
+        add_rows<V>(l, gy, high * CHUNK, to, column, sum);
     }
-    if (V == 8) fg_store8(gw, c * l.D + column, sum);
-    else gw.put(c * l.D + column, sum[0]);
+    fg_store_some<V>(gw, c * l.D + column, sum);
 }
 
 template <int V> static void launch_sums(const fg_exec *e, const layout &l, cudaStream_t stream)
 {
     const fg_in gy = fg_input_of(e, 0);
-    const fg_divisor width = fg_divisor_of(l.D / V);
-    const int64_t chunks = l.T / CHUNK;
+    const int64_t chunks = l.T / CHUNK, most = (l.vocab + chunks) * l.D;
+    const fg_divisor width = fg_divisor_of(l.D / V, most);
     if (chunks > 0)
         sum_chunks<V><<<fg_blocks(chunks * width.d, THREADS), THREADS, 0, stream>>>(l, gy, width);
     sum_tokens<V><<<fg_blocks(l.vocab * width.d, THREADS), THREADS, 0, stream>>>(
@@ -234,7 +242,8 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     list_tokens<<<fg_blocks(most, THREADS), THREADS, 0, stream>>>(l, (const int32_t *)e->in[1]);
     sort(l.sort, &bytes, &l, stream);
     find_runs<<<fg_blocks(l.T, THREADS), THREADS, 0, stream>>>(l);
-    if (l.D % 8 == 0) launch_sums<8>(e, l, stream);
+    if (l.D % 8 == 0 && e->out_type[0] == FG_BF16) launch_sums<8>(e, l, stream);
+    else if (l.D % 4 == 0) launch_sums<4>(e, l, stream);
     else launch_sums<1>(e, l, stream);
 }
 

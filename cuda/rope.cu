@@ -9,7 +9,9 @@
 #include "elementwise.cuh"
 
 #define THREADS 256                              /* also angles a block, so channels a block */
+#ifndef UNROLL
 #define UNROLL  3                                /* eights: 8 positions of 24 heads of 64 */
+#endif
 
 struct geometry {
     const int32_t *first, *past;
@@ -38,9 +40,10 @@ static __device__ __forceinline__ void turn(float2 a, float *x, float *w)
     *w = fmaf(u, a.y, v * a.x);
 }
 
-/* Blocks: positions along x, channels along y; V channels a thread at once. */
-template <int V>
-static __global__ void __launch_bounds__(THREADS) rotate(geometry k, fg_source x, fg_target y)
+/* Blocks: positions along x, channels along y; V channels a thread at once, WIDE: x may be f32. */
+template <int V, bool WIDE>
+static __global__ void __launch_bounds__(THREADS, WIDE ? 3 : 4)
+rotate(geometry k, fg_in x, fg_out y, fg_matrix from, fg_matrix to)
 {
     __shared__ float2 angle[THREADS];
     const int64_t row0 = (int64_t)blockIdx.x * k.positions, i0 = (int64_t)blockIdx.y * k.channels;
@@ -51,34 +54,28 @@ static __global__ void __launch_bounds__(THREADS) rotate(geometry k, fg_source x
     __syncthreads();
     const unsigned width = channels / V, heads = (unsigned)k.H, all = positions * heads * width;
     for (unsigned j0 = threadIdx.x; j0 < all; j0 += UNROLL * THREADS) {
-        int64_t at[UNROLL];
-        int first[UNROLL];
-        fg_raw8 a[UNROLL], b[UNROLL];
+        int row[UNROLL], first[UNROLL], column[UNROLL];
+        fg_some<V, WIDE> a[UNROLL], b[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
             const unsigned j = j0 + u * THREADS, q = j / width, i = (j - q * width) * V;
             if (j >= all) continue;
-            at[u] = (row0 * k.H + q) * 2 * k.half + i0 + i;
-            first[u] = (int)(q / heads) * channels + (int)i;
-            if (V == 1) continue;
-            a[u] = fg_load_raw8(x.x, x.place.at(at[u]));
-            b[u] = fg_load_raw8(x.x, x.place.at(at[u] + k.half));
+            row[u] = (int)(q / heads);
+            column[u] = (int)((q - row[u] * heads) * 2 * k.half + i0 + i);
+            first[u] = row[u] * channels + (int)i;
+            a[u].load(x, from.at(row0 + row[u], column[u]));
+            b[u].load(x, from.at(row0 + row[u], column[u] + k.half));
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
             if (j0 + u * THREADS >= all) continue;
-            if constexpr (V == 8) {
-                fg_vec8 v = fg_floats(x.x, a[u]), w = fg_floats(x.x, b[u]);
+            float v[V], w[V];
+            a[u].floats(x, v);
+            b[u].floats(x, w);
 #pragma unroll
-                for (int j = 0; j < 8; j++) turn(angle[first[u] + j], &v[j], &w[j]);
-                fg_store8(y.y, y.place.at(at[u]), v);
-                fg_store8(y.y, y.place.at(at[u] + k.half), w);
-            } else {
-                float v = x.x[x.place.at(at[u])], w = x.x[x.place.at(at[u] + k.half)];
-                turn(angle[first[u]], &v, &w);
-                y.y.put(y.place.at(at[u]), v);
-                y.y.put(y.place.at(at[u] + k.half), w);
-            }
+            for (int j = 0; j < V; j++) turn(angle[first[u] + j], &v[j], &w[j]);
+            fg_store_some<V>(y, to.at(row0 + row[u], column[u]), v);
+            fg_store_some<V>(y, to.at(row0 + row[u], column[u] + k.half), w);
         }
     }
 }
@@ -95,11 +92,16 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     k.positions = THREADS / k.channels < 8 ? THREADS / k.channels : 8;
     k.step = -log2(a->base) / (double)k.half;
     const dim3 blocks(fg_blocks(k.rows, k.positions), fg_blocks(k.half, k.channels));
-    const fg_source x = fg_source_of(e, 0);
-    const fg_target y = fg_target_of(e, 0);
-    if (k.half % 8 == 0 && fg_in_eights(&e->in_rows[0]) && fg_in_eights(&e->out_rows[0]))
-        rotate<8><<<blocks, THREADS, 0, stream>>>(k, x, y);
+    const fg_in x = fg_input_of(e, 0);
+    const fg_out y = fg_output_of(e, 0);
+    const int64_t C = s->dim[2] * s->dim[3], count = fg_count_of(s);
+    const fg_matrix from = fg_matrix_of(&e->in_rows[0], C, count);
+    const fg_matrix to = fg_matrix_of(&e->out_rows[0], C, count);
+    if (k.half % 8 || !fg_in_eights(&e->in_rows[0]) || !fg_in_eights(&e->out_rows[0]))
+        rotate<1, true><<<blocks, THREADS, 0, stream>>>(k, x, y, from, to);
+    else if (x.narrow)
+        rotate<8, false><<<blocks, THREADS, 0, stream>>>(k, x, y, from, to);
     else
-        rotate<1><<<blocks, THREADS, 0, stream>>>(k, x, y);
+        rotate<8, true><<<blocks, THREADS, 0, stream>>>(k, x, y, from, to);
 }
 FG_KERNEL(rope) = { .launch = launch, .pitched_in = 1, .pitched_out = 1 };

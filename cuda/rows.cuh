@@ -77,7 +77,7 @@ template <int T> static __device__ __forceinline__ float fg_team_max(float x)
     }
 }
 /* Threads of a block of teams of T, rows of a block. */
-template <int T> constexpr int fg_team_block = T < 128 ? 128 : T;
+template <int T> constexpr int fg_team_block = T <= 32 ? 128 : T;
 template <int T> constexpr int fg_team_rows = fg_team_block<T> / T;
 
 /* ---- sums of exponentials over a growing set: max m, sum of e^(x - m) ------------------------ */

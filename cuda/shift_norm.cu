@@ -12,7 +12,7 @@
  * Bytes: every tensor once from memory; neighbouring rows again, one in STRIP forward and one in a
  * run (20 to 40 rows at 16384) backward, mostly from cache; partial sums of gw, under 1%. */
 #include "norm.cuh"
-#include "shift.cuh"
+#include "rows.cuh"
 
 /* H100, 2026-11. */
 constexpr int THREADS = 256, STRIP = 4;          /* forward: of a block; rows of a thread */
@@ -43,6 +43,15 @@ static const char *unfit_shape(const fg_shape *s)
          ? nullptr : "heads must be 8, 16, 32, 64, 128 or 256 wide";
 }
 
+/* What row t of a sequence is, `row` of all: PAD gives 0, START has nothing before it. */
+enum place { PAD, START, INSIDE };
+static __device__ __forceinline__ place place_of(const int32_t *first, int64_t past, int64_t row,
+                                                 int64_t t)
+{
+    const int64_t low = first && first[row] > 0 ? first[row] : 0, p = past + t;
+    return low > p ? PAD : low == p ? START : INSIDE;
+}
+
 /* The sum over the lanes of a head. */
 static __device__ __forceinline__ float head_sum(float x, int lanes)
 {
@@ -51,7 +60,7 @@ static __device__ __forceinline__ float head_sum(float x, int lanes)
 }
 
 /* s = a p + (1 - a) x where there is a row before, (1 - a) x at a document's first, 0 in padding. */
-static __device__ __forceinline__ float shift(fg_shift_row is, float a, float p, float x)
+static __device__ __forceinline__ float shift(place is, float a, float p, float x)
 {
     const float keep = is == PAD ? 0 : (1 - a) * x;
     return is == INSIDE ? fmaf(a, p, keep) : keep;
@@ -95,7 +104,7 @@ static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
     if (NORM) w = fg_load8(f.w, f.shared ? column - head * k.D : column);
 #pragma unroll
     for (int u = 0; u < STRIP; u++) {
-        const fg_shift_row is = u < left ? fg_shift_place(k.first, past, row + u, t + u) : PAD;
+        const place is = u < left ? place_of(k.first, past, row + u, t + u) : PAD;
         const fg_vec8 x = fg_floats(f.x, raw[u + 1]);
         const float gate = 1.0f / (1.0f + __expf(-a[u]));
         fg_vec8 s;
@@ -166,7 +175,7 @@ struct backward {
 };
 
 /* What row t needs from memory besides x_t: its gradient, the row before it, gate and scale. */
-struct fetched { fg_raw8 gy, before; float logit, rstd; int64_t t; fg_shift_row is; };
+struct fetched { fg_raw8 gy, before; float logit, rstd; int64_t t; place is; };
 
 template <bool NORM>
 static __device__ __forceinline__ fetched fetch(const backward &f, int64_t row, int column, int head,
@@ -175,7 +184,7 @@ static __device__ __forceinline__ fetched fetch(const backward &f, int64_t row, 
     const geometry &k = f.k;
     fetched r = {};
     r.t = row - fg_divide(row, k.length) * k.T;
-    r.is = fg_shift_place(k.first, 0, row, r.t);
+    r.is = place_of(k.first, 0, row, r.t);
     if (!ok) return r;
     r.gy = fg_load_raw8(f.gy, norm_row(f.gy_rows, row) + column);
     if (row > 0) r.before = fg_load_raw8(f.x, norm_row(f.x_rows, row - 1) + column);

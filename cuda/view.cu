@@ -99,7 +99,7 @@ static void slice_launch(const fg_exec *e, cudaStream_t stream)
     const int64_t step = inside(x, a->axis), n = (a->stop - a->start) * step;
     pieces all = {};
     all.p[0] = { fg_source_of(e, 0), 0, n, x->dim[a->axis] * step, a->start * step };
-    all.width = fg_divisor_of(n);
+    all.width = fg_divisor_of(n, fg_count_of(&e->out_shape[0]));
     launch_pieces(e, stream, all);
 }
 FG_KERNEL(slice) = { .launch = slice_launch, .pitched_in = 1, .pitched_out = 1 };
@@ -111,7 +111,7 @@ static void slice_grad_launch(const fg_exec *e, cudaStream_t stream)
     const int64_t step = inside(gy, a->axis), n = gy->dim[a->axis] * step;
     pieces all = {};
     all.p[0] = { fg_source_of(e, 0), a->start * step, a->start * step + n, n, 0 };
-    all.width = fg_divisor_of(a->extent * step);
+    all.width = fg_divisor_of(a->extent * step, fg_count_of(&e->out_shape[0]));
     launch_pieces(e, stream, all);
 }
 FG_KERNEL(slice_grad) = { .launch = slice_grad_launch, .pitched_in = 1, .pitched_out = 1 };
@@ -125,7 +125,7 @@ static void concat_launch(const fg_exec *e, cudaStream_t stream)
     pieces all = {};
     all.p[0] = { fg_source_of(e, 0), 0, na, na, 0 };
     all.p[1] = { fg_source_of(e, 1), na, na + nb, nb, 0 };
-    all.width = fg_divisor_of(na + nb);
+    all.width = fg_divisor_of(na + nb, fg_count_of(&e->out_shape[0]));
     launch_pieces(e, stream, all);
 }
 FG_KERNEL(concat) = { .launch = concat_launch, .pitched_in = 3, .pitched_out = 1 };
@@ -133,7 +133,7 @@ FG_KERNEL(concat) = { .launch = concat_launch, .pitched_in = 3, .pitched_out = 1
 /* ---- permute -------------------------------------------------------------------------------- */
 
 #define SIDE 64                                  /* of a tile */
-#define TILE_ROWS 8                              /* rows of a tile that a block moves at once */
+#define TILE_THREADS 256
 
 /* y's axes, outermost first, axes that stay neighbours merged.  move: elements of x, pitch: of y,
  * between neighbours along an axis. */
@@ -166,7 +166,7 @@ static layout layout_of(const fg_shape *x, const fg_shape *order)
     for (int i = l.rank - 1; i >= 0; i--) {
         l.pitch[i] = pitch;
         pitch *= l.dim[i].d;
-        l.dim[i] = fg_divisor_of(l.dim[i].d);
+        l.dim[i] = fg_divisor_of(l.dim[i].d, fg_count_of(x));
     }
     return l;
 }
@@ -207,7 +207,9 @@ permute_runs(layout l, fg_in x, fg_out y, int64_t n)
 /* Axis q is y's last, axis p the one along which x is contiguous; the others are in a layout. */
 struct tiling { int64_t p, q, p_pitch, q_move, p_tiles, q_tiles; };
 
-static __global__ void __launch_bounds__(32 * TILE_ROWS)
+/* V = 8: both sides in eights. */
+template <int V>
+static __global__ void __launch_bounds__(TILE_THREADS)
 permute_tiles(layout others, tiling t, fg_in x, fg_out y)
 {
     __shared__ float tile[SIDE][SIDE + 1];
@@ -222,19 +224,30 @@ permute_tiles(layout others, tiling t, fg_in x, fg_out y)
         from += index * others.move[a];
         to += index * others.pitch[a];
     }
-    const int column = threadIdx.x % 32, row = threadIdx.x / 32;
+    constexpr int ACROSS = SIDE / V, STEPS = SIDE * ACROSS / TILE_THREADS;
+    const int i = threadIdx.x % ACROSS * V, j0 = threadIdx.x / ACROSS;
+    fg_some<V> some[STEPS];
+    float v[V];
 #pragma unroll
-    for (int j = row; j < SIDE; j += TILE_ROWS)
+    for (int s = 0; s < STEPS; s++) {
+        const int j = j0 + s * (TILE_THREADS / ACROSS);
+        if (q0 + j < t.q && p0 + i < t.p) some[s].load(x, from + (q0 + j) * t.q_move + p0 + i);
+    }
 #pragma unroll
-        for (int i = column; i < SIDE; i += 32)
-            if (q0 + j < t.q && p0 + i < t.p)
-                tile[j][i] = x[from + (q0 + j) * t.q_move + p0 + i];
+    for (int s = 0; s < STEPS; s++) {
+        some[s].floats(x, v);
+#pragma unroll
+        for (int k = 0; k < V; k++) tile[j0 + s * (TILE_THREADS / ACROSS)][i + k] = v[k];
+    }
     __syncthreads();
 #pragma unroll
-    for (int j = row; j < SIDE; j += TILE_ROWS)
+    for (int s = 0; s < STEPS; s++) {
+        const int j = j0 + s * (TILE_THREADS / ACROSS);
+        if (p0 + j >= t.p || q0 + i >= t.q) continue;
 #pragma unroll
-        for (int i = column; i < SIDE; i += 32)
-            if (p0 + j < t.p && q0 + i < t.q) y.put(to + (p0 + j) * t.p_pitch + q0 + i, tile[i][j]);
+        for (int k = 0; k < V; k++) v[k] = tile[i + k][j];
+        fg_store_some<V>(y, to + (p0 + j) * t.p_pitch + q0 + i, v);
+    }
 }
 
 static void launch_tiles(const fg_exec *e, cudaStream_t stream, const layout &l)
@@ -257,8 +270,14 @@ static void launch_tiles(const fg_exec *e, cudaStream_t stream, const layout &l)
                  .p_tiles = 0, .q_tiles = 0 };
     t.p_tiles = (t.p + SIDE - 1) / SIDE;
     t.q_tiles = (t.q + SIDE - 1) / SIDE;
-    permute_tiles<<<(unsigned)(blocks * t.p_tiles * t.q_tiles), 32 * TILE_ROWS, 0, stream>>>(
-        others, t, fg_input_of(e, 0), fg_output_of(e, 0));
+    blocks *= t.p_tiles * t.q_tiles;
+    bool eights = t.p % 8 == 0 && t.q % 8 == 0 && t.q_move % 8 == 0 && t.p_pitch % 8 == 0;
+    for (int i = 0; i < others.rank; i++)
+        eights = eights && others.move[i] % 8 == 0 && others.pitch[i] % 8 == 0;
+    const fg_in x = fg_input_of(e, 0);
+    const fg_out y = fg_output_of(e, 0);
+    if (eights) permute_tiles<8><<<(unsigned)blocks, TILE_THREADS, 0, stream>>>(others, t, x, y);
+    else permute_tiles<1><<<(unsigned)blocks, TILE_THREADS, 0, stream>>>(others, t, x, y);
 }
 
 static void permute_launch(const fg_exec *e, cudaStream_t stream)

@@ -182,7 +182,9 @@ static void compare(const trial *t, const trial *on_gpu, bool bf16, fg_backend *
                     fg_backend *gpu)
 {
     verdict v[MOST] = { { 0 } };
-    for (uint64_t seed = 1; seed <= DRAWS; seed++) {
+    const char *fewer = getenv("FG_TEST_DRAWS");
+    const uint64_t draws = fewer ? (uint64_t)atoi(fewer) : DRAWS;
+    for (uint64_t seed = 1; seed <= draws; seed++) {
         double *exact[MOST] = { NULL }, *base[MOST] = { NULL };
         float *y[MOST] = { NULL };
         run_cpu(t, cpu, seed, EXACT, false, exact);
