@@ -15,9 +15,18 @@
 #include "rows.cuh"
 
 /* H100, 2026-11. */
-constexpr int THREADS = 256, STRIP = 4;          /* forward: of a block; rows of a thread */
-constexpr int WARPS = 4, BLOCKS = 4;             /* backward: of a block; of a processor */
-constexpr int RUN = 4;                           /* fewest rows of a warp */
+#ifndef STRIP
+#define STRIP 4
+#endif
+#ifndef NORM_BLOCKS
+#define NORM_BLOCKS 5
+#endif
+#ifndef GATE_BLOCKS
+#define GATE_BLOCKS 8
+#endif
+constexpr int THREADS = 256;                     /* forward: of a block; a thread has STRIP rows */
+constexpr int WARPS = 4, RUN = 4;                /* backward: of a block; fewest rows of a warp */
+template <bool NORM> constexpr int blocks_held = NORM ? NORM_BLOCKS : GATE_BLOCKS;  /* of a processor */
 
 struct geometry {
     const int32_t *first, *past;
@@ -31,8 +40,10 @@ static geometry geometry_of(const fg_shape *s)
     geometry k = {};
     k.B = s->dim[0], k.T = s->dim[1], k.H = s->dim[2], k.D = s->dim[3];
     k.C = k.H * k.D, k.rows = k.B * k.T, k.lanes = (int)(k.D / 8);
-    k.columns = fg_divisor_of(k.C / 8), k.strips = fg_divisor_of((k.T + STRIP - 1) / STRIP);
-    k.length = fg_divisor_of(k.T), k.width = fg_divisor_of(k.D);
+    const int64_t most = k.rows * k.C + THREADS;
+    k.columns = fg_divisor_of(k.C / 8, most);
+    k.strips = fg_divisor_of((k.T + STRIP - 1) / STRIP, most);
+    k.length = fg_divisor_of(k.T, most), k.width = fg_divisor_of(k.D, most);
     return k;
 }
 
@@ -59,7 +70,7 @@ static __device__ __forceinline__ float head_sum(float x, int lanes)
     return x;
 }
 
-/* s = a p + (1 - a) x where there is a row before, (1 - a) x at a document's first, 0 in padding. */
+/* a p + (1 - a) x, without p at a document's first row, 0 in padding. */
 static __device__ __forceinline__ float shift(place is, float a, float p, float x)
 {
     const float keep = is == PAD ? 0 : (1 - a) * x;
@@ -72,13 +83,14 @@ struct forward {
     geometry k;
     fg_in x, logit, prev, w;
     fg_out y;
-    norm_rows x_rows, logit_rows, y_rows;
+    fg_matrix at_x, at_logit, at_y;
     float *rstd;
     float eps;
     bool shared;                                 /* w holds one head's gains */
 };
 
-template <bool NORM>
+/* WIDE: x may be f32. */
+template <bool NORM, bool WIDE>
 static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
 {
     const geometry &k = f.k;
@@ -89,26 +101,28 @@ static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
     const int64_t t = (q - b * k.strips.d) * STRIP, row = b * k.T + t, left = there ? k.T - t : 0;
     const int64_t past = k.past ? *k.past : 0;
     const bool from_prev = t == 0 && f.prev.p;
-    fg_raw8 raw[STRIP + 1] = {};
+    fg_some<8, WIDE> raw[STRIP + 1];
     float a[STRIP];
-    if (left > 0 && t > 0) raw[0] = fg_load_raw8(f.x, norm_row(f.x_rows, row - 1) + column);
-    else if (left > 0 && from_prev) raw[0] = fg_load_raw8(f.prev, b * k.C + column);
+    raw[0].clear();
+    if (left > 0 && t > 0) raw[0].load(f.x, f.at_x.at(row - 1, column));
+    else if (left > 0 && from_prev) raw[0].load(f.prev, b * k.C + column);
 #pragma unroll
     for (int u = 0; u < STRIP; u++) {
+        raw[u + 1].clear();
         a[u] = 0;
         if (u >= left) continue;
-        raw[u + 1] = fg_load_raw8(f.x, norm_row(f.x_rows, row + u) + column);
-        a[u] = f.logit[norm_row(f.logit_rows, row + u) + head];
+        raw[u + 1].load(f.x, f.at_x.at(row + u, column));
+        a[u] = f.logit[f.at_logit.at(row + u, head)];
     }
-    fg_vec8 w, p = fg_floats(from_prev ? f.prev : f.x, raw[0]);
+    fg_vec8 w, p, x, s;
+    raw[0].floats(from_prev ? f.prev : f.x, p.v);
     if (NORM) w = fg_load8(f.w, f.shared ? column - head * k.D : column);
 #pragma unroll
     for (int u = 0; u < STRIP; u++) {
         const place is = u < left ? place_of(k.first, past, row + u, t + u) : PAD;
-        const fg_vec8 x = fg_floats(f.x, raw[u + 1]);
         const float gate = 1.0f / (1.0f + __expf(-a[u]));
-        fg_vec8 s;
         float sum = 0;
+        raw[u + 1].floats(f.x, x.v);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             s[j] = shift(is, gate, p[j], x[j]);
@@ -121,7 +135,7 @@ static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
             for (int j = 0; j < 8; j++) s[j] = s[j] * rstd * w[j];
             if (u < left && column - head * k.D == 0) f.rstd[(row + u) * k.H + head] = rstd;
         }
-        if (u < left) fg_store8(f.y, norm_row(f.y_rows, row + u) + column, s);
+        if (u < left) fg_store8(f.y, f.at_y.at(row + u, column), s);
     }
 }
 
@@ -133,12 +147,15 @@ template <bool NORM> static void start(const fg_exec *e, forward &f, int sequenc
     f.k.past = (const int32_t *)e->in[sequence + 1];
     f.x = fg_input_of(e, 0), f.logit = fg_input_of(e, 1), f.y = fg_output_of(e, 0);
     if (e->in[sequence + 2]) f.prev = fg_input_of(e, sequence + 2);
-    f.x_rows = norm_rows_of(&e->in_rows[0], f.k.C);
-    f.logit_rows = norm_rows_of(&e->in_rows[1], f.k.H);
-    f.y_rows = norm_rows_of(&e->out_rows[0], f.k.C);
-    const int64_t threads = f.k.B * f.k.strips.d * f.k.columns.d;
-    if (f.k.rows > 0 && f.k.C > 0)
-        shift_rows<NORM><<<fg_blocks(threads, THREADS), THREADS, 0, stream>>>(f);
+    const int64_t n = f.k.rows * f.k.C, threads = f.k.B * f.k.strips.d * f.k.columns.d;
+    f.at_x = fg_matrix_of(&e->in_rows[0], f.k.C, n);
+    f.at_logit = fg_matrix_of(&e->in_rows[1], f.k.H, n);
+    f.at_y = fg_matrix_of(&e->out_rows[0], f.k.C, n);
+    const unsigned blocks = fg_blocks(threads, THREADS);
+    const bool narrow = f.x.narrow && (!f.prev.p || f.prev.narrow);
+    if (n == 0) return;
+    if (narrow) shift_rows<NORM, false><<<blocks, THREADS, 0, stream>>>(f);
+    else shift_rows<NORM, true><<<blocks, THREADS, 0, stream>>>(f);
 }
 
 static void gate_launch(const fg_exec *e, cudaStream_t stream)
@@ -156,7 +173,9 @@ static void norm_op_launch(const fg_exec *e, cudaStream_t stream)
 }
 static const char *unfit(const fg_infer *c) { return unfit_shape(&c->in[0]); }
 
-FG_KERNEL(shift_gate) = { .launch = gate_launch, .unfit = unfit, .pitched_in = 3, .pitched_out = 1 };
+FG_KERNEL(shift_gate) = {
+    .launch = gate_launch, .unfit = unfit, .pitched_in = 3, .pitched_out = 1,
+};
 FG_KERNEL(shift_norm) = {
     .launch = norm_op_launch, .unfit = unfit, .pitched_in = 3, .pitched_out = 1,
 };
@@ -167,7 +186,7 @@ struct backward {
     geometry k;
     fg_in gy, x, logit, w;
     fg_out gx, glogit;
-    norm_rows gy_rows, x_rows, logit_rows, gx_rows, glogit_rows;
+    fg_matrix at_gy, at_x, at_logit, at_gx, at_glogit;
     const float *rstd;
     float *part;                                 /* [blocks, C]: partial sums of gw */
     int64_t runs;
@@ -175,22 +194,22 @@ struct backward {
 };
 
 /* What row t needs from memory besides x_t: its gradient, the row before it, gate and scale. */
-struct fetched { fg_raw8 gy, before; float logit, rstd; int64_t t; place is; };
+template <bool WIDE> struct fetched {
+    fg_some<8, WIDE> gy, before;
+    float logit, rstd;
+    int64_t t;
+};
 
-template <bool NORM>
-static __device__ __forceinline__ fetched fetch(const backward &f, int64_t row, int column, int head,
-                                                bool ok)
+template <bool NORM, bool WIDE>
+static __device__ __forceinline__ void fetch(fetched<WIDE> &r, const backward &f, int64_t row,
+                                             int column, int head)
 {
-    const geometry &k = f.k;
-    fetched r = {};
-    r.t = row - fg_divide(row, k.length) * k.T;
-    r.is = place_of(k.first, 0, row, r.t);
-    if (!ok) return r;
-    r.gy = fg_load_raw8(f.gy, norm_row(f.gy_rows, row) + column);
-    if (row > 0) r.before = fg_load_raw8(f.x, norm_row(f.x_rows, row - 1) + column);
-    r.logit = f.logit[norm_row(f.logit_rows, row) + head];
-    if (NORM) r.rstd = f.rstd[row * k.H + head];
-    return r;
+    r.t = row - fg_divide(row, f.k.length) * f.k.T;
+    r.gy.load(f.gy, f.at_gy.at(row, column));
+    if (row > 0) r.before.load(f.x, f.at_x.at(row - 1, column));
+    else r.before.clear();
+    r.logit = f.logit[f.at_logit.at(row, head)];
+    if (NORM) r.rstd = f.rstd[row * f.k.H + head];
 }
 
 /* The block's sums of gw: its warps' rows, added in order. */
@@ -208,38 +227,44 @@ static __device__ __forceinline__ void leave_gain(const backward &f, float (*par
     }
 }
 
-template <bool NORM>
-static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) unshift_rows(const backward f)
+/* WIDE: gy or x may be f32.  Lanes behind the last channel do as the last head's, and keep it to
+ * themselves. */
+template <bool NORM, bool WIDE>
+static __global__ void __launch_bounds__(32 * WARPS, (WIDE ? 3 : blocks_held<NORM>))
+unshift_rows(const backward f)
 {
     __shared__ float part[NORM ? WARPS : 1][256];
     const geometry &k = f.k;
-    const int lane = threadIdx.x % 32, column = (blockIdx.y * 32 + lane) * 8;
-    const bool ok = column < k.C;
-    const int head = ok ? (int)fg_divide(column, k.width) : 0, inside = column - head * (int)k.D;
+    const int lane = threadIdx.x % 32, own = (blockIdx.y * 32 + lane) * 8, in_head = own % (int)k.D;
+    const bool ok = own < k.C;
+    const int column = ok ? own : (int)(k.C - k.D) + in_head;
+    const int head = (int)fg_divide(column, k.width);
     const int64_t run = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
     const int64_t from = norm_first(k.rows, f.runs, run), to = norm_first(k.rows, f.runs, run + 1);
     const bool more = from < to && to < k.rows && fg_divide(to, k.length) * k.T != to;
     int64_t row = more ? to : to - 1;                        /* the last, or the one behind it */
     fg_vec8 w, gw = {}, later = {};                          /* later: a gs of the row behind */
-    if (NORM && ok) w = fg_load8(f.w, f.shared ? inside : column);
-    fg_raw8 x = {};
-    fetched next = {};
+    fg_some<8, WIDE> x;
+    fetched<WIDE> next;
+    if (NORM) w = fg_load8(f.w, f.shared ? in_head : column);
     if (from < to) {
-        if (ok) x = fg_load_raw8(f.x, norm_row(f.x_rows, row) + column);
-        next = fetch<NORM>(f, row, column, head, ok);
+        x.load(f.x, f.at_x.at(row, column));
+        fetch<NORM>(next, f, row, column, head);
     }
     for (; row >= from && from < to; row--) {
-        const fetched r = next;
-        if (row > from) next = fetch<NORM>(f, row - 1, column, head, ok);
-        const fg_vec8 v = fg_floats(f.x, x), p = fg_floats(f.x, r.before);
-        const float a = 1.0f / (1.0f + __expf(-r.logit)), keep = r.is == PAD ? 0 : 1 - a;
-        fg_vec8 gs = fg_floats(f.gy, r.gy);
+        const fetched<WIDE> r = next;
+        if (row > from) fetch<NORM>(next, f, row - 1, column, head);
+        const place is = place_of(k.first, 0, row, r.t);
+        const float a = 1.0f / (1.0f + __expf(-r.logit)), keep = is == PAD ? 0 : 1 - a;
+        fg_vec8 v, p, gs, h;
+        x.floats(f.x, v.v);
+        r.before.floats(f.x, p.v);
+        r.gy.floats(f.gy, gs.v);
         if (NORM) {
             float sum = 0;
-            fg_vec8 h;
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                h[j] = shift(r.is, a, p[j], v[j]) * r.rstd;
+                h[j] = shift(is, a, p[j], v[j]) * r.rstd;
                 if (row < to) gw[j] = fmaf(gs[j], h[j], gw[j]);
                 gs[j] *= w[j];
                 sum = fmaf(gs[j], h[j], sum);
@@ -248,29 +273,27 @@ static __global__ void __launch_bounds__(32 * WARPS, BLOCKS) unshift_rows(const 
 #pragma unroll
             for (int j = 0; j < 8; j++) gs[j] = r.rstd * fmaf(-mean, h[j], gs[j]);
         }
-        fg_vec8 gx;
         float sum = 0;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            gx[j] = fmaf(keep, gs[j], later[j]);
-            later[j] = r.is == INSIDE ? a * gs[j] : 0;
-            sum = fmaf(gs[j], (r.is == INSIDE ? p[j] : 0) - v[j], sum);
+            h[j] = fmaf(keep, gs[j], later[j]);              /* gx */
+            later[j] = is == INSIDE ? a * gs[j] : 0;
+            sum = fmaf(gs[j], (is == INSIDE ? p[j] : 0) - v[j], sum);
         }
         sum = head_sum(sum, k.lanes);
         x = r.before;
         if (!ok || row == to) continue;
-        fg_store8(f.gx, norm_row(f.gx_rows, row) + column, gx);
-        if (inside == 0)
-            f.glogit.put(norm_row(f.glogit_rows, row) + head,
-                         r.is == PAD ? 0 : sum * (a * (1 - a)));
+        fg_store8(f.gx, f.at_gx.at(row, column), h);
+        if (in_head == 0)
+            f.glogit.put(f.at_glogit.at(row, head), is == PAD ? 0 : sum * (a * (1 - a)));
     }
     if (NORM) leave_gain(f, part, gw.v, lane);
 }
 
 static int64_t segments_of(const geometry &k) { return (k.C + 255) / 256; }
-static int64_t blocks_of(const geometry &k)
+template <bool NORM> static int64_t blocks_of(const geometry &k)
 {
-    const int64_t most = NORM_PROCESSORS * BLOCKS / (segments_of(k) > 0 ? segments_of(k) : 1);
+    const int64_t most = NORM_PROCESSORS * blocks_held<NORM> / (segments_of(k) > 0 ? segments_of(k) : 1);
     const int64_t parts = (k.rows + WARPS * RUN - 1) / (WARPS * RUN);
     const int64_t blocks = parts < most ? parts : most;
     return blocks > 1 ? blocks : 1;
@@ -284,13 +307,17 @@ template <bool NORM> static void start_grad(const fg_exec *e, backward &f, int f
     f.k.first = (const int32_t *)e->in[first];
     f.gy = fg_input_of(e, 0), f.x = fg_input_of(e, 1), f.logit = fg_input_of(e, 2);
     f.gx = fg_output_of(e, 0), f.glogit = fg_output_of(e, glogit);
-    f.gy_rows = norm_rows_of(&e->in_rows[0], f.k.C), f.x_rows = norm_rows_of(&e->in_rows[1], f.k.C);
-    f.logit_rows = norm_rows_of(&e->in_rows[2], f.k.H);
-    f.gx_rows = norm_rows_of(&e->out_rows[0], f.k.C);
-    f.glogit_rows = norm_rows_of(&e->out_rows[glogit], f.k.H);
-    const dim3 grid((unsigned)blocks_of(f.k), (unsigned)segments_of(f.k));
+    const int64_t n = f.k.rows * f.k.C;
+    f.at_gy = fg_matrix_of(&e->in_rows[0], f.k.C, n);
+    f.at_x = fg_matrix_of(&e->in_rows[1], f.k.C, n);
+    f.at_logit = fg_matrix_of(&e->in_rows[2], f.k.H, n);
+    f.at_gx = fg_matrix_of(&e->out_rows[0], f.k.C, n);
+    f.at_glogit = fg_matrix_of(&e->out_rows[glogit], f.k.H, n);
+    const dim3 grid((unsigned)blocks_of<NORM>(f.k), (unsigned)segments_of(f.k));
     f.runs = grid.x * (int64_t)WARPS;
-    if (f.k.C > 0) unshift_rows<NORM><<<grid, 32 * WARPS, 0, stream>>>(f);
+    if (f.k.C == 0) return;
+    if (f.gy.narrow && f.x.narrow) unshift_rows<NORM, false><<<grid, 32 * WARPS, 0, stream>>>(f);
+    else unshift_rows<NORM, true><<<grid, 32 * WARPS, 0, stream>>>(f);
 }
 
 static void gate_grad_launch(const fg_exec *e, cudaStream_t stream)
@@ -307,13 +334,13 @@ static void norm_grad_op_launch(const fg_exec *e, cudaStream_t stream)
     f.shared = n == D;
     start_grad<true>(e, f, 5, stream);
     const dim3 block(32, 32);
-    norm_add_parts<<<fg_blocks(n, 32), block, 0, stream>>>(f.part, blocks_of(f.k) * (f.k.C / n), n,
+    norm_add_parts<<<fg_blocks(n, 32), block, 0, stream>>>(f.part, blocks_of<true>(f.k) * (f.k.C / n), n,
                                                            fg_output_of(e, 1));
 }
 static size_t grad_scratch(const fg_infer *c)
 {
     const geometry k = geometry_of(&c->in[1]);
-    return (size_t)(blocks_of(k) * k.C) * sizeof(float);
+    return (size_t)(blocks_of<true>(k) * k.C) * sizeof(float);
 }
 static const char *grad_unfit(const fg_infer *c) { return unfit_shape(&c->in[1]); }
 
