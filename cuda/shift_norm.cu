@@ -15,31 +15,25 @@
 #include "rows.cuh"
 
 /* H100, 2026-11. */
-#ifndef STRIP
-#define STRIP 4
-#endif
-#ifndef NORM_BLOCKS
-#define NORM_BLOCKS 5
-#endif
-#ifndef GATE_BLOCKS
-#define GATE_BLOCKS 8
-#endif
-constexpr int THREADS = 256;                     /* forward: of a block; a thread has STRIP rows */
+constexpr int THREADS = 256, STRIP = 4;          /* forward: of a block; rows of a thread */
 constexpr int WARPS = 4, RUN = 4;                /* backward: of a block; fewest rows of a warp */
-template <bool NORM> constexpr int blocks_held = NORM ? NORM_BLOCKS : GATE_BLOCKS;  /* of a processor */
+template <bool NORM> constexpr int held = NORM ? 5 : 8;      /* blocks of a processor */
 
+/* Kernels have a form for heads of 8 LANES of bf16 in plain or pitched rows, and for LANES = 0 one
+ * for everything else. */
 struct geometry {
     const int32_t *first, *past;
     int64_t B, T, H, D, C, rows;                 /* C = H D, rows = B T */
     fg_divisor columns, strips, length, width;   /* eights of a row; strips of a sequence; T; D */
     int lanes;                                   /* of a head */
+    float share;                                 /* 1 / D, exactly */
 };
 
 static geometry geometry_of(const fg_shape *s)
 {
     geometry k = {};
     k.B = s->dim[0], k.T = s->dim[1], k.H = s->dim[2], k.D = s->dim[3];
-    k.C = k.H * k.D, k.rows = k.B * k.T, k.lanes = (int)(k.D / 8);
+    k.C = k.H * k.D, k.rows = k.B * k.T, k.lanes = (int)(k.D / 8), k.share = 1.0f / (float)k.D;
     const int64_t most = k.rows * k.C + THREADS;
     k.columns = fg_divisor_of(k.C / 8, most);
     k.strips = fg_divisor_of((k.T + STRIP - 1) / STRIP, most);
@@ -56,25 +50,35 @@ static const char *unfit_shape(const fg_shape *s)
 
 /* What row t of a sequence is, `row` of all: PAD gives 0, START has nothing before it. */
 enum place { PAD, START, INSIDE };
-static __device__ __forceinline__ place place_of(const int32_t *first, int64_t past, int64_t row,
-                                                 int64_t t)
+static __device__ __forceinline__ place place_of(const int32_t *first, int past, int64_t row, int t)
 {
-    const int64_t low = first && first[row] > 0 ? first[row] : 0, p = past + t;
+    const int low = first ? max(first[row], 0) : 0, p = past + t;
     return low > p ? PAD : low == p ? START : INSIDE;
 }
 
-/* The sum over the lanes of a head. */
-static __device__ __forceinline__ float head_sum(float x, int lanes)
+/* Row `row` of m, given that row - by lies at `from`. */
+template <bool EVEN>
+static __device__ __forceinline__ int64_t along(const fg_matrix &m, int64_t from, int by,
+                                                int64_t row, int column)
 {
-    for (int d = lanes / 2; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-    return x;
+    return EVEN ? from + by * m.pitch : m.at(row, column);
 }
 
-/* a p + (1 - a) x, without p at a document's first row, 0 in padding. */
-static __device__ __forceinline__ float shift(place is, float a, float p, float x)
+/* The sum over the lanes of a head. */
+template <int LANES> static __device__ __forceinline__ float head_sum(float x, int lanes)
 {
-    const float keep = is == PAD ? 0 : (1 - a) * x;
-    return is == INSIDE ? fmaf(a, p, keep) : keep;
+    if constexpr (LANES > 0) return fg_warp_sum<LANES>(x);
+    else {
+        for (int d = lanes / 2; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+        return x;
+    }
+}
+
+/* 1 / sqrt(x) to the last place: the processor's own, and a step of Newton's. */
+static __device__ __forceinline__ float rsqrt_of(float x)
+{
+    const float r = rsqrtf(x), e = fmaf(-x * r, r, 1.0f);
+    return isfinite(r) ? fmaf(0.5f * r, e, r) : r;
 }
 
 /* ---- forward -------------------------------------------------------------------------------- */
@@ -89,30 +93,32 @@ struct forward {
     bool shared;                                 /* w holds one head's gains */
 };
 
-/* WIDE: x may be f32. */
-template <bool NORM, bool WIDE>
+template <bool NORM, int LANES>
 static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
 {
+    constexpr bool EVEN = LANES > 0;
     const geometry &k = f.k;
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, all = k.B * k.strips.d;
     const int64_t q = fg_divide(i, k.columns), b = fg_divide(q, k.strips);
-    const bool there = q < all;
     const int column = (int)(i - q * k.columns.d) * 8, head = (int)fg_divide(column, k.width);
-    const int64_t t = (q - b * k.strips.d) * STRIP, row = b * k.T + t, left = there ? k.T - t : 0;
-    const int64_t past = k.past ? *k.past : 0;
+    const int t = (int)(q - b * k.strips.d) * STRIP, left = q < all ? (int)k.T - t : 0;
+    const int64_t row = b * k.T + t;
+    const int past = k.past ? *k.past : 0;
     const bool from_prev = t == 0 && f.prev.p;
-    fg_some<8, WIDE> raw[STRIP + 1];
+    const int64_t x_at = f.at_x.at(row, column), logit_at = f.at_logit.at(row, head);
+    const int64_t y_at = f.at_y.at(row, column);
+    fg_some<8, !EVEN> raw[STRIP + 1];
     float a[STRIP];
     raw[0].clear();
-    if (left > 0 && t > 0) raw[0].load(f.x, f.at_x.at(row - 1, column));
+    if (left > 0 && t > 0) raw[0].load(f.x, along<EVEN>(f.at_x, x_at, -1, row - 1, column));
     else if (left > 0 && from_prev) raw[0].load(f.prev, b * k.C + column);
 #pragma unroll
     for (int u = 0; u < STRIP; u++) {
         raw[u + 1].clear();
         a[u] = 0;
         if (u >= left) continue;
-        raw[u + 1].load(f.x, f.at_x.at(row + u, column));
-        a[u] = f.logit[f.at_logit.at(row + u, head)];
+        raw[u + 1].load(f.x, along<EVEN>(f.at_x, x_at, u, row + u, column));
+        a[u] = f.logit[along<EVEN>(f.at_logit, logit_at, u, row + u, head)];
     }
     fg_vec8 w, p, x, s;
     raw[0].floats(from_prev ? f.prev : f.x, p.v);
@@ -120,22 +126,25 @@ static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
 #pragma unroll
     for (int u = 0; u < STRIP; u++) {
         const place is = u < left ? place_of(k.first, past, row + u, t + u) : PAD;
-        const float gate = 1.0f / (1.0f + __expf(-a[u]));
+        const float gate = norm_sigmoid(a[u]), by = is == INSIDE ? gate : 0;
+        const float keep = 1 - gate;
         float sum = 0;
         raw[u + 1].floats(f.x, x.v);
+        if (is != INSIDE) p = {};
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            s[j] = shift(is, gate, p[j], x[j]);
+            s[j] = fmaf(by, p[j], keep * x[j]);
+            if (is == PAD) s[j] = 0;
             sum = fmaf(s[j], s[j], sum);
         }
         p = x;
         if (NORM) {
-            const float rstd = 1.0f / sqrtf(head_sum(sum, k.lanes) / (float)k.D + f.eps);
+            const float rstd = rsqrt_of(fmaf(head_sum<LANES>(sum, k.lanes), k.share, f.eps));
 #pragma unroll
             for (int j = 0; j < 8; j++) s[j] = s[j] * rstd * w[j];
             if (u < left && column - head * k.D == 0) f.rstd[(row + u) * k.H + head] = rstd;
         }
-        if (u < left) fg_store8(f.y, f.at_y.at(row + u, column), s);
+        if (u < left) fg_store8(f.y, along<EVEN>(f.at_y, y_at, u, row + u, column), s);
     }
 }
 
@@ -152,10 +161,12 @@ template <bool NORM> static void start(const fg_exec *e, forward &f, int sequenc
     f.at_logit = fg_matrix_of(&e->in_rows[1], f.k.H, n);
     f.at_y = fg_matrix_of(&e->out_rows[0], f.k.C, n);
     const unsigned blocks = fg_blocks(threads, THREADS);
-    const bool narrow = f.x.narrow && (!f.prev.p || f.prev.narrow);
+    const bool even = f.x.narrow && (!f.prev.p || f.prev.narrow) && f.at_x.pitch &&
+                      f.at_logit.pitch && f.at_y.pitch;
     if (n == 0) return;
-    if (narrow) shift_rows<NORM, false><<<blocks, THREADS, 0, stream>>>(f);
-    else shift_rows<NORM, true><<<blocks, THREADS, 0, stream>>>(f);
+    if (even && f.k.lanes == 8) shift_rows<NORM, 8><<<blocks, THREADS, 0, stream>>>(f);
+    else if (even && f.k.lanes == 16) shift_rows<NORM, 16><<<blocks, THREADS, 0, stream>>>(f);
+    else shift_rows<NORM, 0><<<blocks, THREADS, 0, stream>>>(f);
 }
 
 static void gate_launch(const fg_exec *e, cudaStream_t stream)
@@ -193,23 +204,33 @@ struct backward {
     bool shared;
 };
 
-/* What row t needs from memory besides x_t: its gradient, the row before it, gate and scale. */
-template <bool WIDE> struct fetched {
-    fg_some<8, WIDE> gy, before;
+/* Where row t lies in what is read, and what it needs of that besides x_t. */
+struct cursor { int64_t gy, before, logit; };
+template <int LANES> struct fetched {
+    fg_some<8, LANES == 0> gy, before;
     float logit, rstd;
-    int64_t t;
 };
 
-template <bool NORM, bool WIDE>
-static __device__ __forceinline__ void fetch(fetched<WIDE> &r, const backward &f, int64_t row,
-                                             int column, int head)
+template <bool NORM, int LANES>
+static __device__ __forceinline__ void fetch(fetched<LANES> &r, const cursor &at, const backward &f,
+                                             int64_t row, int head)
 {
-    r.t = row - fg_divide(row, f.k.length) * f.k.T;
-    r.gy.load(f.gy, f.at_gy.at(row, column));
-    if (row > 0) r.before.load(f.x, f.at_x.at(row - 1, column));
+    r.gy.load(f.gy, at.gy);
+    if (row > 0) r.before.load(f.x, at.before);
     else r.before.clear();
-    r.logit = f.logit[f.at_logit.at(row, head)];
+    r.logit = f.logit[at.logit];
     if (NORM) r.rstd = f.rstd[row * f.k.H + head];
+}
+
+/* To the row before. */
+template <int LANES>
+static __device__ __forceinline__ void move(cursor &at, const backward &f, int64_t row, int column,
+                                            int head)
+{
+    constexpr bool EVEN = LANES > 0;
+    at.gy = along<EVEN>(f.at_gy, at.gy, -1, row - 1, column);
+    at.logit = along<EVEN>(f.at_logit, at.logit, -1, row - 1, head);
+    at.before = along<EVEN>(f.at_x, at.before, -1, row - 2, column);
 }
 
 /* The block's sums of gw: its warps' rows, added in order. */
@@ -227,13 +248,13 @@ static __device__ __forceinline__ void leave_gain(const backward &f, float (*par
     }
 }
 
-/* WIDE: gy or x may be f32.  Lanes behind the last channel do as the last head's, and keep it to
- * themselves. */
-template <bool NORM, bool WIDE>
-static __global__ void __launch_bounds__(32 * WARPS, (WIDE ? 3 : blocks_held<NORM>))
+/* Lanes behind the last channel do as the last head's, and keep it to themselves. */
+template <bool NORM, int LANES>
+static __global__ void __launch_bounds__(32 * WARPS, (LANES ? held<NORM> : 3))
 unshift_rows(const backward f)
 {
     __shared__ float part[NORM ? WARPS : 1][256];
+    constexpr bool EVEN = LANES > 0;
     const geometry &k = f.k;
     const int lane = threadIdx.x % 32, own = (blockIdx.y * 32 + lane) * 8, in_head = own % (int)k.D;
     const bool ok = own < k.C;
@@ -243,33 +264,48 @@ unshift_rows(const backward f)
     const int64_t from = norm_first(k.rows, f.runs, run), to = norm_first(k.rows, f.runs, run + 1);
     const bool more = from < to && to < k.rows && fg_divide(to, k.length) * k.T != to;
     int64_t row = more ? to : to - 1;                        /* the last, or the one behind it */
+    int t = from < to ? (int)(row - fg_divide(row, k.length) * k.T) : 0;
     fg_vec8 w, gw = {}, later = {};                          /* later: a gs of the row behind */
-    fg_some<8, WIDE> x;
-    fetched<WIDE> next;
+    fg_some<8, !EVEN> x;
+    fetched<LANES> next;
+    cursor at = {};
+    int64_t gx_at = 0, glogit_at = 0;
     if (NORM) w = fg_load8(f.w, f.shared ? in_head : column);
     if (from < to) {
-        x.load(f.x, f.at_x.at(row, column));
-        fetch<NORM>(next, f, row, column, head);
+        const int64_t x_at = f.at_x.at(row, column);
+        at = { f.at_gy.at(row, column), x_at, f.at_logit.at(row, head) };
+        at.before = along<EVEN>(f.at_x, x_at, -1, row > 0 ? row - 1 : 0, column);
+        gx_at = f.at_gx.at(row, column), glogit_at = f.at_glogit.at(row, head);
+        x.load(f.x, x_at);
+        fetch<NORM>(next, at, f, row, head);
     }
     for (; row >= from && from < to; row--) {
-        const fetched<WIDE> r = next;
-        if (row > from) fetch<NORM>(next, f, row - 1, column, head);
-        const place is = place_of(k.first, 0, row, r.t);
-        const float a = 1.0f / (1.0f + __expf(-r.logit)), keep = is == PAD ? 0 : 1 - a;
+        const fetched<LANES> r = next;
+        if (row > from) {
+            move<LANES>(at, f, row, column, head);
+            fetch<NORM>(next, at, f, row - 1, head);
+        }
+        const place is = place_of(k.first, 0, row, t);
+        const float a = norm_sigmoid(r.logit), by = is == INSIDE ? a : 0;
+        const float keep = is == PAD ? 0 : 1 - a;
+        fg_some<8, !EVEN> before = r.before;
+        if (is != INSIDE) before.clear();
+        if (is == PAD) x.clear();
         fg_vec8 v, p, gs, h;
         x.floats(f.x, v.v);
-        r.before.floats(f.x, p.v);
+        before.floats(f.x, p.v);
         r.gy.floats(f.gy, gs.v);
         if (NORM) {
+            const float by_h = by * r.rstd, keep_h = keep * r.rstd;
             float sum = 0;
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                h[j] = shift(is, a, p[j], v[j]) * r.rstd;
+                h[j] = fmaf(by_h, p[j], keep_h * v[j]);
                 if (row < to) gw[j] = fmaf(gs[j], h[j], gw[j]);
                 gs[j] *= w[j];
                 sum = fmaf(gs[j], h[j], sum);
             }
-            const float mean = head_sum(sum, k.lanes) / (float)k.D;
+            const float mean = head_sum<LANES>(sum, k.lanes) * k.share;
 #pragma unroll
             for (int j = 0; j < 8; j++) gs[j] = r.rstd * fmaf(-mean, h[j], gs[j]);
         }
@@ -277,15 +313,18 @@ unshift_rows(const backward f)
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             h[j] = fmaf(keep, gs[j], later[j]);              /* gx */
-            later[j] = is == INSIDE ? a * gs[j] : 0;
-            sum = fmaf(gs[j], (is == INSIDE ? p[j] : 0) - v[j], sum);
+            later[j] = by * gs[j];
+            sum = fmaf(gs[j], p[j] - v[j], sum);
         }
-        sum = head_sum(sum, k.lanes);
+        sum = head_sum<LANES>(sum, k.lanes);
+        if (ok && row < to) {
+            fg_store8(f.gx, gx_at, h);
+            if (in_head == 0) f.glogit.put(glogit_at, sum * (a * (1 - a)));
+        }
         x = r.before;
-        if (!ok || row == to) continue;
-        fg_store8(f.gx, f.at_gx.at(row, column), h);
-        if (in_head == 0)
-            f.glogit.put(f.at_glogit.at(row, head), is == PAD ? 0 : sum * (a * (1 - a)));
+        t = t > 0 ? t - 1 : (int)k.T - 1;
+        gx_at = along<EVEN>(f.at_gx, gx_at, -1, row - 1, column);
+        glogit_at = along<EVEN>(f.at_glogit, glogit_at, -1, row - 1, head);
     }
     if (NORM) leave_gain(f, part, gw.v, lane);
 }
@@ -293,7 +332,7 @@ unshift_rows(const backward f)
 static int64_t segments_of(const geometry &k) { return (k.C + 255) / 256; }
 template <bool NORM> static int64_t blocks_of(const geometry &k)
 {
-    const int64_t most = NORM_PROCESSORS * blocks_held<NORM> / (segments_of(k) > 0 ? segments_of(k) : 1);
+    const int64_t most = NORM_PROCESSORS * held<NORM> / (segments_of(k) > 0 ? segments_of(k) : 1);
     const int64_t parts = (k.rows + WARPS * RUN - 1) / (WARPS * RUN);
     const int64_t blocks = parts < most ? parts : most;
     return blocks > 1 ? blocks : 1;
@@ -316,8 +355,11 @@ template <bool NORM> static void start_grad(const fg_exec *e, backward &f, int f
     const dim3 grid((unsigned)blocks_of<NORM>(f.k), (unsigned)segments_of(f.k));
     f.runs = grid.x * (int64_t)WARPS;
     if (f.k.C == 0) return;
-    if (f.gy.narrow && f.x.narrow) unshift_rows<NORM, false><<<grid, 32 * WARPS, 0, stream>>>(f);
-    else unshift_rows<NORM, true><<<grid, 32 * WARPS, 0, stream>>>(f);
+    const bool even = f.gy.narrow && f.x.narrow && f.at_gy.pitch && f.at_x.pitch &&
+                      f.at_logit.pitch && f.at_gx.pitch && f.at_glogit.pitch;
+    if (even && f.k.lanes == 8) unshift_rows<NORM, 8><<<grid, 32 * WARPS, 0, stream>>>(f);
+    else if (even && f.k.lanes == 16) unshift_rows<NORM, 16><<<grid, 32 * WARPS, 0, stream>>>(f);
+    else unshift_rows<NORM, 0><<<grid, 32 * WARPS, 0, stream>>>(f);
 }
 
 static void gate_grad_launch(const fg_exec *e, cudaStream_t stream)
