@@ -7,8 +7,8 @@
  *     glogit_t = a_t (1 - a_t) sum over channels of gs_t (x_(t-1) - x_t)
  *
  * A lane holds eight channels, a head is D / 8 neighbouring lanes.  Forward, a thread walks STRIP
- * rows downwards.  Backward, a warp walks a run of rows upwards, the next one on its way, and hands
- * a_t gs_t to the row before; gs of the row behind its run it computes besides.
+ * rows downwards.  Backward, a warp walks a run of rows upwards, the next AHEAD on their way, and
+ * hands a_t gs_t to the row before; gs of the row behind its run it computes besides.
  * Bytes: every tensor once from memory; neighbouring rows again, one in STRIP forward and one in a
  * run (20 to 40 rows at 16384) backward, mostly from cache; partial sums of gw, under 1%. */
 #include "norm.cuh"
@@ -17,7 +17,8 @@
 /* H100, 2026-11. */
 constexpr int THREADS = 256, STRIP = 4;          /* forward: of a block; rows of a thread */
 constexpr int WARPS = 4, RUN = 4;                /* backward: of a block; fewest rows of a warp */
-template <bool NORM> constexpr int held = NORM ? 5 : 8;      /* blocks of a processor */
+constexpr int AHEAD = 2;                         /* rows on their way */
+template <bool NORM> constexpr int held = NORM ? 4 : 8;      /* blocks of a processor */
 
 /* Kernels have a form for heads of 8 LANES of bf16 in plain or pitched rows, and for LANES = 0 one
  * for everything else. */
@@ -267,7 +268,7 @@ unshift_rows(const backward f)
     int t = from < to ? (int)(row - fg_divide(row, k.length) * k.T) : 0;
     fg_vec8 w, gw = {}, later = {};                          /* later: a gs of the row behind */
     fg_some<8, !EVEN> x;
-    fetched<LANES> next;
+    fetched<LANES> next[AHEAD];
     cursor at = {};
     int64_t gx_at = 0, glogit_at = 0;
     if (NORM) w = fg_load8(f.w, f.shared ? in_head : column);
@@ -277,13 +278,21 @@ unshift_rows(const backward f)
         at.before = along<EVEN>(f.at_x, x_at, -1, row > 0 ? row - 1 : 0, column);
         gx_at = f.at_gx.at(row, column), glogit_at = f.at_glogit.at(row, head);
         x.load(f.x, x_at);
-        fetch<NORM>(next, at, f, row, head);
+        fetch<NORM>(next[0], at, f, row, head);
+    }
+#pragma unroll
+    for (int i = 1; i < AHEAD; i++) {
+        if (from >= to || row - i < from) continue;
+        move<LANES>(at, f, row - i + 1, column, head);
+        fetch<NORM>(next[i], at, f, row - i, head);
     }
     for (; row >= from && from < to; row--) {
-        const fetched<LANES> r = next;
-        if (row > from) {
-            move<LANES>(at, f, row, column, head);
-            fetch<NORM>(next, at, f, row - 1, head);
+        const fetched<LANES> r = next[0];
+#pragma unroll
+        for (int i = 1; i < AHEAD; i++) next[i - 1] = next[i];
+        if (row - AHEAD >= from) {
+            move<LANES>(at, f, row - AHEAD + 1, column, head);
+            fetch<NORM>(next[AHEAD - 1], at, f, row - AHEAD, head);
         }
         const place is = place_of(k.first, 0, row, t);
         const float a = norm_sigmoid(r.logit), by = is == INSIDE ? a : 0;
