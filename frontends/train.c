@@ -456,6 +456,19 @@ static bool asked_to_stop(const training *t)
            (limit > 0 && fg__seconds() - t->started >= limit);
 }
 
+/* graph.json as it ran, with the time of every node, where the plans were profiled. */
+static fg_status write_times(training *t)
+{
+    const fg_json_part parts[2] = { { NULL, t->plan, FG_STAGE_PLANNED },
+                                    { NULL, t->update_plan, FG_STAGE_PLANNED } };
+    const char *op;
+    double seconds, flops, bytes;
+    int64_t calls;
+    if (!t->folder || !fg_plan_profile_at(t->plan, 0, &op, &seconds, &calls, &flops, &bytes))
+        return FG_OK;
+    return fg__folder_graph(t->folder, t->update ? 2 : 1, parts, t->model->name, t->message);
+}
+
 static fg_status loop(training *t)
 {
     const fg_event start = { .kind = FG_EVENT_START,
@@ -489,6 +502,8 @@ static fg_status loop(training *t)
         note(t, FG_EVENT_END, "stopped on request; resume to go on");
         return refuse(t, FG_ERR_STOPPED, NULL);
     }
+    if (s == FG_OK)
+        s = write_times(t);
     if (s == FG_OK)
         note(t, FG_EVENT_END, "training is complete");
     return s;
