@@ -7,7 +7,7 @@
  *     glogit_t = a_t (1 - a_t) sum over channels of gs_t (x_(t-1) - x_t)
  *
  * A lane holds eight channels, a head is D / 8 neighbouring lanes.  Forward, a thread walks STRIP
- * rows downwards.  Backward, a warp walks a run of rows upwards, the next AHEAD on their way, and
+ * rows downwards.  Backward, a warp walks a run of rows upwards, the next ones on their way, and
  * hands a_t gs_t to the row before; gs of the row behind its run it computes besides.
  * Bytes: every tensor once from memory; neighbouring rows again, one in STRIP forward and one in a
  * run (20 to 40 rows at 16384) backward, mostly from cache; partial sums of gw, under 1%. */
@@ -17,8 +17,9 @@
 /* H100, 2026-11. */
 constexpr int THREADS = 256, STRIP = 4;          /* forward: of a block; rows of a thread */
 constexpr int WARPS = 4, RUN = 4;                /* backward: of a block; fewest rows of a warp */
-constexpr int AHEAD = 2;                         /* rows on their way */
-template <bool NORM> constexpr int held = NORM ? 4 : 8;      /* blocks of a processor */
+template <bool NORM> constexpr int ahead = NORM ? 2 : 1;     /* rows of a warp on their way */
+template <bool NORM, int LANES> constexpr int held = !LANES ? 3 : NORM ? 4 : 8;
+                                                 /* blocks of a processor */
 
 /* Kernels have a form for heads of 8 LANES of bf16 in plain or pitched rows, and for LANES = 0 one
  * for everything else. */
@@ -45,25 +46,27 @@ static geometry geometry_of(const fg_shape *s)
 static const char *unfit_shape(const fg_shape *s)
 {
     const int64_t D = s->dim[3];
-    return D % 8 == 0 && D <= 256 && (D & (D - 1)) == 0 && s->dim[2] < 1 << 20
-         ? nullptr : "heads must be 8, 16, 32, 64, 128 or 256 wide";
+    if (D % 8 != 0 || D > 256 || (D & (D - 1)) != 0)
+        return "heads must be 8, 16, 32, 64, 128 or 256 wide";
+    return s->dim[0] * s->dim[1] < INT32_MAX / 2 && s->dim[2] * D < INT32_MAX / 2
+         ? nullptr : "more than 2^30 rows or channels";
 }
 
 /* What row t of a sequence is, `row` of all: PAD gives 0, START has nothing before it. */
 enum place { PAD, START, INSIDE };
-static __device__ __forceinline__ place place_of(const int32_t *first, int past, int64_t row, int t)
+static __device__ __forceinline__ place place_of(const int32_t *first, int past, int row, int t)
 {
     const int low = first ? max(first[row], 0) : 0, p = past + t;
     return low > p ? PAD : low == p ? START : INSIDE;
 }
 
-/* Row `row` of m, given that row - by lies at `from`. */
+/* Where a row's element lies; EVEN: m's rows are the tensor's, and their pitch is below 2^31. */
 template <bool EVEN>
-static __device__ __forceinline__ int64_t along(const fg_matrix &m, int64_t from, int by,
-                                                int64_t row, int column)
+static __device__ __forceinline__ int64_t at(const fg_matrix &m, int row, int column)
 {
-    return EVEN ? from + by * m.pitch : m.at(row, column);
+    return EVEN ? (int64_t)row * (int)m.pitch + column : m.at(row, column);
 }
+static bool is_even(const fg_matrix &m) { return m.pitch > 0 && m.pitch < INT32_MAX; }
 
 /* The sum over the lanes of a head. */
 template <int LANES> static __device__ __forceinline__ float head_sum(float x, int lanes)
@@ -103,23 +106,21 @@ static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
     const int64_t q = fg_divide(i, k.columns), b = fg_divide(q, k.strips);
     const int column = (int)(i - q * k.columns.d) * 8, head = (int)fg_divide(column, k.width);
     const int t = (int)(q - b * k.strips.d) * STRIP, left = q < all ? (int)k.T - t : 0;
-    const int64_t row = b * k.T + t;
+    const int row = (int)(b * k.T) + t;
     const int past = k.past ? *k.past : 0;
     const bool from_prev = t == 0 && f.prev.p;
-    const int64_t x_at = f.at_x.at(row, column), logit_at = f.at_logit.at(row, head);
-    const int64_t y_at = f.at_y.at(row, column);
     fg_some<8, !EVEN> raw[STRIP + 1];
     float a[STRIP];
     raw[0].clear();
-    if (left > 0 && t > 0) raw[0].load(f.x, along<EVEN>(f.at_x, x_at, -1, row - 1, column));
+    if (left > 0 && t > 0) raw[0].load(f.x, at<EVEN>(f.at_x, row - 1, column));
     else if (left > 0 && from_prev) raw[0].load(f.prev, b * k.C + column);
 #pragma unroll
     for (int u = 0; u < STRIP; u++) {
         raw[u + 1].clear();
         a[u] = 0;
         if (u >= left) continue;
-        raw[u + 1].load(f.x, along<EVEN>(f.at_x, x_at, u, row + u, column));
-        a[u] = f.logit[along<EVEN>(f.at_logit, logit_at, u, row + u, head)];
+        raw[u + 1].load(f.x, at<EVEN>(f.at_x, row + u, column));
+        a[u] = f.logit[at<EVEN>(f.at_logit, row + u, head)];
     }
     fg_vec8 w, p, x, s;
     raw[0].floats(from_prev ? f.prev : f.x, p.v);
@@ -143,9 +144,9 @@ static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
             const float rstd = rsqrt_of(fmaf(head_sum<LANES>(sum, k.lanes), k.share, f.eps));
 #pragma unroll
             for (int j = 0; j < 8; j++) s[j] = s[j] * rstd * w[j];
-            if (u < left && column - head * k.D == 0) f.rstd[(row + u) * k.H + head] = rstd;
+            if (u < left && column - head * k.D == 0) f.rstd[(int64_t)(row + u) * k.H + head] = rstd;
         }
-        if (u < left) fg_store8(f.y, along<EVEN>(f.at_y, y_at, u, row + u, column), s);
+        if (u < left) fg_store8(f.y, at<EVEN>(f.at_y, row + u, column), s);
     }
 }
 
@@ -162,8 +163,8 @@ template <bool NORM> static void start(const fg_exec *e, forward &f, int sequenc
     f.at_logit = fg_matrix_of(&e->in_rows[1], f.k.H, n);
     f.at_y = fg_matrix_of(&e->out_rows[0], f.k.C, n);
     const unsigned blocks = fg_blocks(threads, THREADS);
-    const bool even = f.x.narrow && (!f.prev.p || f.prev.narrow) && f.at_x.pitch &&
-                      f.at_logit.pitch && f.at_y.pitch;
+    const bool even = f.x.narrow && (!f.prev.p || f.prev.narrow) && is_even(f.at_x) &&
+                      is_even(f.at_logit) && is_even(f.at_y);
     if (n == 0) return;
     if (even && f.k.lanes == 8) shift_rows<NORM, 8><<<blocks, THREADS, 0, stream>>>(f);
     else if (even && f.k.lanes == 16) shift_rows<NORM, 16><<<blocks, THREADS, 0, stream>>>(f);
@@ -205,33 +206,22 @@ struct backward {
     bool shared;
 };
 
-/* Where row t lies in what is read, and what it needs of that besides x_t. */
-struct cursor { int64_t gy, before, logit; };
+/* What row t needs from memory besides x_t. */
 template <int LANES> struct fetched {
     fg_some<8, LANES == 0> gy, before;
     float logit, rstd;
 };
 
 template <bool NORM, int LANES>
-static __device__ __forceinline__ void fetch(fetched<LANES> &r, const cursor &at, const backward &f,
-                                             int64_t row, int head)
-{
-    r.gy.load(f.gy, at.gy);
-    if (row > 0) r.before.load(f.x, at.before);
-    else r.before.clear();
-    r.logit = f.logit[at.logit];
-    if (NORM) r.rstd = f.rstd[row * f.k.H + head];
-}
-
-/* To the row before. */
-template <int LANES>
-static __device__ __forceinline__ void move(cursor &at, const backward &f, int64_t row, int column,
-                                            int head)
+static __device__ __forceinline__ void fetch(fetched<LANES> &r, const backward &f, int row,
+                                             int column, int head)
 {
     constexpr bool EVEN = LANES > 0;
-    at.gy = along<EVEN>(f.at_gy, at.gy, -1, row - 1, column);
-    at.logit = along<EVEN>(f.at_logit, at.logit, -1, row - 1, head);
-    at.before = along<EVEN>(f.at_x, at.before, -1, row - 2, column);
+    r.gy.load(f.gy, at<EVEN>(f.at_gy, row, column));
+    if (row > 0) r.before.load(f.x, at<EVEN>(f.at_x, row - 1, column));
+    else r.before.clear();
+    r.logit = f.logit[at<EVEN>(f.at_logit, row, head)];
+    if (NORM) r.rstd = f.rstd[row * f.k.H + head];
 }
 
 /* The block's sums of gw: its warps' rows, added in order. */
@@ -251,49 +241,36 @@ static __device__ __forceinline__ void leave_gain(const backward &f, float (*par
 
 /* Lanes behind the last channel do as the last head's, and keep it to themselves. */
 template <bool NORM, int LANES>
-static __global__ void __launch_bounds__(32 * WARPS, (LANES ? held<NORM> : 3))
+static __global__ void __launch_bounds__(32 * WARPS, (held<NORM, LANES>))
 unshift_rows(const backward f)
 {
     __shared__ float part[NORM ? WARPS : 1][256];
     constexpr bool EVEN = LANES > 0;
+    constexpr int AHEAD = ahead<NORM>;
     const geometry &k = f.k;
     const int lane = threadIdx.x % 32, own = (blockIdx.y * 32 + lane) * 8, in_head = own % (int)k.D;
     const bool ok = own < k.C;
     const int column = ok ? own : (int)(k.C - k.D) + in_head;
     const int head = (int)fg_divide(column, k.width);
     const int64_t run = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
-    const int64_t from = norm_first(k.rows, f.runs, run), to = norm_first(k.rows, f.runs, run + 1);
+    const int from = (int)norm_first(k.rows, f.runs, run);
+    const int to = (int)norm_first(k.rows, f.runs, run + 1);
     const bool more = from < to && to < k.rows && fg_divide(to, k.length) * k.T != to;
-    int64_t row = more ? to : to - 1;                        /* the last, or the one behind it */
-    int t = from < to ? (int)(row - fg_divide(row, k.length) * k.T) : 0;
+    int row = more ? to : to - 1;                            /* the last, or the one behind it */
+    int t = from < to ? row - (int)(fg_divide(row, k.length) * k.T) : 0;
     fg_vec8 w, gw = {}, later = {};                          /* later: a gs of the row behind */
     fg_some<8, !EVEN> x;
     fetched<LANES> next[AHEAD];
-    cursor at = {};
-    int64_t gx_at = 0, glogit_at = 0;
     if (NORM) w = fg_load8(f.w, f.shared ? in_head : column);
-    if (from < to) {
-        const int64_t x_at = f.at_x.at(row, column);
-        at = { f.at_gy.at(row, column), x_at, f.at_logit.at(row, head) };
-        at.before = along<EVEN>(f.at_x, x_at, -1, row > 0 ? row - 1 : 0, column);
-        gx_at = f.at_gx.at(row, column), glogit_at = f.at_glogit.at(row, head);
-        x.load(f.x, x_at);
-        fetch<NORM>(next[0], at, f, row, head);
-    }
+    if (from < to) x.load(f.x, at<EVEN>(f.at_x, row, column));
 #pragma unroll
-    for (int i = 1; i < AHEAD; i++) {
-        if (from >= to || row - i < from) continue;
-        move<LANES>(at, f, row - i + 1, column, head);
-        fetch<NORM>(next[i], at, f, row - i, head);
-    }
+    for (int i = 0; i < AHEAD; i++)
+        if (from < to && row - i >= from) fetch<NORM>(next[i], f, row - i, column, head);
     for (; row >= from && from < to; row--) {
         const fetched<LANES> r = next[0];
 #pragma unroll
         for (int i = 1; i < AHEAD; i++) next[i - 1] = next[i];
-        if (row - AHEAD >= from) {
-            move<LANES>(at, f, row - AHEAD + 1, column, head);
-            fetch<NORM>(next[AHEAD - 1], at, f, row - AHEAD, head);
-        }
+        if (row - AHEAD >= from) fetch<NORM>(next[AHEAD - 1], f, row - AHEAD, column, head);
         const place is = place_of(k.first, 0, row, t);
         const float a = norm_sigmoid(r.logit), by = is == INSIDE ? a : 0;
         const float keep = is == PAD ? 0 : 1 - a;
@@ -327,28 +304,36 @@ unshift_rows(const backward f)
         }
         sum = head_sum<LANES>(sum, k.lanes);
         if (ok && row < to) {
-            fg_store8(f.gx, gx_at, h);
-            if (in_head == 0) f.glogit.put(glogit_at, sum * (a * (1 - a)));
+            fg_store8(f.gx, at<EVEN>(f.at_gx, row, column), h);
+            if (in_head == 0)
+                f.glogit.put(at<EVEN>(f.at_glogit, row, head), sum * (a * (1 - a)));
         }
         x = r.before;
         t = t > 0 ? t - 1 : (int)k.T - 1;
-        gx_at = along<EVEN>(f.at_gx, gx_at, -1, row - 1, column);
-        glogit_at = along<EVEN>(f.at_glogit, glogit_at, -1, row - 1, head);
     }
     if (NORM) leave_gain(f, part, gw.v, lane);
 }
 
 static int64_t segments_of(const geometry &k) { return (k.C + 255) / 256; }
-template <bool NORM> static int64_t blocks_of(const geometry &k)
+static int64_t blocks_of(const geometry &k, int held_by_one)
 {
-    const int64_t most = NORM_PROCESSORS * held<NORM> / (segments_of(k) > 0 ? segments_of(k) : 1);
+    const int64_t segments = segments_of(k), most = NORM_PROCESSORS * held_by_one;
     const int64_t parts = (k.rows + WARPS * RUN - 1) / (WARPS * RUN);
-    const int64_t blocks = parts < most ? parts : most;
-    return blocks > 1 ? blocks : 1;
+    const int64_t each = segments > 0 ? most / segments : most;
+    return parts < each ? (parts > 1 ? parts : 1) : each > 1 ? each : 1;
 }
 
-template <bool NORM> static void start_grad(const fg_exec *e, backward &f, int first,
-                                            cudaStream_t stream)
+template <bool NORM, int LANES> static int64_t run_grad(backward &f, cudaStream_t stream)
+{
+    const dim3 grid((unsigned)blocks_of(f.k, held<NORM, LANES>), (unsigned)segments_of(f.k));
+    f.runs = grid.x * (int64_t)WARPS;
+    if (f.k.C > 0) unshift_rows<NORM, LANES><<<grid, 32 * WARPS, 0, stream>>>(f);
+    return grid.x;
+}
+
+/* Returns the rows of partial sums. */
+template <bool NORM> static int64_t start_grad(const fg_exec *e, backward &f, int first,
+                                               cudaStream_t stream)
 {
     const int glogit = NORM ? 2 : 1;
     f.k = geometry_of(&e->in_shape[1]);
@@ -361,14 +346,11 @@ template <bool NORM> static void start_grad(const fg_exec *e, backward &f, int f
     f.at_logit = fg_matrix_of(&e->in_rows[2], f.k.H, n);
     f.at_gx = fg_matrix_of(&e->out_rows[0], f.k.C, n);
     f.at_glogit = fg_matrix_of(&e->out_rows[glogit], f.k.H, n);
-    const dim3 grid((unsigned)blocks_of<NORM>(f.k), (unsigned)segments_of(f.k));
-    f.runs = grid.x * (int64_t)WARPS;
-    if (f.k.C == 0) return;
-    const bool even = f.gy.narrow && f.x.narrow && f.at_gy.pitch && f.at_x.pitch &&
-                      f.at_logit.pitch && f.at_gx.pitch && f.at_glogit.pitch;
-    if (even && f.k.lanes == 8) unshift_rows<NORM, 8><<<grid, 32 * WARPS, 0, stream>>>(f);
-    else if (even && f.k.lanes == 16) unshift_rows<NORM, 16><<<grid, 32 * WARPS, 0, stream>>>(f);
-    else unshift_rows<NORM, 0><<<grid, 32 * WARPS, 0, stream>>>(f);
+    const bool even = f.gy.narrow && f.x.narrow && is_even(f.at_gy) && is_even(f.at_x) &&
+                      is_even(f.at_logit) && is_even(f.at_gx) && is_even(f.at_glogit);
+    if (even && f.k.lanes == 8) return run_grad<NORM, 8>(f, stream);
+    if (even && f.k.lanes == 16) return run_grad<NORM, 16>(f, stream);
+    return run_grad<NORM, 0>(f, stream);
 }
 
 static void gate_grad_launch(const fg_exec *e, cudaStream_t stream)
@@ -383,15 +365,15 @@ static void norm_grad_op_launch(const fg_exec *e, cudaStream_t stream)
     backward f = {};
     f.w = fg_input_of(e, 3), f.rstd = (const float *)e->in[4], f.part = (float *)e->scratch;
     f.shared = n == D;
-    start_grad<true>(e, f, 5, stream);
+    const int64_t rows = start_grad<true>(e, f, 5, stream);
     const dim3 block(32, 32);
-    norm_add_parts<<<fg_blocks(n, 32), block, 0, stream>>>(f.part, blocks_of<true>(f.k) * (f.k.C / n), n,
+    norm_add_parts<<<fg_blocks(n, 32), block, 0, stream>>>(f.part, rows * (f.k.C / n), n,
                                                            fg_output_of(e, 1));
 }
 static size_t grad_scratch(const fg_infer *c)
 {
     const geometry k = geometry_of(&c->in[1]);
-    return (size_t)(blocks_of<true>(k) * k.C) * sizeof(float);
+    return (size_t)(blocks_of(k, held<true, 8>) * k.C) * sizeof(float);
 }
 static const char *grad_unfit(const fg_infer *c) { return unfit_shape(&c->in[1]); }
 
