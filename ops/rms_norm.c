@@ -261,7 +261,7 @@ static fg_tensor both_example(fg_graph *g, int i)
     return FG_APPLY(rms_norm_grad_bf16, FG_HERE, in, cases[i].groups);
 }
 
-/* Made by lowering alone, behind all gradients.  No kernel for the CPU, where bf16 is not narrow. */
+/* Made by lowering alone, behind all gradients.  No CPU kernel: there, bf16 is not narrow. */
 const fg_op_code fg_code_rms_norm_grad_bf16 = {
     .infer = both_infer, .cost = grad_cost, .decompose = both_decompose, .example = both_example,
     .reuse = 1u << 0 | 1u << 1, .no_grad = true,

@@ -964,8 +964,8 @@ static void time_rest()
                 absent() }, 2, { t, t }, w);
         measure("shift_norm", &eps, { shaped(s, t, C), shaped(g, t, 24), gains, absent(), absent(),
                 absent() }, 2, { t, F });
-        measure("shift_norm_grad", nullptr, { shaped(s, t), shaped(s, t, C), shaped(g, t, 24), gains,
-                rstd, absent() }, 3, { t, F, t }, w3);
+        measure("shift_norm_grad", nullptr, { shaped(s, t), shaped(s, t, C), shaped(g, t, 24),
+                gains, rstd, absent() }, 3, { t, F, t }, w3);
         const struct fg_attr_permute heads = { dims({ 0, 2, 1, 3 }) }, turned = { dims({ 1, 0 }) };
         measure("permute", &heads, { shaped(s, t) }, 1, { t });
         measure("permute", &turned, { shaped(dims({ T, C }), t) }, 1, { t });
