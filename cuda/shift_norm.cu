@@ -144,7 +144,8 @@ static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
             const float rstd = rsqrt_of(fmaf(head_sum<LANES>(sum, k.lanes), k.share, f.eps));
 #pragma unroll
             for (int j = 0; j < 8; j++) s[j] = s[j] * rstd * w[j];
-            if (u < left && column - head * k.D == 0) f.rstd[(int64_t)(row + u) * k.H + head] = rstd;
+            if (u < left && column - head * k.D == 0)
+                f.rstd[(int64_t)(row + u) * k.H + head] = rstd;
         }
         if (u < left) fg_store8(f.y, at<EVEN>(f.at_y, row + u, column), s);
     }
