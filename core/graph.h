@@ -35,6 +35,7 @@ typedef struct {
     int n_in, n_out;
     fg_pass pass;
     bool recomputed;                     /* a second computation of its pair */
+    bool dropped;                        /* runs for no reader's sake, though it overwrites */
     uint32_t pair;                    /* the forward node that this one belongs to, or FG_NO_NODE */
     uint32_t in[FG_MAX_IN], out[FG_MAX_OUT];   /* in: 0 where an optional input is absent */
 } fg_node;

@@ -103,3 +103,5 @@ void fg__instead(fg_rewrite *r, uint32_t old, fg_tensor t)
     r->uses[v] += r->uses[old];
     r->uses[old] = 0;
 }
+
+void fg__drop(fg_rewrite *r, uint32_t k) { r->g->nodes[k].dropped = true; }

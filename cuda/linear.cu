@@ -1,10 +1,12 @@
-/* linear.cu - a product with a weight matrix, and its gradients, through cuBLASLt.
+/* linear.cu - a product with a weight matrix, and its gradients, through cuBLASLt; few rows of bf16
+ * through few_rows.cu.
  *
  *     y = x w^T + b        gx = gy w        gw = gy^T x, summed over all rows
  *
  * x: [...,N]   w: [M,N]   b: [M] or absent   y, gy: [...,M]: R rows.  Rows of x, y, gy and gx may
  * be pitched.  Each is one product of 2 R M N operations; the bias is added in its epilogue,
  * rounded to y's dtype first. */
+#include "few_rows.cuh"
 #include "gemm.cuh"
 
 static int64_t rows_of(const fg_shape *s)
@@ -29,6 +31,7 @@ static size_t scratch(const fg_infer *c)
 
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
+    if (fg_few_linear(e, stream)) return;
     const int64_t M = e->in_shape[1].dim[0], N = e->in_shape[1].dim[1];
     fg_gemm_call g = fg_gemm_of(rows_of(&e->in_shape[0]), M, N, false, true);
     g.a = e->in[0], g.b = e->in[1], g.y = e->out[0], g.work = e->scratch;

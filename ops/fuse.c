@@ -5,6 +5,7 @@
  *                                              gradients: one product for x, one for all weights
  *   rms_norm(a + b, w)                         add_rms_norm(a, b, w)
  *   rms_norm_grad(...) + r                     rms_norm_grad(..., more = r)
+ *   what one token goes through                fuse_few.c
  *
  * Rules compute the same sums, in another order at most: what a plan shows is what it runs. */
 #include <stdlib.h>
@@ -324,4 +325,5 @@ void fg__fuse(fg_rewrite *r)
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_add)) fuse_norm_grad_add(r, k);
     free(done);
+    if (!g->status) fg__fuse_few(r);
 }
