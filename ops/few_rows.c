@@ -83,7 +83,7 @@ static fg_tensor norm_example(fg_graph *g, int i)
 
 const fg_op_code fg_code_norm_linear = {
     .infer = norm_infer, .cost = norm_cost, .decompose = norm_decompose, .example = norm_example,
-    .bf16 = { .narrow_in = 1u << M, .narrow_out = 1, .like = { 0, 1 + A } },
+    .no_grad = true, .bf16 = { .narrow_in = 1u << M, .narrow_out = 1, .like = { 0, 1 + A } },
 };
 
 /* ---- swiglu_linear -------------------------------------------------------------------------- */
@@ -137,5 +137,5 @@ static fg_tensor swiglu_example(fg_graph *g, int i)
 
 const fg_op_code fg_code_swiglu_linear = {
     .infer = swiglu_infer, .cost = swiglu_cost, .decompose = swiglu_decompose,
-    .example = swiglu_example, .bf16 = { .narrow_in = 2, .narrow_out = 1 },
+    .example = swiglu_example, .no_grad = true, .bf16 = { .narrow_in = 2, .narrow_out = 1 },
 };
