@@ -1,26 +1,27 @@
-/* few_rows.cu - products of at most eight rows with a weight matrix: ops/few_rows.c on a GPU, and
- * ops/linear.c where it has so few rows.
+/* few_rows.cu - products of at most eight rows with a weight matrix: ops/few_rows.c on a GPU.
  *
  *     y = x m^T,    x = rms_norm(a + b, w), swiglu(x) or x itself, rounded to bf16
  *
  * A warp multiplies one row of m, or a part of it (a power of two of parts), with all rows of x,
  * which lie in shared memory; every block makes them there for itself.  The next row of m is on its
- * way while sums are taken.  In a chain (chain.cuh) the first row of m is read before the wait.
+ * way while sums are taken, the AHEAD next on their way to the L2 cache.  In a chain (chain.cuh)
+ * all that begins before the wait, so that the memory is never idle between two kernels.
  * Bytes: m once; x once for every block, from the L2 cache.
  * The sum of a row of y depends on N alone, neither on the other rows nor on M. */
 #include "chain.cuh"
-#include "few_rows.cuh"
 
-/* H100 SXM, 2026-11: blocks a multiprocessor, of which a kernel takes half when alone. */
-enum { THREADS = 256, WARPS = THREADS / 32, ROWS = 8, EACH = 2, DEEP = 8, WIDEST = 16384 };
+/* H100 SXM, 2026-11.  EACH: blocks a multiprocessor takes, so few that those of the next kernel
+ * find room beside them; DEEP: loads of a thread on their way; AHEAD: rows of a warp. */
+enum { THREADS = 256, WARPS = THREADS / 32, EACH = 2, DEEP = 8, AHEAD = 4 };
+enum { ROWS = 8, WIDEST = 16384 };               /* of x; of a row of m */
 
 enum kind { PLAIN, NORM, SWIGLU };
 
 struct few {
-    fg_in a, b, w;                       /* b.p, w.p: NULL if absent; PLAIN: b is the bias */
+    fg_in a, b, w;                       /* b.p: NULL if absent */
     const uint4 *m;
     fg_out y, sum;
-    int64_t a_pitch, y_pitch;
+    int64_t y_pitch;
     int N, M, rows;                      /* x: [rows,N]   m: [M,N] */
     int parts;                           /* of a row of m */
     float eps;
@@ -46,10 +47,8 @@ static __device__ __forceinline__ uint4 pack8(const fg_vec8 &v)
 static __device__ void make_plain(const few &k, uint4 *x)
 {
     const int chunks = k.N / 8;
-    for (int i = threadIdx.x; i < k.rows * chunks; i += THREADS) {
-        const int r = i / chunks, c = i % chunks;
-        x[i] = pack8(fg_load8(k.a, r * k.a_pitch + 8 * c));
-    }
+    for (int i = threadIdx.x; i < k.rows * chunks; i += THREADS)
+        x[i] = pack8(fg_load8(k.a, 8 * (int64_t)i));
 }
 
 static __device__ void make_swiglu(const few &k, uint4 *x)
@@ -142,10 +141,14 @@ static __device__ __forceinline__ void multiply(float (&sum)[R], const uint4 (&r
     }
 }
 
-static __device__ __forceinline__ void store(const few &k, int kind, int r, int n, float y)
+/* Starts the same chunks on their way to the L2 cache. */
+static __device__ __forceinline__ void call_row(const few &k, int n, int c0, int c1)
 {
-    if (kind == PLAIN && k.b.p) y += k.b[n];
-    k.y.put(r * k.y_pitch + n, y);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (threadIdx.x % 32 == 0 && n < k.M && c0 < c1)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+                     :: "l"(k.m + (int64_t)n * (k.N / 8) + c0), "r"(16 * (c1 - c0)) : "memory");
+#endif
 }
 
 template <int KIND, int U, int R>
@@ -157,11 +160,13 @@ static __global__ void __launch_bounds__(THREADS, 2 * EACH) few_rows(const __gri
     const int chunks = k.N / 8, wide = (chunks + k.parts - 1) / k.parts;
     const int c0 = warp % k.parts * wide, c1 = min(c0 + wide, chunks), step = gridDim.x * side;
     int n0 = blockIdx.x * side;                  /* of the block's first row */
+    const int mine = n0 + warp / k.parts;
     uint4 raw[U];
     fg_chain_next();
-    if (k.early) load_row<U>(raw, k, n0 + warp / k.parts, c0, c1);
-    fg_chain_wait();
-    if (!k.early) load_row<U>(raw, k, n0 + warp / k.parts, c0, c1);
+    if (!k.early) fg_chain_wait();
+    load_row<U>(raw, k, mine, c0, c1);
+    for (int i = 1; i <= AHEAD; i++) call_row(k, mine + i * step, c0, c1);
+    if (k.early) fg_chain_wait();
     if (KIND == PLAIN) make_plain(k, rows_shared);
     else if (KIND == NORM) make_norm(k, rows_shared);
     else make_swiglu(k, rows_shared);
@@ -171,12 +176,13 @@ static __global__ void __launch_bounds__(THREADS, 2 * EACH) few_rows(const __gri
         float sum[R];
         multiply<U, R>(sum, raw, rows_shared, k, c0, c1);
         if (n0 + step < k.M) load_row<U>(raw, k, n + step, c0, c1);
+        call_row(k, n + (1 + AHEAD) * step, c0, c1);
 #pragma unroll
         for (int r = 0; r < R; r++) sum[r] = fg_warp_sum(sum[r]);
         if (k.parts == 1) {
 #pragma unroll
             for (int r = 0; r < R; r++)
-                if (lane == r && r < k.rows && n < k.M) store(k, KIND, r, n, sum[r]);
+                if (lane == r && r < k.rows && n < k.M) k.y.put(r * k.y_pitch + n, sum[r]);
             continue;
         }
         if (lane == 0)
@@ -187,7 +193,7 @@ static __global__ void __launch_bounds__(THREADS, 2 * EACH) few_rows(const __gri
         if (r >= k.rows || to >= k.M) continue;
         float y = 0;
         for (int p = 0; p < k.parts; p++) y += part[turn][threadIdx.x % side * k.parts + p][r];
-        store(k, KIND, r, to, y);
+        k.y.put(r * k.y_pitch + to, y);
     }
 }
 
@@ -239,21 +245,22 @@ static few few_of(const fg_exec *e, int m)
     k.y = fg_output_of(e, 0);
     k.M = (int)e->in_shape[m].dim[0], k.N = (int)e->in_shape[m].dim[1];
     k.rows = (int)rows_of(&e->in_shape[0]);
-    k.a_pitch = fg_pitch_of(&e->in_rows[0], k.N);
     k.y_pitch = fg_pitch_of(&e->out_rows[0], k.M);
     return k;
 }
 
-bool fg_few_linear(const fg_exec *e, cudaStream_t stream)
+static const char *few_unfit(const fg_infer *c)
 {
-    if (e->in_type[0] != FG_BF16) return false;
-    if (unfit_rows(&e->in_shape[0], &e->in_shape[1], e->in_type[1])) return false;
-    few k = few_of(e, 1);
-    if (e->n_in > 2 && e->in[2]) k.b = fg_input_of(e, 2);
-    if (k.a_pitch % 8) return false;
-    start_kind<PLAIN>(k, stream);
-    return true;
+    return unfit_rows(&c->in[0], &c->in[1], c->in_type[1]);
 }
+
+static void few_launch(const fg_exec *e, cudaStream_t stream)
+{
+    few k = few_of(e, 1);
+    k.early = ((const struct fg_attr_few_linear *)e->attr)->early;
+    start_kind<PLAIN>(k, stream);
+}
+FG_KERNEL(few_linear) = { .launch = few_launch, .unfit = few_unfit, .pitched_out = 1 };
 
 static const char *norm_unfit(const fg_infer *c)
 {
@@ -273,11 +280,6 @@ static void norm_launch(const fg_exec *e, cudaStream_t stream)
 }
 FG_KERNEL(norm_linear) = { .launch = norm_launch, .unfit = norm_unfit, .pitched_out = 1 };
 
-static const char *swiglu_unfit(const fg_infer *c)
-{
-    return unfit_rows(&c->in[0], &c->in[1], c->in_type[1]);
-}
-
 static void swiglu_launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_swiglu_linear *a = (const struct fg_attr_swiglu_linear *)e->attr;
@@ -286,4 +288,4 @@ static void swiglu_launch(const fg_exec *e, cudaStream_t stream)
     k.early = a->early;
     start_kind<SWIGLU>(k, stream);
 }
-FG_KERNEL(swiglu_linear) = { .launch = swiglu_launch, .unfit = swiglu_unfit, .pitched_out = 1 };
+FG_KERNEL(swiglu_linear) = { .launch = swiglu_launch, .unfit = few_unfit, .pitched_out = 1 };

@@ -10,14 +10,15 @@
  * end, in the block and then by the first block through the cluster's shared memory.
  * Everything is in units of log2.  Gates as in attention.cuh: clamped at -100 nats, and one that is
  * no number makes NaN of a query that sees beyond it.
+ * In a chain (chain.cuh) the blocks that have not the new key begin before the wait.
  * Bytes: the visible rows of k, v and log_f once. */
 #include "attention.cuh"
 #include "chain.cuh"
 #include "elementwise.cuh"
 
 /* H100 SXM, 2026-11: blocks of a cluster, threads of a block, keys of a tile, keys of a group of
- * threads that are on their way at once. */
-enum { CLUSTER = 8, THREADS = 256, WARPS = THREADS / 32, TILE = 1024, DEEP = 8 };
+ * threads that are on their way at once, steps of a block that are on their way to the L2 cache. */
+enum { CLUSTER = 8, THREADS = 256, WARPS = THREADS / 32, TILE = 1024, DEEP = 8, AHEAD = 1 };
 
 struct problem {
     fg_source q, g;
@@ -29,6 +30,7 @@ struct problem {
     int B, C, H, window;                         /* window: 1 .. C */
     int q_step, o_step;                          /* gains of head h begin at h * step */
     float scale, q_eps, eps;                     /* scale: in units of log2 */
+    bool early;
 };
 
 /* All threads of the cluster meet; what they wrote before is seen by all. */
@@ -111,33 +113,41 @@ static __device__ double scan_gates(const problem &p, int64_t head0, int t0, int
     return all * FG_LOG2_E;
 }
 
-static __device__ __forceinline__ uint4 load_row(const bf16 *x, int64_t at, bool there)
-{
-    return there ? __ldcs((const uint4 *)(x + at)) : make_uint4(0, 0, 0, 0);
-}
+/* How a block's threads share keys: SHARE of them have one, a warp KEYS at a time, DEEP times. */
+template <int D> struct work {
+    enum { SHARE = D / 8, KEYS = 32 / SHARE, WARP = KEYS * DEEP, STEP = WARPS * WARP };
+    const problem &p;
+    int64_t row0;                                /* of the head's key 0 */
+    int to, first, c;                            /* the thread's first key of a step, channel */
+    uint4 k[DEEP], v[DEEP];
 
-/* The keys [t0,t1) of a tile. */
-template <int D>
-static __device__ __forceinline__ void walk_tile(const problem &p, int64_t row0, int t0, int t1,
-                                                 const float *ell, const float (&q)[8], sums<8> &a)
-{
-    enum { SHARE = D / 8, KEYS = 32 / SHARE, STEP = WARPS * KEYS * DEEP };
-    const int lane = threadIdx.x % 32, c = lane % SHARE * 8;
-    const int64_t pitch = (int64_t)p.H * D;
-    for (int j0 = t0 + threadIdx.x / 32 * KEYS * DEEP + lane / SHARE; ; j0 += STEP) {
-        if (j0 - lane / SHARE >= t1) break;
-        uint4 k[DEEP], v[DEEP];
+    __device__ __forceinline__ void load(uint4 (&x)[DEEP], const bf16 *from, int base) const
+    {
+        const int64_t pitch = (int64_t)p.H * D;
+#pragma unroll
+        for (int u = 0; u < DEEP; u++) {
+            const int j = base + first + u * KEYS;
+            x[u] = j < to ? __ldcs((const uint4 *)(from + row0 + j * pitch + c))
+                          : make_uint4(0, 0, 0, 0);
+        }
+    }
+    /* Starts the step's keys on their way to the L2 cache. */
+    __device__ __forceinline__ void call(int base) const
+    {
+        const int64_t pitch = (int64_t)p.H * D;
+        for (int i = threadIdx.x; i < STEP * (D / 64); i += THREADS) {
+            const int j = base + i / (D / 64);
+            const int64_t at = row0 + j * pitch + i % (D / 64) * 64;
+            if (j >= to) continue;
+            asm volatile("prefetch.global.L2 [%0];" :: "l"(p.k + at));
+            asm volatile("prefetch.global.L2 [%0];" :: "l"(p.v + at));
+        }
+    }
+    /* Adds the step from base on; the next step's keys are loaded as soon as there is room. */
+    __device__ __forceinline__ void step(int base, const float *ell, const float (&q)[8],
+                                         sums<8> &a)
+    {
         float s[DEEP], most = a.max;
-#pragma unroll
-        for (int u = 0; u < DEEP; u++) {
-            const int j = j0 + u * KEYS;
-            k[u] = load_row(p.k, row0 + j * pitch + c, j < t1);
-        }
-#pragma unroll
-        for (int u = 0; u < DEEP; u++) {
-            const int j = j0 + u * KEYS;
-            v[u] = load_row(p.v, row0 + j * pitch + c, j < t1);
-        }
 #pragma unroll
         for (int u = 0; u < DEEP; u++) {
             float x[8];
@@ -145,9 +155,12 @@ static __device__ __forceinline__ void walk_tile(const problem &p, int64_t row0,
             s[u] = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) s[u] = fmaf(q[i], x[i], s[u]);
+        }
+        load(k, p.k, base + STEP);
+#pragma unroll
+        for (int u = 0; u < DEEP; u++) {
             s[u] = fg_warp_sum<SHARE>(s[u]);
-            const int j = j0 + u * KEYS;
-            s[u] = j < t1 ? s[u] + ell[j - t0] : -INFINITY;
+            s[u] = base + first + u * KEYS < to ? s[u] + ell[first + u * KEYS] : -INFINITY;
             most = fmaxf(most, s[u]);
         }
         const float at = most == -INFINITY ? 0 : most, keep = fg_exp2(a.max - at);
@@ -164,8 +177,9 @@ static __device__ __forceinline__ void walk_tile(const problem &p, int64_t row0,
 #pragma unroll
             for (int i = 0; i < 8; i++) a.v[i] = fmaf(weight, x[i], a.v[i]);
         }
+        load(v, p.v, base + STEP);
     }
-}
+};
 
 /* rms_norm(q) of the thread's channels, times the scale. */
 template <int D>
@@ -256,26 +270,41 @@ static __global__ void __launch_bounds__(THREADS, 2) decode(const __grid_constan
     const int64_t head = blockIdx.x / CLUSTER, b = head / p.H;
     const int h = (int)(head % p.H);
     fg_chain_next();
-    fg_chain_wait();
+    if (!p.early) fg_chain_wait();
     const int past = *p.past, pad = p.first ? max(0, p.first[b]) : 0;
     const int low = max(pad, past - p.window + 1);
     const bool sees = pad <= past && past < p.C;
     const int n = sees ? past + 1 - low : 0, each = (n + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
     const int from = low + rank * each, to = min(from + each, low + n);
-    const int64_t row0 = (b * p.C * p.H + h) * D, head0 = b * p.C * p.H + h;
+    const bool old = p.early && to <= past;      /* what is in front writes none of these keys */
+    if (p.early && !old) fg_chain_wait();
+    work<D> w = { p, (b * p.C * p.H + h) * D, to };
+    w.first = threadIdx.x / 32 * w.WARP + threadIdx.x % 32 / w.SHARE;
+    w.c = threadIdx.x % w.SHARE * 8;
+    w.load(w.k, p.k, from);
+    w.load(w.v, p.v, from);
+    for (int i = 1; i <= AHEAD; i++) w.call(from + i * w.STEP);
     sums<8> a = { -INFINITY, 0, { 0 } };
     double gates = 0;
     int bad = 0;
     float q[8];
-    load_query<D>(p, head, h, q);
-    for (int t0 = from; t0 < to; t0 += TILE) {
-        const int t1 = min(t0 + TILE, to);
-        const double shift = scan_gates(p, head0, t0, t1, low, ell, &bad);
-        gates += shift;
-        a.max += (float)shift;
-        walk_tile<D>(p, row0, t0, t1, ell, q, a);
-        __syncthreads();
+    for (int base = from; base < to; base += w.STEP) {
+        const int at = (base - from) % TILE;
+        if (at == 0) {
+            __syncthreads();
+            const double shift = scan_gates(p, b * p.C * p.H + h, base, min(base + TILE, to), low,
+                                            ell, &bad);
+            gates += shift;
+            a.max += (float)shift;
+        }
+        if (base == from) {
+            if (old) fg_chain_wait();
+            load_query<D>(p, head, h, q);
+        }
+        w.call(base + (1 + AHEAD) * w.STEP);
+        w.step(base, ell + at, q, a);
     }
+    if (old && from >= to) fg_chain_wait();
     join_block<D>(a, &part);
     if (threadIdx.x == 0) part.gates = gates, part.bad = bad;
     meet();
@@ -301,6 +330,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     p.o_step = e->in_shape[WO].dim[0] == k[3] ? 0 : (int)k[3];
     p.scale = (float)(at->scale * FG_LOG2_E);
     p.q_eps = (float)at->q_eps, p.eps = (float)at->eps;
+    p.early = at->early;
     const unsigned blocks = (unsigned)(p.B * p.H * CLUSTER);
     if (k[3] == 64) fg_chain_launch(decode<64>, blocks, THREADS, 0, CLUSTER, stream, p);
     else fg_chain_launch(decode<128>, blocks, THREADS, 0, CLUSTER, stream, p);

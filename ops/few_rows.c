@@ -1,9 +1,11 @@
 /* few_rows.c - products of few rows with a weight matrix, together with what makes the rows.
  *
+ *     few_linear      y = x m^T
  *     norm_linear     sum = a + b,  y = rms_norm(sum, w) m^T
  *     swiglu_linear   y = swiglu(x) m^T
  *
- * a, b, sum: [...,N]   w: [N]   x: [...,2N]   m: [M,N]   y: [...,M]; without b, sum = a
+ * a, b, sum: [...,N]   w: [N]   x: [...,N], of swiglu_linear [...,2N]   m: [M,N]   y: [...,M];
+ * without b, sum = a
  * For a token or a few, m is what has to be read, and the rows are so short that whoever multiplies
  * with a part of m makes them again at no cost: one launch instead of two or three.  Lowering makes
  * these ops (fuse_few.c), models do not.
@@ -15,6 +17,56 @@ static double products(const fg_shape *x, const fg_shape *m)
 {
     return 2 * (double)fg__rows(x) * (double)m->dim[0] * (double)m->dim[1];
 }
+
+/* ---- few_linear ----------------------------------------------------------------------------- */
+
+/* in[0] is x, n times as wide as m; fills out[0]. */
+static fg_status product_infer(fg_infer *c, int64_t n)
+{
+    const fg_shape *x = &c->in[0], *m = &c->in[1];
+    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && fg__is_real(c->in_type[1]), DTYPE,
+               "x and m must be f32 or bf16");
+    FG_REQUIRE(c, x->rank >= 1 && fg__last(x) % n == 0, SHAPE,
+               "x's last axis is %lld and must fall in %lld equal parts", (long long)fg__last(x),
+               (long long)n);
+    FG_REQUIRE(c, m->rank == 2 && n * m->dim[1] == fg__last(x), SHAPE, "m must be [out,%lld]",
+               (long long)(fg__last(x) / n));
+    c->out[0] = *x;
+    c->out[0].dim[x->rank - 1] = m->dim[0];
+    c->out_type[0] = c->in_type[1];
+    return FG_OK;
+}
+
+static fg_status few_infer(fg_infer *c) { return product_infer(c, 1); }
+
+static void few_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
+{
+    const fg_tensor none = { 0 }, x = fg_cast(in[0], fg_dtype_of(in[1]));
+    (void)attr;
+    out[0] = fg_linear(x, in[1], none);
+}
+
+static fg_cost few_cost(const fg_infer *c)
+{
+    return (fg_cost){ .flops = products(&c->in[0], &c->in[1]) };
+}
+
+static fg_tensor few_example(fg_graph *g, int i)
+{
+    static const struct { int64_t rows, n, m; } cases[] = {
+        { 3, 5, 4 }, { 1, 1536, 100 }, { 4, 264, 65 }, { 6, 4100, 7 }, { 2, 8200, 3 },
+    };
+    if (i >= (int)(sizeof cases / sizeof cases[0])) return (fg_tensor){ 0 };
+    const fg_tensor x = fg_random(g, cases[i].rows, cases[i].n);
+    const fg_tensor m = fg_random(g, cases[i].m, cases[i].n);
+    const fg_tensor in[] = { x, m };
+    return FG_APPLY(few_linear, FG_HERE, in, false);
+}
+
+const fg_op_code fg_code_few_linear = {
+    .infer = few_infer, .cost = few_cost, .decompose = few_decompose, .example = few_example,
+    .no_grad = true, .bf16 = { .narrow_in = 2, .narrow_out = 1 },
+};
 
 /* ---- norm_linear ---------------------------------------------------------------------------- */
 
@@ -91,20 +143,9 @@ const fg_op_code fg_code_norm_linear = {
 static fg_status swiglu_infer(fg_infer *c)
 {
     const struct fg_attr_swiglu_linear *at = c->attr;
-    const fg_shape *x = &c->in[0], *m = &c->in[1];
-    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && fg__is_real(c->in_type[1]), DTYPE,
-               "x and m must be f32 or bf16");
-    FG_REQUIRE(c, x->rank >= 1 && fg__last(x) % 2 == 0, SHAPE,
-               "x's last axis is %lld and must fall in two halves", (long long)fg__last(x));
-    FG_REQUIRE(c, m->rank == 2 && 2 * m->dim[1] == fg__last(x), SHAPE,
-               "m must be [out,in] with in = %lld, half of x's last axis",
-               (long long)fg__last(x) / 2);
     FG_REQUIRE(c, at->act == FG_ACT_SILU || at->act == FG_ACT_SIGMOID, USAGE,
                "act is %d, neither FG_ACT_SILU nor FG_ACT_SIGMOID", at->act);
-    c->out[0] = *x;
-    c->out[0].dim[x->rank - 1] = m->dim[0];
-    c->out_type[0] = c->in_type[1];
-    return FG_OK;
+    return product_infer(c, 2);
 }
 
 static void swiglu_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)

@@ -85,7 +85,8 @@ static fg_tensor example(fg_graph *g, int i)
     const fg_tensor gate = fg_random(g, B, 1, H * D);
     const fg_tensor wo = fg_random(g, cases[i].shared ? D : H * D);
     const fg_tensor in[] = { q, wq, k, v, log_f, pad, past, gate, wo };
-    return FG_APPLY(forget_decode, FG_HERE, in, 1 / (double)D, cases[i].window, 1e-5, 1e-6);
+    return FG_APPLY(forget_decode, FG_HERE, in, 1 / (double)D, cases[i].window, 1e-5, 1e-6,
+                    false);
 }
 
 const fg_op_code fg_code_forget_decode = {

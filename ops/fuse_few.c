@@ -2,6 +2,7 @@
  *
  *   linear(rms_norm(a [+ b], w), m), few rows       norm_linear(a, b, w, m)
  *   linear(swiglu(x), m), few rows                  swiglu_linear(x, m)
+ *   linear(x, m), few rows                          few_linear(x, m)
  *   one token into a FoX (Pro) layer's caches       head_caches
  *   rms_norm of q, forget_attention, gated_norm     forget_decode
  *
@@ -19,6 +20,13 @@ static const fg_node *made_by(const fg_rewrite *r, uint32_t v, int id)
 {
     const uint32_t k = v ? r->g->values[fg__now(r, v)].node : FG_NO_NODE;
     return k == FG_NO_NODE || !is_op(&r->g->nodes[k], id) ? NULL : &r->g->nodes[k];
+}
+
+/* The same, if v is its first result. */
+static const fg_node *first_of(const fg_rewrite *r, uint32_t v, int id)
+{
+    const fg_node *n = made_by(r, v, id);
+    return n && n->out[0] == fg__now(r, v) ? n : NULL;
 }
 
 /* v, or what it is another shape of. */
@@ -47,17 +55,26 @@ static bool of_weights(const fg_rewrite *r, uint32_t v, int depth)
     return true;
 }
 
+/* Something is launched for v: that has ended before what reads it begins, and with it all that was
+ * launched in front of the graph and may have written its weights. */
+static bool is_launched(const fg_rewrite *r, uint32_t v)
+{
+    return r->g->values[unshaped(r, v)].kind == FG_OF_NODE;
+}
+
+/* One norm over the row. */
+static bool is_row_norm(const fg_node *norm)
+{
+    return ((const struct fg_attr_rms_norm *)norm->attr)->groups == 1;
+}
+
 static void fuse_norm(fg_rewrite *r, uint32_t k, const fg_node *norm)
 {
     fg_graph *g = r->g;
     const fg_node linear = g->nodes[k], old = *norm;
     const bool sum = is_op(&old, FG_OP_add_rms_norm);
     const struct fg_attr_rms_norm *a = old.attr;             /* eps comes first in both */
-    if (!sum && (a->groups != 1 || g->values[fg__now(r, old.in[0])].kind != FG_OF_NODE)) return;
-    const fg_tensor w = fg__now_tensor(r, old.in[sum ? 2 : 1]);
-    if (fg_shape_of(w).rank != 1 || fg_dim(w, 0) != fg_dim(fg__now_tensor(r, old.in[0]), -1))
-        return;
-    const fg_tensor none = { 0 };
+    const fg_tensor none = { 0 }, w = fg__now_tensor(r, old.in[sum ? 2 : 1]);
     const fg_tensor in[] = { fg__now_tensor(r, old.in[0]),
                              sum ? fg__now_tensor(r, old.in[1]) : none, w,
                              fg__now_tensor(r, linear.in[1]) };
@@ -79,9 +96,22 @@ static void fuse_swiglu(fg_rewrite *r, uint32_t k, const fg_node *gate)
     const fg_node linear = g->nodes[k];
     const struct fg_attr_swiglu *a = gate->attr;
     const fg_tensor in[] = { fg__now_tensor(r, gate->in[0]), fg__now_tensor(r, linear.in[1]) };
-    if (g->values[in[0].id].kind != FG_OF_NODE) return;
     const uint32_t first = fg__build_as(r, k);
     const fg_tensor t = FG_APPLY(swiglu_linear, FG_HERE, in, a->act, true);
+    if (!fg_ok(t)) { fg__built(r, k, first); return; }
+    g->values[t.id].type = g->values[linear.out[0]].type;
+    fg__built(r, k, first);
+    fg__instead(r, linear.out[0], t);
+    fg__take_slot(r, k, t);
+}
+
+static void make_few(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    const fg_node linear = g->nodes[k];
+    const fg_tensor in[] = { fg__now_tensor(r, linear.in[0]), fg__now_tensor(r, linear.in[1]) };
+    const uint32_t first = fg__build_as(r, k);
+    const fg_tensor t = FG_APPLY(few_linear, FG_HERE, in, true);
     if (!fg_ok(t)) { fg__built(r, k, first); return; }
     g->values[t.id].type = g->values[linear.out[0]].type;
     fg__built(r, k, first);
@@ -95,13 +125,15 @@ static void fuse_product(fg_rewrite *r, uint32_t k)
     const fg_tensor x = fg__now_tensor(r, n->in[0]);
     const int64_t width = fg_dim(x, -1);
     if (n->in[2] || fg__now(r, n->out[0]) != n->out[0] || fg_count(x) > FEW * width) return;
-    if (!of_weights(r, n->in[1], 0)) return;
-    if ((from = made_by(r, x.id, FG_OP_swiglu))) fuse_swiglu(r, k, from);
-    else if ((from = made_by(r, x.id, FG_OP_rms_norm))) {
-        if (x.id == from->out[0]) fuse_norm(r, k, from);
-    } else if ((from = made_by(r, x.id, FG_OP_add_rms_norm))) {
-        if (x.id == from->out[0]) fuse_norm(r, k, from);
-    }
+    if (!of_weights(r, n->in[1], 0) || !is_launched(r, x.id)) return;
+    if ((from = first_of(r, x.id, FG_OP_swiglu)) && is_launched(r, from->in[0]))
+        fuse_swiglu(r, k, from);
+    else if ((from = first_of(r, x.id, FG_OP_rms_norm)) && is_row_norm(from)
+             && is_launched(r, from->in[0]))
+        fuse_norm(r, k, from);
+    else if ((from = first_of(r, x.id, FG_OP_add_rms_norm)) && is_launched(r, from->in[0]))
+        fuse_norm(r, k, from);
+    else make_few(r, k);
 }
 
 /* ---- a layer's heads ------------------------------------------------------------------------ */
@@ -226,7 +258,7 @@ static void fuse_heads(fg_rewrite *r, uint32_t k)
                              fg__now_tensor(r, attention.in[5]), gate,
                              fg__now_tensor(r, gated.in[1]) };
     const fg_tensor y = FG_APPLY(forget_decode, FG_HERE, in, a->scale, a->window, q_norm->eps,
-                                 out->eps);
+                                 out->eps, true);
     if (fg_ok(y)) g->values[y.id].type = g->values[gated.out[0]].type;
     fg__built(r, k, first);
     fg__instead(r, gated.out[0], y);
