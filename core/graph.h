@@ -42,6 +42,12 @@ typedef struct {
 
 #define FG_NO_NODE UINT32_MAX
 
+/* Outputs of n, the first, that overwrite an input. */
+static inline int fg__overwritten(const fg_node *n)
+{
+    return n->op->code->memory == FG_MUTATE ? n->n_out - n->op->code->fresh : 0;
+}
+
 typedef struct fg_block { struct fg_block *next; size_t used, size; } fg_block;
 typedef struct { const char *key, *value; bool used; } fg_pair;
 typedef struct { const char *name; uint32_t id; } fg_mark;

@@ -190,7 +190,7 @@ static fg_dtype narrowed(lowering *w, const fg_node *n, int o, fg_dtype was)
     const fg_bf16_rule *r = &n->op->code->bf16;
     fg_value *values = w->to->values;
     if (was == FG_I32 || r->as_inferred) return was;
-    if (n->op->code->memory == FG_MUTATE) {
+    if (o < fg__overwritten(n)) {
         fg_value *state = &values[n->in[o]];
         if (r->like[o] && state->kind == FG_OF_STATE)
             state->type = values[n->in[r->like[o] - 1]].type;

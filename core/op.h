@@ -14,8 +14,8 @@ extern "C" {
 #endif
 typedef FG_REAL fg_real;                 /* what the CPU backend stores f32 and bf16 tensors in */
 
-#define FG_MAX_IN  14
-#define FG_MAX_OUT 5
+#define FG_MAX_IN  18
+#define FG_MAX_OUT 6
 
 typedef struct { double flops, bytes; } fg_cost;
 
@@ -63,7 +63,8 @@ typedef enum {
                                             where its readers can read it in place, else a copy */
     FG_JOIN,                             /* output 0 is its inputs, one behind the other along one
                                             axis: made in place where their makers can, else copied */
-    FG_MUTATE                            /* output i overwrites input i, a parameter or state */
+    FG_MUTATE                            /* output i overwrites input i, a parameter or state; the
+                                            last `fresh` outputs are new values */
 } fg_memory_use;
 
 /* Dtypes when a graph is lowered to bf16 (fg_store_precision).  An output takes the widest dtype of
@@ -85,6 +86,7 @@ typedef struct fg_op_code {
     fg_tensor (*example)(fg_graph *g, int i);                /* i-th test case, {0} past the last */
     size_t    (*scratch)(const fg_infer *c, int threads);   /* bytes a cpu call needs; NULL: none */
     fg_memory_use memory;
+    int       fresh;                  /* of FG_MUTATE */
     unsigned  reuse;       /* bit i: output 0 may take input i's memory, even where another input
                               whose bit is set is the same value */
     void      (*span)(const void *attr, int *axis, int64_t *start);   /* of FG_PART and FG_JOIN */

@@ -4,15 +4,14 @@
  *
  * A warp multiplies one row of m, or a part of it (a power of two of parts), with all rows of x,
  * which lie in shared memory; every block makes them there for itself.  The next row of m is on its
- * way while sums are taken, the AHEAD next on their way to the L2 cache.  In a chain (chain.cuh)
- * all that begins before the wait, so that the memory is never idle between two kernels.
+ * way while sums are taken.  In a chain (chain.cuh) the first row of m is read before the wait; calling
+ * more to the L2 cache was slower.
  * Bytes: m once; x once for every block, from the L2 cache.
  * The sum of a row of y depends on N alone, neither on the other rows nor on M. */
 #include "chain.cuh"
 
-/* H100 SXM, 2026-11.  EACH: blocks a multiprocessor takes, so few that those of the next kernel
- * find room beside them; DEEP: loads of a thread on their way; AHEAD: rows of a warp. */
-enum { THREADS = 256, WARPS = THREADS / 32, EACH = 2, DEEP = 8, AHEAD = 4 };
+/* H100 SXM, 2026-11.  EACH: blocks of a multiprocessor; DEEP: loads of a thread on their way. */
+enum { THREADS = 256, WARPS = THREADS / 32, EACH = 4, DEEP = 8 };
 enum { ROWS = 8, WIDEST = 16384 };               /* of x; of a row of m */
 
 enum kind { PLAIN, NORM, SWIGLU };
@@ -74,11 +73,26 @@ static __device__ __forceinline__ fg_vec8 load_sum(const few &k, int64_t i)
     return v;
 }
 
-/* KEEP chunks of a row stay in a thread's registers, the others are read twice. */
+/* The gains to shared memory, behind the rows: a thread reads there what it wrote itself. */
+static __device__ __forceinline__ float4 *gains_of(const few &k, uint4 *x)
+{
+    return (float4 *)(x + k.rows * (k.N / 8));
+}
+static __device__ void load_gains(const few &k, uint4 *x)
+{
+    float4 *to = gains_of(k, x);
+    for (int c = threadIdx.x; c < k.N / 8; c += THREADS) {
+        const fg_vec8 w = fg_load8(k.w, 8 * c);
+        to[2 * c] = *(const float4 *)w.v;
+        to[2 * c + 1] = *(const float4 *)(w.v + 4);
+    }
+}
+
+/* The first chunk of a row stays in a thread's registers, others are read twice. */
 static __device__ void make_norm(const few &k, uint4 *x)
 {
-    enum { KEEP = 1 };
     const int chunks = k.N / 8;
+    const float4 *gains = gains_of(k, x);
     for (int r = 0; r < k.rows; r++) {
         const int64_t at = (int64_t)r * k.N;
         fg_vec8 kept = {};
@@ -87,13 +101,14 @@ static __device__ void make_norm(const few &k, uint4 *x)
             const fg_vec8 v = load_sum(k, at + 8 * c);
 #pragma unroll
             for (int j = 0; j < 8; j++) squares = fmaf(v[j], v[j], squares);
-            if (c < KEEP * THREADS) kept = v;
+            if (c < THREADS) kept = v;
         }
         const float rstd = rsqrtf(fg_block_sum<THREADS>(squares) / k.N + k.eps);
         for (int c = threadIdx.x; c < chunks; c += THREADS) {
-            const fg_vec8 v = c < KEEP * THREADS ? kept : load_sum(k, at + 8 * c);
-            const fg_vec8 w = fg_load8(k.w, 8 * c);
-            fg_vec8 y;
+            const fg_vec8 v = c < THREADS ? kept : load_sum(k, at + 8 * c);
+            fg_vec8 w, y;
+            *(float4 *)w.v = gains[2 * c];
+            *(float4 *)(w.v + 4) = gains[2 * c + 1];
 #pragma unroll
             for (int j = 0; j < 8; j++) y[j] = v[j] * rstd * w[j];
             x[r * chunks + c] = pack8(y);
@@ -141,18 +156,8 @@ static __device__ __forceinline__ void multiply(float (&sum)[R], const uint4 (&r
     }
 }
 
-/* Starts the same chunks on their way to the L2 cache. */
-static __device__ __forceinline__ void call_row(const few &k, int n, int c0, int c1)
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (threadIdx.x % 32 == 0 && n < k.M && c0 < c1)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     :: "l"(k.m + (int64_t)n * (k.N / 8) + c0), "r"(16 * (c1 - c0)) : "memory");
-#endif
-}
-
 template <int KIND, int U, int R>
-static __global__ void __launch_bounds__(THREADS, 2 * EACH) few_rows(const __grid_constant__ few k)
+static __global__ void __launch_bounds__(THREADS, EACH) few_rows(const __grid_constant__ few k)
 {
     extern __shared__ __align__(16) uint4 rows_shared[];
     __shared__ float part[2][WARPS][R];
@@ -165,7 +170,7 @@ static __global__ void __launch_bounds__(THREADS, 2 * EACH) few_rows(const __gri
     fg_chain_next();
     if (!k.early) fg_chain_wait();
     load_row<U>(raw, k, mine, c0, c1);
-    for (int i = 1; i <= AHEAD; i++) call_row(k, mine + i * step, c0, c1);
+    if (KIND == NORM) load_gains(k, rows_shared);
     if (k.early) fg_chain_wait();
     if (KIND == PLAIN) make_plain(k, rows_shared);
     else if (KIND == NORM) make_norm(k, rows_shared);
@@ -176,7 +181,6 @@ static __global__ void __launch_bounds__(THREADS, 2 * EACH) few_rows(const __gri
         float sum[R];
         multiply<U, R>(sum, raw, rows_shared, k, c0, c1);
         if (n0 + step < k.M) load_row<U>(raw, k, n + step, c0, c1);
-        call_row(k, n + (1 + AHEAD) * step, c0, c1);
 #pragma unroll
         for (int r = 0; r < R; r++) sum[r] = fg_warp_sum(sum[r]);
         if (k.parts == 1) {
@@ -203,7 +207,7 @@ template <int KIND, int U, int R> static void start(const few &k, cudaStream_t s
 {
     const int side = WARPS / k.parts, steps = (k.M + side - 1) / side;
     const int most = EACH * fg_processors(), blocks = steps < most ? steps : most;
-    const size_t shared = (size_t)k.rows * k.N * 2;
+    const size_t shared = (size_t)k.rows * k.N * 2 + (KIND == NORM ? (size_t)k.N * 4 : 0);
     if (shared > 40 << 10)
         cudaFuncSetAttribute(few_rows<KIND, U, R>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              (int)shared);

@@ -1,35 +1,37 @@
-/* forget_decode.cu - attention of one new token to the caches: ops/forget_decode.c on a GPU.
+/* forget_decode.cu - one new token in the heads of a layer: ops/forget_decode.c on a GPU.
  *
  *     y = gated_norm(sum_j e^(s_j - lse) v_j),  s_j = scale rms_norm(q).k_j + log_f_(j+1) + ...
  *
- * A cluster of CLUSTER blocks per sequence and head shares the visible keys evenly; a block walks
- * its own in tiles, left to right.  In a tile the bias of a key is the sum of the gates behind it
- * in the tile, so nothing is summed over the whole cache: the tile's whole sum moves the maximum
- * of what came before (`shift`), a block's that of the blocks to the left.  D / 8 threads share a
- * key; each group of them has a running maximum and sums of its own, which are put together at the
- * end, in the block and then by the first block through the cluster's shared memory.
+ * A cluster of up to eight blocks per sequence and head shares the visible keys of the caches
+ * evenly; a block walks its own in tiles, left to right.  In a tile the bias of a key is the sum of
+ * the gates behind it in the tile, so nothing is summed over the whole cache: the tile's whole sum
+ * moves the maximum of what came before (`shift`), a block's that of the blocks to the left.  D / 8
+ * threads share a key; each group of them has a running maximum and sums of its own, which are put
+ * together at the end, in the block and then by the first block through the cluster's shared memory.
+ * The new key is made by the last block, which adds it in the end: no block reads what is written.
  * Everything is in units of log2.  Gates as in attention.cuh: clamped at -100 nats, and one that is
  * no number makes NaN of a query that sees beyond it.
- * In a chain (chain.cuh) the blocks that have not the new key begin before the wait.
+ * In a chain (chain.cuh) caches are read before the wait.
  * Bytes: the visible rows of k, v and log_f once. */
 #include "attention.cuh"
 #include "chain.cuh"
 #include "elementwise.cuh"
 
-/* H100 SXM, 2026-11: blocks of a cluster, threads of a block, keys of a tile, keys of a group of
- * threads that are on their way at once, steps of a block that are on their way to the L2 cache. */
-enum { CLUSTER = 8, THREADS = 256, WARPS = THREADS / 32, TILE = 1024, DEEP = 8, AHEAD = 1 };
+/* H100 SXM, 2026-11: threads of a block, keys of a tile, keys of a group of threads that are
+ * on their way at once. */
+enum { THREADS = 256, WARPS = THREADS / 32, TILE = 1024, DEEP = 4 };
 
 struct problem {
-    fg_source q, g;
-    fg_in wq, wo;
+    fg_source q, x[2], a[2], f, g;               /* x, a: k, v and their gates */
+    fg_in fb, wq, wk, wo;
+    fg_out cache[2], f_cache, kept[2];           /* where k, v and log_f go */
     const bf16 *k, *v;                           /* [B,C,H,D] */
     const float *log_f;                          /* [B,C,H] */
     const int32_t *first, *past;
     fg_out y;
     int B, C, H, window;                         /* window: 1 .. C */
-    int q_step, o_step;                          /* gains of head h begin at h * step */
-    float scale, q_eps, eps;                     /* scale: in units of log2 */
+    int q_step, k_step, o_step;                  /* gains of head h begin at h * step */
+    float scale, q_eps, k_eps, eps;              /* scale: in units of log2 */
     bool early;
 };
 
@@ -131,18 +133,6 @@ template <int D> struct work {
                           : make_uint4(0, 0, 0, 0);
         }
     }
-    /* Starts the step's keys on their way to the L2 cache. */
-    __device__ __forceinline__ void call(int base) const
-    {
-        const int64_t pitch = (int64_t)p.H * D;
-        for (int i = threadIdx.x; i < STEP * (D / 64); i += THREADS) {
-            const int j = base + i / (D / 64);
-            const int64_t at = row0 + j * pitch + i % (D / 64) * 64;
-            if (j >= to) continue;
-            asm volatile("prefetch.global.L2 [%0];" :: "l"(p.k + at));
-            asm volatile("prefetch.global.L2 [%0];" :: "l"(p.v + at));
-        }
-    }
     /* Adds the step from base on; the next step's keys are loaded as soon as there is room. */
     __device__ __forceinline__ void step(int base, const float *ell, const float (&q)[8],
                                          sums<8> &a)
@@ -228,10 +218,10 @@ template <int D> static __device__ void join_block(sums<8> a, shared_part<D> *pa
     if (d == 0) part->max = y.max, part->all = y.all;
 }
 
-/* The blocks of a cluster, put together by the first: o, its norm and its gate. */
-template <int D>
-static __device__ void finish(const problem &p, const shared_part<D> *part, int64_t head, int h,
-                              bool sees)
+/* The C blocks of a cluster, put together by the first: o, its norm and its gate. */
+template <int D, int C>
+static __device__ void finish(const problem &p, const shared_part<D> *part, int64_t head, bool sees,
+                              float gain, float gate)
 {
     __shared__ float squares[D / 32];
     const int d = threadIdx.x;
@@ -240,7 +230,8 @@ static __device__ void finish(const problem &p, const shared_part<D> *part, int6
         sums<1> a = { -INFINITY, 0, { 0 } };
         double behind = 0;
         int bad = 0;
-        for (int r = CLUSTER - 1; r >= 0; r--) {
+#pragma unroll
+        for (int r = C - 1; r >= 0; r--) {
             const shared_part<D> *x = in_block(part, r);
             const sums<1> b = { x->max + (float)behind, x->all, { x->v[d] } };
             behind += x->gates;
@@ -256,34 +247,93 @@ static __device__ void finish(const problem &p, const shared_part<D> *part, int6
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < D / 32; i++) sum += squares[i];
-    const float gate = p.g.x[p.g.place.at(head * D + d)];
-    const float y = o * rsqrtf(sum / D + p.eps) * p.wo[(int64_t)h * p.o_step + d];
-    p.y.put(head * D + d, y / (1 + expf(-gate)));
+    p.y.put(head * D + d, o * rsqrtf(sum / D + p.eps) * gain / (1 + expf(-gate)));
 }
 
+enum place { PAD, START, INSIDE };
+
+/* The thread's channels of k (i = 0) or v (1), shifted; what is before START counts as 0.  *now: as
+ * they came. */
+static __device__ __forceinline__ fg_vec8 shifted(const problem &p, int i, place is, int64_t head,
+                                                  int64_t at, fg_vec8 *now)
+{
+    const float a = 1 / (1 + expf(-p.a[i].x[p.a[i].place.at(head)]));
+    const fg_vec8 before = fg_load8({ p.kept[i].p, p.kept[i].narrow }, at);
+    fg_vec8 y;
+    *now = fg_load8(p.x[i].x, p.x[i].place.at(at));
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float keep = is == PAD ? 0 : (1 - a) * (*now)[j];
+        y[j] = is == INSIDE ? fmaf(a, before[j], keep) : keep;
+    }
+    return y;
+}
+
+static __device__ __forceinline__ fg_vec8 rounded(fg_vec8 x)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++) x[j] = __bfloat162float(__float2bfloat16_rn(x[j]));
+    return x;
+}
+
+/* The new token's row of the caches and what is kept of it, by the first warp; its first group of
+ * threads adds it to a. */
 template <int D>
+static __device__ void add_new(const problem &p, int64_t head, int past, int pad, float log_f,
+                               const float (&q)[8], sums<8> &a)
+{
+    enum { SHARE = D / 8 };
+    const int64_t b = head / p.H, h = head % p.H;
+    const int lane = threadIdx.x, c = lane % SHARE * 8;
+    const place is = pad > past ? PAD : pad == past ? START : INSIDE;
+    fg_vec8 now[2], k = shifted(p, 0, is, head, head * D + c, &now[0]);
+    const fg_vec8 v = rounded(shifted(p, 1, is, head, head * D + c, &now[1]));
+    const fg_vec8 w = fg_load8(p.wk, h * p.k_step + c);
+    float squares = 0, s = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) squares = fmaf(k[j], k[j], squares);
+    const float rstd = rsqrtf(fg_warp_sum<SHARE>(squares) / D + p.k_eps);
+#pragma unroll
+    for (int j = 0; j < 8; j++) k[j] *= rstd * w[j];
+    k = rounded(k);
+#pragma unroll
+    for (int j = 0; j < 8; j++) s = fmaf(q[j], k[j], s);
+    s = fg_warp_sum<SHARE>(s);                   /* all have read what is kept */
+    if (lane >= SHARE) return;
+    fg_store8(p.kept[0], head * D + c, now[0]);
+    fg_store8(p.kept[1], head * D + c, now[1]);
+    if (past < 0 || past >= p.C) return;         /* does not fit: dropped */
+    const int64_t row = (b * p.C + past) * p.H + h;
+    fg_store8(p.cache[0], row * D + c, k);
+    fg_store8(p.cache[1], row * D + c, v);
+    if (lane == 0) p.f_cache.put(row, log_f);
+    if (is == PAD) return;
+    sums<8> one = { s, 1, { 0 } };
+#pragma unroll
+    for (int j = 0; j < 8; j++) one.v[j] = v[j];
+    add(a, one);
+}
+
+template <int D, int C>
 static __global__ void __launch_bounds__(THREADS, 2) decode(const __grid_constant__ problem p)
 {
     __shared__ float ell[TILE];
     __shared__ shared_part<D> part;
-    const int rank = (int)blockIdx.x % CLUSTER;
-    const int64_t head = blockIdx.x / CLUSTER, b = head / p.H;
+    const int rank = (int)blockIdx.x % C;
+    const int64_t head = blockIdx.x / C, b = head / p.H;
     const int h = (int)(head % p.H);
     fg_chain_next();
     if (!p.early) fg_chain_wait();
     const int past = *p.past, pad = p.first ? max(0, p.first[b]) : 0;
     const int low = max(pad, past - p.window + 1);
     const bool sees = pad <= past && past < p.C;
-    const int n = sees ? past + 1 - low : 0, each = (n + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
+    const int n = sees ? past - low : 0, each = (n + C * 32 - 1) / (C * 32) * 32;
     const int from = low + rank * each, to = min(from + each, low + n);
-    const bool old = p.early && to <= past;      /* what is in front writes none of these keys */
-    if (p.early && !old) fg_chain_wait();
     work<D> w = { p, (b * p.C * p.H + h) * D, to };
     w.first = threadIdx.x / 32 * w.WARP + threadIdx.x % 32 / w.SHARE;
     w.c = threadIdx.x % w.SHARE * 8;
     w.load(w.k, p.k, from);
     w.load(w.v, p.v, from);
-    for (int i = 1; i <= AHEAD; i++) w.call(from + i * w.STEP);
     sums<8> a = { -INFINITY, 0, { 0 } };
     double gates = 0;
     int bad = 0;
@@ -298,52 +348,85 @@ static __global__ void __launch_bounds__(THREADS, 2) decode(const __grid_constan
             a.max += (float)shift;
         }
         if (base == from) {
-            if (old) fg_chain_wait();
+            if (p.early) fg_chain_wait();
             load_query<D>(p, head, h, q);
         }
-        w.call(base + (1 + AHEAD) * w.STEP);
         w.step(base, ell + at, q, a);
     }
-    if (old && from >= to) fg_chain_wait();
+    if (from >= to) {
+        if (p.early) fg_chain_wait();
+        load_query<D>(p, head, h, q);
+    }
+    if (rank == C - 1) {
+        const float f = p.f.x[p.f.place.at(head)] + p.fb[h];
+        const float log_f = fminf(f, 0) - log1pf(expf(-fabsf(f)));
+        const double shift = (double)fg_gate_clamp(log_f) * FG_LOG2_E;
+        bad |= low < past && fg_gate_is_bad(log_f);
+        gates += shift;
+        a.max += (float)shift;
+        if (threadIdx.x < 32) add_new<D>(p, head, past, pad, log_f, q, a);
+    }
+    float gain = 0, gate = 0;
+    if (rank == 0 && threadIdx.x < D) {
+        gain = p.wo[(int64_t)h * p.o_step + threadIdx.x];
+        gate = p.g.x[p.g.place.at(head * D + threadIdx.x)];
+    }
     join_block<D>(a, &part);
     if (threadIdx.x == 0) part.gates = gates, part.bad = bad;
     meet();
-    if (rank == 0) finish<D>(p, &part, head, h, sees);
+    if (rank == 0) finish<D, C>(p, &part, head, sees, gain, gate);
     meet();                                      /* until then the others' memory must stay */
+}
+
+template <int D> static void start(const problem &p, cudaStream_t stream)
+{
+    const int64_t heads = (int64_t)p.B * p.H, room = 2 * fg_processors();
+    const unsigned n = (unsigned)heads;
+    if (heads * 8 <= room) fg_chain_launch(decode<D, 8>, n * 8, THREADS, 0, 8, stream, p);
+    else if (heads * 4 <= room) fg_chain_launch(decode<D, 4>, n * 4, THREADS, 0, 4, stream, p);
+    else if (heads * 2 <= room) fg_chain_launch(decode<D, 2>, n * 2, THREADS, 0, 2, stream, p);
+    else fg_chain_launch(decode<D, 1>, n, THREADS, 0, 1, stream, p);
 }
 
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
-    enum { Q, WQ, K, V, LOG_F, FIRST, PAST, G, WO };
+    enum { K_CACHE, V_CACHE, F_CACHE, K_LAST, V_LAST, Q, K, V, KA, VA, F, G, FB, WQ, WK, WO, FIRST,
+           PAST };
     const struct fg_attr_forget_decode *at = (const struct fg_attr_forget_decode *)e->attr;
-    const int64_t *k = e->in_shape[K].dim;
+    const int64_t *k = e->in_shape[K_CACHE].dim;
     problem p = {};
-    p.q = fg_source_of(e, Q), p.g = fg_source_of(e, G);
-    p.wq = fg_input_of(e, WQ), p.wo = fg_input_of(e, WO);
-    p.k = (const bf16 *)e->in[K], p.v = (const bf16 *)e->in[V];
-    p.log_f = (const float *)e->in[LOG_F];
+    p.q = fg_source_of(e, Q), p.f = fg_source_of(e, F), p.g = fg_source_of(e, G);
+    p.fb = fg_input_of(e, FB), p.wq = fg_input_of(e, WQ);
+    p.wk = fg_input_of(e, WK), p.wo = fg_input_of(e, WO);
+    for (int i = 0; i < 2; i++) {
+        p.x[i] = fg_source_of(e, K + i), p.a[i] = fg_source_of(e, KA + i);
+        p.cache[i] = fg_output_of(e, K_CACHE + i), p.kept[i] = fg_output_of(e, K_LAST + i);
+    }
+    p.f_cache = fg_output_of(e, F_CACHE);
+    p.k = (const bf16 *)e->in[K_CACHE], p.v = (const bf16 *)e->in[V_CACHE];
+    p.log_f = (const float *)e->in[F_CACHE];
     p.first = (const int32_t *)e->in[FIRST], p.past = (const int32_t *)e->in[PAST];
-    p.y = fg_output_of(e, 0);
+    p.y = fg_output_of(e, 5);
     p.B = (int)k[0], p.C = (int)k[1], p.H = (int)k[2];
     p.window = at->window && at->window < k[1] ? (int)at->window : p.C;
     p.q_step = e->in_shape[WQ].dim[0] == k[3] ? 0 : (int)k[3];
+    p.k_step = e->in_shape[WK].dim[0] == k[3] ? 0 : (int)k[3];
     p.o_step = e->in_shape[WO].dim[0] == k[3] ? 0 : (int)k[3];
     p.scale = (float)(at->scale * FG_LOG2_E);
-    p.q_eps = (float)at->q_eps, p.eps = (float)at->eps;
+    p.q_eps = (float)at->q_eps, p.k_eps = (float)at->k_eps, p.eps = (float)at->eps;
     p.early = at->early;
-    const unsigned blocks = (unsigned)(p.B * p.H * CLUSTER);
-    if (k[3] == 64) fg_chain_launch(decode<64>, blocks, THREADS, 0, CLUSTER, stream, p);
-    else fg_chain_launch(decode<128>, blocks, THREADS, 0, CLUSTER, stream, p);
+    if (k[3] == 64) start<64>(p, stream);
+    else start<128>(p, stream);
 }
 
 static const char *unfit(const fg_infer *c)
 {
-    const int64_t *k = c->in[2].dim;
-    if (c->in_type[2] != FG_BF16) return "the caches are not bf16";
+    const int64_t *k = c->in[0].dim;
+    if (c->in_type[0] != FG_BF16) return "the caches are not bf16";
     if (k[3] != 64 && k[3] != 128) return "heads of another width than 64 and 128";
     if (k[1] > 1 << 30 || k[0] * k[2] > 1 << 20) return "too many keys or heads";
     return fg_capability() < 90 ? "the GPU has no clusters" : nullptr;
 }
 
 FG_KERNEL(forget_decode) = { .launch = launch, .unfit = unfit,
-                             .pitched_in = 1u << 0 | 1u << 7 };
+                             .pitched_in = 0xfe0 };             /* q k v ka va f g */

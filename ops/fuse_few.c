@@ -3,11 +3,10 @@
  *   linear(rms_norm(a [+ b], w), m), few rows       norm_linear(a, b, w, m)
  *   linear(swiglu(x), m), few rows                  swiglu_linear(x, m)
  *   linear(x, m), few rows                          few_linear(x, m)
- *   one token into a FoX (Pro) layer's caches       head_caches
- *   rms_norm of q, forget_attention, gated_norm     forget_decode
+ *   one token through a FoX (Pro) layer's heads     forget_decode
  *
- * They hold in graphs without gradients: there nobody else needs what lies between.  The last two
- * are one rule; a layer that is built in another way keeps its nodes. */
+ * They hold in graphs without gradients: there nobody else needs what lies between.  A layer that
+ * is built in another way keeps its nodes. */
 #include "internal.h"
 #include "rewrite.h"
 
@@ -209,60 +208,48 @@ static fg_tensor row(const fg_rewrite *r, const heads *h, uint32_t v, int64_t n)
     return fg_reshape(fg__now_tensor(r, unshaped(r, v)), FG_DIMS(h->B, 1, n));
 }
 
-/* The caches with the new token in them; the nodes that wrote them one by one are dropped. */
-static fg_tensor build_caches(fg_rewrite *r, const heads *h)
+/* One node for all; those that wrote the caches one by one are dropped. */
+static void build_heads(fg_rewrite *r, uint32_t k, const heads *h)
 {
+    fg_graph *g = r->g;
+    enum { CACHES = 5, WIDE = 3, GATES = 3 };
+    const fg_node gated = *h->gated, attention = *h->attention;
     const fg_node *writers[] = { h->k_write, h->v_write, h->f_write, h->k.last, h->v.last };
-    enum { N = sizeof writers / sizeof writers[0] };
-    const struct fg_attr_rms_norm *norm = h->k_norm->attr;
-    const int64_t H = h->H, wide = h->H * h->D;
-    uint32_t old[N], node[N], state[N];
-    for (int i = 0; i < N; i++) {
+    const uint32_t wide[] = { h->q_norm->in[0], h->k.mix->in[0], h->v.mix->in[0] };
+    const uint32_t gates[] = { h->k.gate->in[0], h->v.gate->in[0], h->sum->in[0] };
+    const uint32_t rest[] = { gated.in[2], h->sum->in[1], h->q_norm->in[1], h->k_norm->in[1],
+                              gated.in[1], attention.in[4], attention.in[5] };
+    const struct fg_attr_rms_norm *q_norm = h->q_norm->attr, *k_norm = h->k_norm->attr;
+    const struct fg_attr_forget_attention *a = attention.attr;
+    const struct fg_attr_gated_norm *out = gated.attr;
+    uint32_t old[CACHES], node[CACHES];
+    fg_tensor in[18];
+    for (int i = 0; i < CACHES; i++) {
         node[i] = index_of(r, writers[i]);
         old[i] = writers[i]->out[0];
-        state[i] = writers[i]->in[0];
+        in[i] = fg__now_tensor(r, writers[i]->in[0]);
     }
-    fg_tensor in[14];
-    const uint32_t rest[] = { h->k.mix->in[0], h->v.mix->in[0], h->k.gate->in[0],
-                              h->v.gate->in[0], h->sum->in[0], h->sum->in[1], h->k_norm->in[1],
-                              h->attention->in[4], h->attention->in[5] };
-    const uint32_t first = fg__build_as(r, node[0]);
-    for (int i = 0; i < 14; i++) in[i] = fg__now_tensor(r, i < N ? state[i] : rest[i - N]);
-    for (int i = 0; i < 2; i++) in[N + i] = row(r, h, rest[i], wide);
-    for (int i = 2; i < 5; i++) in[N + i] = row(r, h, rest[i], H);
-    const fg_tensor t = FG_APPLY(head_caches, FG_HERE, in, norm->eps);
-    fg__built(r, node[0], first);
-    if (!fg_ok(t)) return t;
-    for (int i = 0; i < N; i++) fg__drop(r, node[i]);
-    for (int i = 0; i < N; i++) fg__instead(r, old[i], fg_result(t, i));
-    fg__take_slot(r, node[0], t);
-    return t;
+    const uint32_t first = fg__build_as(r, k);               /* h's nodes move from here on */
+    for (int i = 0; i < WIDE; i++) in[CACHES + i] = row(r, h, wide[i], h->H * h->D);
+    for (int i = 0; i < GATES; i++) in[CACHES + WIDE + i] = row(r, h, gates[i], h->H);
+    for (int i = 0; i < 7; i++) in[CACHES + WIDE + GATES + i] = fg__now_tensor(r, rest[i]);
+    in[11] = row(r, h, rest[0], h->H * h->D);
+    const fg_tensor t = FG_APPLY(forget_decode, FG_HERE, in, a->scale, a->window, q_norm->eps,
+                                 k_norm->eps, out->eps, true);
+    const fg_tensor y = fg_result(t, CACHES);
+    if (fg_ok(y)) g->values[y.id].type = g->values[gated.out[0]].type;
+    fg__built(r, k, first);
+    if (!fg_ok(t)) return;
+    for (int i = 0; i < CACHES; i++) fg__drop(r, node[i]);
+    for (int i = 0; i < CACHES; i++) fg__instead(r, old[i], fg_result(t, i));
+    fg__instead(r, gated.out[0], y);
+    fg__take_slot(r, k, t);
 }
 
 static void fuse_heads(fg_rewrite *r, uint32_t k)
 {
-    fg_graph *g = r->g;
     heads h;
-    if (!find_heads(r, &g->nodes[k], &h)) return;
-    const fg_node gated = *h.gated, attention = *h.attention, norm = *h.q_norm;
-    const fg_tensor caches = build_caches(r, &h);            /* h points nowhere from now on */
-    if (!fg_ok(caches)) return;
-    const struct fg_attr_gated_norm *out = gated.attr;
-    const struct fg_attr_forget_attention *a = attention.attr;
-    const struct fg_attr_rms_norm *q_norm = norm.attr;
-    const int64_t wide = h.H * h.D;
-    const uint32_t first = fg__build_as(r, k);
-    const fg_tensor q = row(r, &h, norm.in[0], wide), gate = row(r, &h, gated.in[2], wide);
-    const fg_tensor in[] = { q, fg__now_tensor(r, norm.in[1]), caches, fg_result(caches, 1),
-                             fg_result(caches, 2), fg__now_tensor(r, attention.in[4]),
-                             fg__now_tensor(r, attention.in[5]), gate,
-                             fg__now_tensor(r, gated.in[1]) };
-    const fg_tensor y = FG_APPLY(forget_decode, FG_HERE, in, a->scale, a->window, q_norm->eps,
-                                 out->eps, true);
-    if (fg_ok(y)) g->values[y.id].type = g->values[gated.out[0]].type;
-    fg__built(r, k, first);
-    fg__instead(r, gated.out[0], y);
-    fg__take_slot(r, k, y);
+    if (find_heads(r, &r->g->nodes[k], &h)) build_heads(r, k, &h);
 }
 
 /* ---- all ------------------------------------------------------------------------------------ */
@@ -273,7 +260,7 @@ void fg__fuse_few(fg_rewrite *r)
     for (uint32_t k = 0; k < r->n_nodes; k++) {
         const fg_node *n = &g->nodes[k];
         if (n->pass != FG_PASS_FORWARD) return;
-        for (int o = 0; o < n->n_out && n->op->code->memory == FG_MUTATE; o++)
+        for (int o = 0; o < fg__overwritten(n); o++)
             if (g->values[n->in[o]].kind == FG_OF_PARAM) return;
     }
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
