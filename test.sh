@@ -11,7 +11,8 @@ say() { printf '\n== [%ds] %s\n' $(($(date +%s) - start)) "$*"; }
 fail() { echo "test.sh: $*" >&2; exit 1; }
 
 packages="gcc g++ clang libomp-dev libclang-rt-14-dev cmake make pkg-config libdnnl-dev
-          libjansson-dev libcriterion-dev binutils valgrind graphviz fortunes fortunes-min ccache"
+          libjansson-dev libcriterion-dev binutils valgrind graphviz fortunes fortunes-min ccache
+          chromium chromium-driver python3"
 if ! apt-cache show libclang-rt-14-dev >/dev/null 2>&1 &&
    ! dpkg -s libclang-rt-14-dev >/dev/null 2>&1; then
     packages=${packages/libclang-rt-14-dev/}
@@ -48,7 +49,8 @@ run_tests() {
 build gcc gcc
 run_tests gcc
 build clang clang
-run_tests clang -E '^(test_add_an_op|check_format)$'     # what no compiler changes, once is enough
+# what no compiler changes, once is enough
+run_tests clang -E '^(test_add_an_op|test_browser|check_format)$'
 if [ -x tests/test_same_graph.sh ]; then
     say "gcc and clang, 1 and 2 threads: the same graph, the same loss"
     tests/test_same_graph.sh build/gcc build/clang

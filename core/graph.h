@@ -51,7 +51,15 @@ static inline int fg__overwritten(const fg_node *n)
 typedef struct fg_block { struct fg_block *next; size_t used, size; } fg_block;
 typedef struct { const char *key, *value; bool used; } fg_pair;
 typedef struct { const char *name; uint32_t id; } fg_mark;
-typedef struct { fg_status status; const char *text; } fg_error;
+typedef struct {                         /* an error, and the node that it kept from being made */
+    fg_status status;
+    const char *text, *op;
+    fg_loc at;
+    uint32_t scope;
+    fg_pass pass;
+    int n_in;
+    uint32_t in[FG_MAX_IN];
+} fg_error;
 
 struct fg_graph {
     fg_block *arena;

@@ -426,7 +426,8 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_grad_elements(con
     const int64_t gy_at = norm_row(a.gy_rows, row) + from, x_at = norm_row(a.x_rows, row) + from;
     const int64_t w_at = a.s.n_w == a.s.D ? from : 0;
     const int64_t g_at = GATED ? norm_row(a.g_rows, row) + from : 0;
-    const int64_t more_at = norm_row(a.more_rows, row) + from;
+    const bool more = !GATED && a.more.p;
+    const int64_t more_at = more ? norm_row(a.more_rows, row) + from : 0;
     const int64_t gx_at = norm_row(a.gx_rows, row) + from;
     const int64_t gg_at = GATED ? norm_row(a.gg_rows, row) + from : 0;
     const float rstd = a.rstd[k];
@@ -439,8 +440,7 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_grad_elements(con
     for (int64_t i = lane; i < n; i += 32) {
         const float s = GATED ? norm_sigmoid(a.g[g_at + i]) : 1;
         const float m = a.gy[gy_at + i] * s * a.w[w_at + i], h = a.x[x_at + i] * rstd;
-        const float more = !GATED && a.more.p ? a.more[more_at + i] : 0;
-        a.gx.put(gx_at + i, rstd * (m - h * mean) + more);
+        a.gx.put(gx_at + i, rstd * (m - h * mean) + (more ? a.more[more_at + i] : 0));
         if (GATED) a.gg.put(gg_at + i, m * h * (1 - s));
     }
 }

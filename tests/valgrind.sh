@@ -62,7 +62,12 @@ echo "int broken = ;" >"$work/broken.c"
 command 3 check "$work/broken.c"
 command 4 check "$here/tests/golden/cli/shapes.c"
 command 0 check "$model" "${tiny[@]}"
-command 0 dump "$model" "${tiny[@]}" --pass train --stage planned --format json
+command 0 dump "$model" "${tiny[@]}" --pass all --heat time --values stats --format json \
+    -o "$work/g.json"
+for format in text dot svg html; do
+    command 0 dump "$work/g.json" --format $format --memory --heat time -o "$work/g.$format"
+done
+command 1 diff "$work/g.json" "$model" "${tiny[@]}" --set layers=2 --pass all
 command 0 train "$model" "${tiny[@]}" --data "$work/text" --steps 2 --set warmup_tokens=64 \
     --threads 1 --out "$work/run" -q
 command 0 eval "$work/run" --data "$work/text" --threads 1
