@@ -31,7 +31,7 @@ typedef struct {
     uint32_t *value, *node;              /* from -> to */
     uint32_t *table, cap;                /* equal nodes: hash -> node of `to` + 1 */
     int stage;
-    uint32_t *casts, cap_casts;          /* per value of `to`: itself in the other dtype, 0 if none */
+    uint32_t *casts, cap_casts; /* per value of `to`: itself in the other dtype, 0 if none */
     bool again;                         /* a definition was put in: its nodes must be lowered too */
 } lowering;
 

@@ -62,7 +62,7 @@ typedef enum {
     FG_PART,                             /* output 0 is a span of input 0 along one axis: a view
                                             where its readers can read it in place, else a copy */
     FG_JOIN,                             /* output 0 is its inputs, one behind the other along one
-                                            axis: made in place where their makers can, else copied */
+                                            axis: in place where their makers can, else copied */
     FG_MUTATE                            /* output i overwrites input i, a parameter or state */
 } fg_memory_use;
 

@@ -11,7 +11,7 @@
 typedef struct fg_rewrite {
     fg_graph *g;
     uint32_t  n_nodes;                   /* nodes that were there before the first rule */
-    uint32_t *now, *uses, cap;           /* per value: what stands in its place, or itself; readers */
+    uint32_t *now, *uses, cap; /* per value: what stands in its place, or itself; readers */
 } fg_rewrite;
 
 bool     fg__rewrite_open(fg_rewrite *r, fg_graph *g);     /* false: out of memory */
@@ -23,7 +23,7 @@ static inline fg_tensor fg__now_tensor(const fg_rewrite *r, uint32_t v)
 {
     return v ? (fg_tensor){ r->g, fg__now(r, v) } : (fg_tensor){ 0 };
 }
-/* What is built between the two belongs to node k: its scope, pass, pair and place in the source. */
+/* What is built between the two belongs to node k: scope, pass, pair and place in the source. */
 uint32_t fg__build_as(fg_rewrite *r, uint32_t k);          /* returns what fg__built wants */
 void     fg__built(fg_rewrite *r, uint32_t k, uint32_t first);
 /* The node that made t takes the slot of node k. */

@@ -79,7 +79,7 @@ static bool list_touches(finder *f)
     return true;
 }
 
-/* Do all that read or make base take rows of another pitch?  Its joiner or parter does by nature. */
+/* Do all that read or make base take rows of a pitch?  Its joiner or parter does by nature. */
 static bool all_take(const finder *f, uint32_t base, uint32_t except)
 {
     const fg_plan *p = f->p;

@@ -4,16 +4,16 @@
  *
  * bf16, K = V = 128, 64 rows or more: chunks of 64 rows (linear_attention.cuh).  With N the part of
  * K K^T below the diagonal, e of a chunk solves (I + N diag(beta)) e = V - K S, so
- *     M = (I + N diag(beta))^-1,  W = M K,  U = M V,  A = the part of Q K^T on and below the diagonal
- * M in f32: substitution in blocks of 16 x 16, then [X11 0; -X22 L21 X11  X22] twice.  (A series for
- * the inverse fails for identical keys.)  In the gradient, gu from the chain:
+ *     M = (I + N diag(beta))^-1,  W = M K,  U = M V,  A = Q K^T on and below the diagonal
+ * M in f32: substitution in blocks of 16 x 16, then [X11 0; -X22 L21 X11  X22] twice.  (A series
+ * for the inverse fails for identical keys.)  In the gradient, gu from the chain:
  *     ge = (diag(beta) M)^T gu,   y = gu - N^T ge,   gbeta_t = y_t.e_t,   gv = ge
  *     P_ts = go_t.u_s (s <= t),   X_ts = ge_t.u_s (s < t),   u = diag(beta) e
  *     gq = scale (go S^T + P K),  gk = u R^T - ge S^T + scale P^T Q - X K - X^T K
  * Anything else: row by row (linear_attention_rows.cuh).
  *
- * Bytes of 1 x 16384 rows, 12 heads, one unit = 50 MB: forward 11 (least 4), gradient 30 (least 8). */
-#include <math.h>
+ * Bytes of 1 x 16384 rows, 12 heads, a unit is 50 MB: forward 11 (least 4), gradient 30 (least 8).
+ */
 #include "linear_attention.cuh"
 #include "linear_attention_rows.cuh"
 
@@ -50,7 +50,7 @@ struct prepared {
     bf16 q[LA_ROWS * LA_WIDTH], k[LA_ROWS * LA_WIDTH], v[LA_ROWS * LA_WIDTH];
     bf16 M[LA_ROWS * LA_ROWS];
     float L[LA_ROWS * LANE];                     /* N diag(beta) */
-    float X[LA_ROWS * LANE];                     /* M; blocks above the diagonal: products on the way */
+    float X[LA_ROWS * LANE];                     /* M; above the diagonal: products on the way */
     float beta[LA_ROWS];
     int start[LA_ROWS];
     uint32_t marks[2];
@@ -238,24 +238,6 @@ static void launch_prepare(const la_task &z, const inputs &x, const operands &s,
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-static la_task task_of(const fg_shape *k, double scale, const void *first, const void *past,
-                       const void *state)
-{
-    la_task z = {};
-    z.B = k->dim[0], z.T = k->dim[1], z.H = k->dim[2];
-    z.chunks = (z.T + LA_ROWS - 1) / LA_ROWS;
-    z.first = (const int32_t *)first, z.past = (const int32_t *)past, z.state = (const float *)state;
-    z.scale = (float)scale;
-    return z;
-}
-
-static bool in_chunks(const fg_shape *k, const fg_shape *v, const fg_dtype *type, int i)
-{
-    return k->dim[1] >= LA_ROWS && k->dim[3] == LA_WIDTH && v->dim[3] == LA_WIDTH
-           && k->dim[0] * k->dim[2] <= 65535
-           && type[i] == FG_BF16 && type[i + 1] == FG_BF16 && type[i + 2] == FG_BF16;
-}
-
 static la_chain chain_of(const la_task &z, const operands &s, const inputs &x)
 {
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH, row = z.H * LA_WIDTH;
@@ -272,9 +254,9 @@ static la_chain chain_of(const la_task &z, const operands &s, const inputs &x)
 
 static size_t scratch(const fg_infer *c)
 {
-    const la_task z = task_of(&c->in[1], 1, nullptr, nullptr, nullptr);
+    const la_task z = la_task_of(&c->in[1], 1, nullptr, nullptr, nullptr);
     size_t used = 0;
-    if (in_chunks(&c->in[1], &c->in[2], c->in_type, 0) && c->out_type[0] == FG_BF16)
+    if (la_in_chunks(&c->in[1], &c->in[2], c->in_type, 0) && c->out_type[0] == FG_BF16)
         cut_operands(nullptr, &used, z, false);
     return used;
 }
@@ -282,8 +264,9 @@ static size_t scratch(const fg_infer *c)
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_delta_rule *a = (const struct fg_attr_delta_rule *)e->attr;
-    const la_task z = task_of(&e->in_shape[1], a->scale, e->in[4], e->in[5], e->in[6]);
-    if (!in_chunks(&e->in_shape[1], &e->in_shape[2], e->in_type, 0) || e->out_type[0] != FG_BF16) {
+    const la_task z = la_task_of(&e->in_shape[1], a->scale, e->in[4], e->in[5], e->in[6]);
+    if (!la_in_chunks(&e->in_shape[1], &e->in_shape[2], e->in_type, 0)
+        || e->out_type[0] != FG_BF16) {
         rows_forward<true>(e, z, stream);
         return;
     }
@@ -296,7 +279,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     la_chain c = chain_of(z, s, x);
     c.o = { (bf16 *)e->out[0], z.T * row, LA_WIDTH, row };
     c.to = (float *)e->out[1];
-    la_chain_launch<true>(la_forward<true, false>, c, stream);
+    la_run_forward<true>(c, stream);
 }
 
 static const char *unfit(const fg_infer *c) { return rows_unfit(&c->in[1], &c->in[2]); }
@@ -336,7 +319,7 @@ struct joined {
     uint32_t marks[2];
 };
 
-/* acc += a x over k0 <= k < k1, 16 rows by 32 columns from n; a: [LA_ROWS,LA_ROWS], turned or not */
+/* acc += a x over k0 <= k < k1, 16 rows by 32 columns from n; a: [64,64], turned or not */
 template <bool TURNED>
 static __device__ __forceinline__ void by_rows(float acc[4][4], const bf16 *a, int m, const bf16 *x,
                                                int n, int k0, int k1)
@@ -520,20 +503,13 @@ join(const __grid_constant__ la_task z, inputs x, const bf16 *go, way_back w, gr
     put_rows(to.k + at, row, m, wide, n, gk);
 }
 
-/* The chain goes back in units of scale. */
-static bool grad_in_chunks(double scale, const fg_shape *shape, const fg_dtype *type,
-                           const fg_dtype *out)
-{
-    return fabs(scale) > 1e-6 && in_chunks(&shape[3], &shape[4], type, 2) && type[0] == FG_BF16 && out[0] == FG_BF16
-           && out[1] == FG_BF16 && out[2] == FG_BF16;
-}
-
 static size_t grad_scratch(const fg_infer *c)
 {
     const struct fg_attr_delta_rule_grad *a = (const struct fg_attr_delta_rule_grad *)c->attr;
-    const la_task z = task_of(&c->in[3], 1, nullptr, nullptr, nullptr);
+    const la_task z = la_task_of(&c->in[3], 1, nullptr, nullptr, nullptr);
     size_t used = 0;
-    if (grad_in_chunks(a->scale, c->in, c->in_type, c->out_type)) cut_way_back(nullptr, &used, z);
+    if (la_back_in_chunks(a->scale, c->in, c->in_type, c->out_type))
+        cut_way_back(nullptr, &used, z);
     else used = rows_grad_scratch(&c->in[3], &c->in[4]);
     return used;
 }
@@ -541,8 +517,8 @@ static size_t grad_scratch(const fg_infer *c)
 static void grad_launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_delta_rule_grad *a = (const struct fg_attr_delta_rule_grad *)e->attr;
-    const la_task z = task_of(&e->in_shape[3], a->scale, e->in[6], nullptr, e->in[7]);
-    if (!grad_in_chunks(a->scale, e->in_shape, e->in_type, e->out_type)) {
+    const la_task z = la_task_of(&e->in_shape[3], a->scale, e->in[6], nullptr, e->in[7]);
+    if (!la_back_in_chunks(a->scale, e->in_shape, e->in_type, e->out_type)) {
         rows_backward<true>(e, z, stream);
         return;
     }
@@ -554,15 +530,14 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH, row = z.H * LA_WIDTH;
     const int bytes = (int)sizeof(joined);
     launch_prepare(z, x, w.s, stream);
-    la_chain c = chain_of(z, w.s, x);
-    c.kept = w.S;
-    c.o = { w.e, z.H * own, own, LA_WIDTH };
-    la_chain_launch<true>(la_forward<true, true>, c, stream);
-    c.kept = w.R;
-    c.u = { go, z.T * row, LA_WIDTH, row };
-    c.o = { w.gu, z.H * own, own, LA_WIDTH };
-    c.from = (const float *)e->in[1], c.to = (float *)e->out[4];
-    la_chain_launch<true>(la_backward<true>, c, stream);
+    la_chain forth = chain_of(z, w.s, x), back = forth;
+    forth.kept = w.S;
+    forth.o = { w.e, z.H * own, own, LA_WIDTH };
+    back.kept = w.R;
+    back.u = { go, z.T * row, LA_WIDTH, row };
+    back.o = { w.gu, z.H * own, own, LA_WIDTH };
+    back.from = (const float *)e->in[1], back.to = (float *)e->out[4];
+    la_run_both_ways<true>(forth, back, stream);
     cudaFuncSetAttribute(join, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     join<<<dim3((unsigned)z.chunks, (unsigned)(z.B * z.H)), 512, bytes, stream>>>(
         z, x, go, w, { (bf16 *)e->out[0], (bf16 *)e->out[1], (bf16 *)e->out[2],

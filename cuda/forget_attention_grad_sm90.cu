@@ -388,9 +388,6 @@ static __device__ __forceinline__ void slopes(const steps &w, worker<S> &s,
     for (int n = 0; n < AHEAD; n++) delta[n] = shared_float2(rows + n * 32);
     wgmma_wait<0>();
     pin(dp);
-    if (MASKED)
-#pragma unroll
-        for (int e = 0; e < S::ZN; e++) dp[e] = p[e] == 0 ? 0 : dp[e];
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
         const float2 d = delta[n % AHEAD];
@@ -399,6 +396,9 @@ static __device__ __forceinline__ void slopes(const steps &w, worker<S> &s,
         for (int e = 0; e < 4; e++)
             dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? d.y : d.x));
     }
+    if (MASKED)                          /* whatever go, v and delta hold */
+#pragma unroll
+        for (int e = 0; e < S::ZN; e++) dp[e] = p[e] == 0 ? 0 : dp[e];
 #pragma unroll
     for (int e = 0; e < S::QT / SOME; e++) {
         const float *x = dp + 8 * e;

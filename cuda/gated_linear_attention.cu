@@ -11,30 +11,32 @@
  * as -110 at least, where e^g is 0 in f32.
  * Anything else: row by row (linear_attention_rows.cuh).
  *
- * Bytes of 1 x 16384 rows, 12 heads, one unit = 50 MB: forward 13 (least 6), gradient 28 (least 12). */
-#include <math.h>
+ * Bytes of 1 x 16384 rows, 12 heads, a unit is 50 MB: forward 13 (least 6), gradient 30 (least 12).
+ */
 #include "linear_attention.cuh"
 #include "linear_attention_rows.cuh"
 
-#define LANE   136                               /* floats from row to row of lambda */
+#define HALF   64                                /* channels of a block of join */
 #define BLOCKS (LA_ROWS / 16)
 #define GUARD  115.0f                            /* 80 nats in units of log2 */
 
-/* Gates of a chunk in units of log2, by blocks of 16 rows. */
-struct gates {
-    float lambda[LA_ROWS * LANE];                /* from the first row of its block to row t */
-    float first[BLOCKS][LA_WIDTH];               /* g of the first row */
-    float total[BLOCKS - 1][LA_WIDTH];           /* from first row to first row */
-    float before[BLOCKS][LA_WIDTH];              /* from the chunk's start to the first row, with it */
-    float behind[BLOCKS][LA_WIDTH];              /* from the first row to the chunk's last */
+/* Gates of a chunk and W channels in units of log2, by blocks of 16 rows. */
+template <int W> struct gates {
+    static constexpr int lane = W + 8;           /* floats from row to row of lambda */
+    float lambda[LA_ROWS * lane];                /* from the first row of its block to row t */
+    float first[BLOCKS][W];                      /* g of the first row */
+    float total[BLOCKS - 1][W];                  /* from first row to first row */
+    float before[BLOCKS][W];                     /* from the chunk's start to and with first rows */
+    float behind[BLOCKS][W];                     /* from the first row to the chunk's last */
 };
 
-/* THREADS a multiple of 128. */
-template <int THREADS>
-static __device__ __forceinline__ void fill_gates(gates *z, const float *g, int64_t row, int n)
+/* THREADS a multiple of W. */
+template <int THREADS, int W>
+static __device__ __forceinline__ void fill_gates(gates<W> *z, const float *g, int64_t row, int n)
 {
-    const int d = threadIdx.x % LA_WIDTH;
-    for (int i = threadIdx.x / LA_WIDTH; i < BLOCKS; i += THREADS / LA_WIDTH) {
+    constexpr int LANE = gates<W>::lane;
+    const int d = threadIdx.x % W;
+    for (int i = threadIdx.x / W; i < BLOCKS; i += THREADS / W) {
         float x[16], sum = 0;
 #pragma unroll
         for (int r = 0; r < 16; r++) x[r] = 16 * i + r < n ? g[(16 * i + r) * row + d] : 0.0f;
@@ -47,7 +49,7 @@ static __device__ __forceinline__ void fill_gates(gates *z, const float *g, int6
         }
     }
     __syncthreads();
-    if (threadIdx.x < LA_WIDTH) {
+    if (threadIdx.x < W) {
         float sum = z->first[0][d], total[BLOCKS - 1];
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
@@ -68,7 +70,8 @@ static __device__ __forceinline__ void fill_gates(gates *z, const float *g, int6
 }
 
 /* From the first row of block j to that of block i, j <= i. */
-static __device__ __forceinline__ float2 apart(const gates *z, int i, int j, int d)
+template <int W>
+static __device__ __forceinline__ float2 apart(const gates<W> *z, int i, int j, int d)
 {
     float2 sum = make_float2(0, 0);
     for (int k = j; k < i; k++) {
@@ -78,9 +81,10 @@ static __device__ __forceinline__ float2 apart(const gates *z, int i, int j, int
     }
     return sum;
 }
-static __device__ __forceinline__ float2 lambda_at(const gates *z, int r, int d)
+template <int W>
+static __device__ __forceinline__ float2 lambda_at(const gates<W> *z, int r, int d)
 {
-    return *(const float2 *)&z->lambda[r * LANE + d];
+    return *(const float2 *)&z->lambda[r * gates<W>::lane + d];
 }
 /* Two bf16 times 2^x, 2^y. */
 static __device__ __forceinline__ uint32_t turned_down(uint32_t u, float x, float y)
@@ -88,11 +92,12 @@ static __device__ __forceinline__ uint32_t turned_down(uint32_t u, float x, floa
     return fg_pack2(la_low_half(u) * fg_exp2(x), la_high_half(u) * fg_exp2(y));
 }
 /* The keys' factor of block i stays below e^80 in the channels [d0,d1). */
-static __device__ __forceinline__ bool is_tame(const gates *z, int i, int d0, int d1)
+template <int W>
+static __device__ __forceinline__ bool is_tame(const gates<W> *z, int i, int d0, int d1)
 {
     float worst = 0;
     for (int d = d0 + (int)threadIdx.x % 32; d < d1; d += 32) {
-        const float x = -z->lambda[(16 * i + 15) * LANE + d];
+        const float x = -z->lambda[(16 * i + 15) * gates<W>::lane + d];
         worst = x <= worst ? worst : x;          /* NaN is not tame */
     }
     return !__any_sync(~0u, !(worst <= GUARD));
@@ -121,7 +126,7 @@ struct inputs { const bf16 *q, *k, *v; const float *g; };    /* [B,T,H,128] */
 
 struct prepared {
     bf16 q[LA_ROWS * LA_WIDTH], k[LA_ROWS * LA_WIDTH];
-    gates z;
+    gates<LA_WIDTH> z;
     int start[LA_ROWS];
     uint32_t marks[2];
 };
@@ -235,24 +240,6 @@ static void launch_prepare(const la_task &z, const inputs &x, const operands &s,
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-static la_task task_of(const fg_shape *k, double scale, const void *first, const void *past,
-                       const void *state)
-{
-    la_task z = {};
-    z.B = k->dim[0], z.T = k->dim[1], z.H = k->dim[2];
-    z.chunks = (z.T + LA_ROWS - 1) / LA_ROWS;
-    z.first = (const int32_t *)first, z.past = (const int32_t *)past, z.state = (const float *)state;
-    z.scale = (float)scale;
-    return z;
-}
-
-static bool in_chunks(const fg_shape *k, const fg_shape *v, const fg_dtype *type, int i)
-{
-    return k->dim[1] >= LA_ROWS && k->dim[3] == LA_WIDTH && v->dim[3] == LA_WIDTH
-           && k->dim[0] * k->dim[2] <= 65535
-           && type[i] == FG_BF16 && type[i + 1] == FG_BF16 && type[i + 2] == FG_BF16;
-}
-
 static la_chain chain_of(const la_task &z, const operands &s, const bf16 *u)
 {
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH, row = z.H * LA_WIDTH;
@@ -269,7 +256,7 @@ static size_t scratch(const fg_infer *c)
 {
     const int64_t chunks = (c->in[1].dim[1] + LA_ROWS - 1) / LA_ROWS;
     size_t used = 0;
-    if (in_chunks(&c->in[1], &c->in[2], c->in_type, 0) && c->out_type[0] == FG_BF16)
+    if (la_in_chunks(&c->in[1], &c->in[2], c->in_type, 0) && c->out_type[0] == FG_BF16)
         cut_operands(nullptr, &used, c->in[1].dim[0] * c->in[1].dim[2], chunks);
     return used;
 }
@@ -278,8 +265,9 @@ static void launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_gated_linear_attention *a =
         (const struct fg_attr_gated_linear_attention *)e->attr;
-    const la_task z = task_of(&e->in_shape[1], a->scale, e->in[4], e->in[5], e->in[6]);
-    if (!in_chunks(&e->in_shape[1], &e->in_shape[2], e->in_type, 0) || e->out_type[0] != FG_BF16) {
+    const la_task z = la_task_of(&e->in_shape[1], a->scale, e->in[4], e->in[5], e->in[6]);
+    if (!la_in_chunks(&e->in_shape[1], &e->in_shape[2], e->in_type, 0)
+        || e->out_type[0] != FG_BF16) {
         rows_forward<false>(e, z, stream);
         return;
     }
@@ -292,7 +280,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     la_chain c = chain_of(z, s, x.v);
     c.o = { (bf16 *)e->out[0], z.T * row, LA_WIDTH, row };
     c.to = (float *)e->out[1];
-    la_chain_launch<false>(la_forward<false, false>, c, stream);
+    la_run_forward<false>(c, stream);
 }
 
 static const char *unfit(const fg_infer *c) { return rows_unfit(&c->in[1], &c->in[2]); }
@@ -303,24 +291,23 @@ FG_KERNEL(gated_linear_attention) = { .launch = launch, .unfit = unfit, .scratch
 
 struct gradients { bf16 *q, *k; float *g; };     /* [B,T,H,128] */
 
+/* Of half the channels: two blocks share a multiprocessor. */
 struct joined {
-    bf16 q[LA_ROWS * LA_WIDTH], k[LA_ROWS * LA_WIDTH], v[LA_ROWS * LA_WIDTH];
-    bf16 go[LA_ROWS * LA_WIDTH];
-    bf16 S[LA_WIDTH * LA_WIDTH], R[LA_WIDTH * LA_WIDTH];
+    bf16 v[LA_ROWS * LA_WIDTH], go[LA_ROWS * LA_WIDTH];
+    bf16 q[LA_ROWS * HALF], k[LA_ROWS * HALF];
+    bf16 S[LA_WIDTH * HALF], R[LA_WIDTH * HALF];         /* [value][channel] */
     bf16 gA[LA_ROWS * LA_ROWS];                  /* scale go_t.v_s for s < t, else 0 */
     float own[LA_ROWS];                          /* scale go_t.v_t */
-    gates z;
+    gates<HALF> z;
     int start[LA_ROWS];
     uint32_t marks[2];
 };
 
-/* Blocks of gA at and below the diagonal: warp w has block (w / 4, w % 4). */
-static __device__ __forceinline__ void pair_gradients(joined *sm, float scale)
+/* Block (i,j) of gA, at or below the diagonal, by one warp. */
+static __device__ __forceinline__ void pair_gradients(joined *sm, int i, int j, float scale)
 {
-    const int i = threadIdx.x / 128, j = threadIdx.x / 32 % 4;
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
     float acc[2][4];
-    if (j > i) return;
     la_zero<2>(acc);
 #pragma unroll
     for (int k = 0; k < LA_WIDTH; k += 16) {
@@ -350,10 +337,10 @@ static __device__ __forceinline__ void through_state(float out[4][4], uint32_t x
 {
     const int d0 = threadIdx.x / 32 * 8, q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
     la_zero<4>(out);
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < LA_WIDTH; k += 32) {
         uint32_t a[4], b[4];
-        fg_ldmatrix_trans(b, M + fg_swizzle<LA_WIDTH>(k + 8 * q + i, d0 / 8));
+        fg_ldmatrix_trans(b, M + fg_swizzle<HALF>(k + 8 * q + i, d0 / 8));
 #pragma unroll
         for (int m = 0; m < 4; m++) {
             la_a<LA_WIDTH>(a, x, 16 * m, k);
@@ -377,7 +364,7 @@ static __device__ void block_exactly(joined *sm, int i, int d, float gq[4], floa
                 ((const bf16 *)la_pair<LA_ROWS>(sm->gA, t, r & ~1))[r & 1]);
             const float to = __bfloat162float(
                 ((const bf16 *)la_pair<LA_ROWS>(sm->gA, r, t & ~1))[t & 1]);
-            const uint32_t k = *la_pair<LA_WIDTH>(sm->k, r, d), q = *la_pair<LA_WIDTH>(sm->q, r, d);
+            const uint32_t k = *la_pair<HALF>(sm->k, r, d), q = *la_pair<HALF>(sm->q, r, d);
             if (r < t) {
                 gq[2 * x] = fmaf(from * la_low_half(k), fg_exp2(own.x - l.x), gq[2 * x]);
                 gq[2 * x + 1] = fmaf(from * la_high_half(k), fg_exp2(own.y - l.y), gq[2 * x + 1]);
@@ -438,7 +425,7 @@ static __device__ __forceinline__ float2 state_products(const joined *sm)
     float sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
 #pragma unroll
     for (int p = 0; p < 4; p++) {
-        const uint32_t at = fg_swizzle<LA_WIDTH>(lane + 32 * p, chunk);
+        const uint32_t at = fg_swizzle<HALF>(lane + 32 * p, chunk);
         float x[8], y[8];
         fg_unpack(*(const uint4 *)((const char *)sm->S + at), x);
         fg_unpack(*(const uint4 *)((const char *)sm->R + at), y);
@@ -468,10 +455,11 @@ static __device__ __forceinline__ void chunk_pairs(joined *sm, float gq[4][4], f
 #pragma unroll
         for (int x = 0; x < 2; x++) {            /* Q relative to the block's first row */
             const int r = 16 * i + c + 8 * x;
-            const bf16 *q0 = (const bf16 *)la_pair<LA_WIDTH>(sm->q, r, d0) + g;
-            const bf16 *q1 = (const bf16 *)la_pair<LA_WIDTH>(sm->q, r + 1, d0) + g;
-            bq[x] = fg_pack2(__bfloat162float(*q0) * fg_exp2(sm->z.lambda[r * LANE + d0 + g]),
-                             __bfloat162float(*q1) * fg_exp2(sm->z.lambda[(r + 1) * LANE + d0 + g]));
+            const bf16 *q0 = (const bf16 *)la_pair<HALF>(sm->q, r, d0) + g;
+            const bf16 *q1 = (const bf16 *)la_pair<HALF>(sm->q, r + 1, d0) + g;
+            const float *l = &sm->z.lambda[r * gates<HALF>::lane + d0 + g];
+            bq[x] = fg_pack2(__bfloat162float(*q0) * fg_exp2(l[0]),
+                             __bfloat162float(*q1) * fg_exp2(l[gates<HALF>::lane]));
         }
 #pragma unroll
         for (int j = i; j >= 0; j--) {
@@ -484,10 +472,10 @@ static __device__ __forceinline__ void chunk_pairs(joined *sm, float gq[4][4], f
 #pragma unroll
             for (int x = 0; x < 2; x++) {
                 const int r = 16 * j + c + 8 * x;
-                const bf16 *k0 = (const bf16 *)la_pair<LA_WIDTH>(sm->k, r, d0) + g;
-                const bf16 *k1 = (const bf16 *)la_pair<LA_WIDTH>(sm->k, r + 1, d0) + g;
-                const float l0 = sm->z.lambda[r * LANE + d0 + g];
-                const float l1 = sm->z.lambda[(r + 1) * LANE + d0 + g];
+                const bf16 *k0 = (const bf16 *)la_pair<HALF>(sm->k, r, d0) + g;
+                const bf16 *k1 = (const bf16 *)la_pair<HALF>(sm->k, r + 1, d0) + g;
+                const float l0 = sm->z.lambda[r * gates<HALF>::lane + d0 + g];
+                const float l1 = sm->z.lambda[(r + 1) * gates<HALF>::lane + d0 + g];
                 b[x] = fg_pack2(__bfloat162float(*k0) * fg_exp2(off - l0),
                                 __bfloat162float(*k1) * fg_exp2(off - l1));
             }
@@ -513,77 +501,81 @@ static __device__ __forceinline__ void chunk_pairs(joined *sm, float gq[4][4], f
     }
 }
 
-static __device__ __forceinline__ void load_matrix(bf16 *to, const bf16 *from)
+static __device__ __forceinline__ void load_half(bf16 *to, const bf16 *from)
 {
-    const uint32_t x = fg_shared(to);
-    for (int i = threadIdx.x; i < LA_WIDTH * LA_WIDTH / 8; i += 512)
-        fg_copy_async(x + fg_swizzle<LA_WIDTH>(i / 16, i % 16), from + i * 8, true);
+    la_load<HALF, 256>(to, from, LA_WIDTH, LA_ROWS, threadIdx.x);
+    la_load<HALF, 256>(to + LA_ROWS * HALF, from + LA_ROWS * LA_WIDTH, LA_WIDTH, LA_ROWS,
+                       threadIdx.x);
 }
 
-static __global__ void __launch_bounds__(512, 1)
+static __global__ void __launch_bounds__(256, 2)
 join(const __grid_constant__ la_task z, inputs x, const bf16 *go, const bf16 *S, const bf16 *R,
      gradients to)
 {
     extern __shared__ __align__(1024) char memory[];
     joined *sm = (joined *)memory;
-    const int64_t chunk = blockIdx.x, bh = blockIdx.y, b = bh / z.H, h = bh % z.H;
-    const int64_t at = ((b * z.T + chunk * LA_ROWS) * z.H + h) * LA_WIDTH, row = z.H * LA_WIDTH;
-    const int64_t state = (bh * z.chunks + chunk) * LA_WIDTH * LA_WIDTH;
+    const int64_t chunk = blockIdx.x / 2, bh = blockIdx.y, b = bh / z.H, h = bh % z.H;
+    const int64_t row = z.H * LA_WIDTH, all = ((b * z.T + chunk * LA_ROWS) * z.H + h) * LA_WIDTH;
+    const int64_t half = blockIdx.x % 2 * HALF, at = all + half;
+    const int64_t state = (bh * z.chunks + chunk) * LA_WIDTH * LA_WIDTH + half;
     const int n = la_rows(z, chunk), g = threadIdx.x % 32 / 4;
     const int d = threadIdx.x / 32 * 8 + threadIdx.x % 4 * 2;
-    la_load<LA_WIDTH, 512>(sm->go, go + at, row, n, threadIdx.x);
-    la_load<LA_WIDTH, 512>(sm->v, x.v + at, row, n, threadIdx.x);
+    la_load<LA_WIDTH, 256>(sm->go, go + all, row, n, threadIdx.x);
+    la_load<LA_WIDTH, 256>(sm->v, x.v + all, row, n, threadIdx.x);
     fg_copy_commit();
-    la_load<LA_WIDTH, 512>(sm->q, x.q + at, row, n, threadIdx.x);
-    la_load<LA_WIDTH, 512>(sm->k, x.k + at, row, n, threadIdx.x);
-    load_matrix(sm->S, S + state);
-    load_matrix(sm->R, R + state);
+    la_load<HALF, 256>(sm->q, x.q + at, row, n, threadIdx.x);
+    la_load<HALF, 256>(sm->k, x.k + at, row, n, threadIdx.x);
+    load_half(sm->S, S + state);
+    load_half(sm->R, R + state);
     fg_copy_commit();
     la_starts(z, b, chunk, sm->start, sm->marks);
-    fill_gates<512>(&sm->z, x.g + at, row, n);
+    fill_gates<256>(&sm->z, x.g + at, row, n);
     fg_copy_wait<1>();
     __syncthreads();
-    pair_gradients(sm, z.scale);
+    for (int p = threadIdx.x / 32; p < 10; p += 8) {
+        const int i = p < 4 ? 3 : p < 7 ? 2 : p < 9 ? 1 : 0;
+        pair_gradients(sm, i, p < 4 ? p : p < 7 ? p - 4 : p < 9 ? p - 7 : 0, z.scale);
+    }
     fg_copy_wait<0>();
     __syncthreads();
 
-    float gq[4][4], gk[4][4], inner_q[4][4], inner_k[4][4];
+    float X[4][4], Y[4][4], inner_q[4][4], inner_k[4][4];
     la_zero<4>(inner_q);
     la_zero<4>(inner_k);
     chunk_pairs(sm, inner_q, inner_k);
-    through_state(gq, fg_shared(sm->go), fg_shared(sm->S));
-    through_state(gk, fg_shared(sm->v), fg_shared(sm->R));
+    through_state(X, fg_shared(sm->go), fg_shared(sm->S));
     const int last = sm->start[n - 1];
-    float X[4][4], Y[4][4];
 #pragma unroll
     for (int p = 0; p < 8; p++) {
-        const int i = p / 2, r = 8 * p + g;
-        const bool reached = sm->start[r] == -1, passes = la_passes(r, n, last);
+        const int i = p / 2, r = 8 * p + g, f = p % 2 * 2;
+        const bool reached = sm->start[r] == -1;
         const float2 l = lambda_at(&sm->z, r, d), in = *(const float2 *)&sm->z.before[i][d];
-        const float2 out = *(const float2 *)&sm->z.behind[i][d];
-        const float own = sm->own[r];
-        const uint32_t qs = *la_pair<LA_WIDTH>(sm->q, r, d), ks = *la_pair<LA_WIDTH>(sm->k, r, d);
-        float a[2], c[2];
+        const uint32_t qs = *la_pair<HALF>(sm->q, r, d), ks = *la_pair<HALF>(sm->k, r, d);
+        const float x = reached ? z.scale * fg_exp2(in.x + l.x) * X[i][f] : 0;
+        const float y = reached ? z.scale * fg_exp2(in.y + l.y) * X[i][f + 1] : 0;
+        const float u = x + inner_q[i][f], v = y + inner_q[i][f + 1], own = sm->own[r];
+        X[i][f] = la_low_half(qs) * u - la_low_half(ks) * inner_k[i][f];
+        X[i][f + 1] = la_high_half(qs) * v - la_high_half(ks) * inner_k[i][f + 1];
+        if (r < n)
+            *(uint32_t *)(to.q + at + r * row + d) =
+                fg_pack2(fmaf(own, la_low_half(ks), u), fmaf(own, la_high_half(ks), v));
+    }
+    through_state(Y, fg_shared(sm->v), fg_shared(sm->R));
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int f = p % 2 * 2 + e;
-            const float q = e ? la_high_half(qs) : la_low_half(qs);
-            const float k = e ? la_high_half(ks) : la_low_half(ks);
-            const float to_in = (e ? in.y : in.x) + (e ? l.y : l.x);
-            const float to_out = (e ? out.y : out.x) - (e ? l.y : l.x);
-            const float outer_q = reached ? z.scale * fg_exp2(to_in) * gq[i][f] : 0;
-            const float outer_k = passes ? z.scale * fg_exp2(to_out) * gk[i][f] : 0;
-            a[e] = outer_q + inner_q[i][f];
-            c[e] = outer_k + inner_k[i][f];
-            X[i][f] = q * a[e] - k * inner_k[i][f];
-            Y[i][f] = k * outer_k;
-            a[e] = fmaf(own, k, a[e]);
-            c[e] = fmaf(own, q, c[e]);
-        }
-        if (r < n) {
-            *(uint32_t *)(to.q + at + r * row + d) = fg_pack2(a[0], a[1]);
-            *(uint32_t *)(to.k + at + r * row + d) = fg_pack2(c[0], c[1]);
-        }
+    for (int p = 0; p < 8; p++) {
+        const int i = p / 2, r = 8 * p + g, f = p % 2 * 2;
+        const bool passes = la_passes(r, n, last);
+        const float2 l = lambda_at(&sm->z, r, d), out = *(const float2 *)&sm->z.behind[i][d];
+        const uint32_t qs = *la_pair<HALF>(sm->q, r, d), ks = *la_pair<HALF>(sm->k, r, d);
+        const float x = passes ? z.scale * fg_exp2(out.x - l.x) * Y[i][f] : 0;
+        const float y = passes ? z.scale * fg_exp2(out.y - l.y) * Y[i][f + 1] : 0;
+        const float own = sm->own[r];
+        Y[i][f] = la_low_half(ks) * x;
+        Y[i][f + 1] = la_high_half(ks) * y;
+        if (r < n)
+            *(uint32_t *)(to.k + at + r * row + d) =
+                fg_pack2(fmaf(own, la_low_half(qs), x + inner_k[i][f]),
+                         fmaf(own, la_high_half(qs), y + inner_k[i][f + 1]));
     }
     sums_from_behind(X);
     sums_before(Y);
@@ -614,21 +606,14 @@ static way_back cut_way_back(char *base, size_t *used, int64_t heads, int64_t ch
     return w;
 }
 
-/* The chain goes back in units of scale. */
-static bool grad_in_chunks(double scale, const fg_shape *shape, const fg_dtype *type,
-                           const fg_dtype *out)
-{
-    return fabs(scale) > 1e-6 && in_chunks(&shape[3], &shape[4], type, 2) && type[0] == FG_BF16 && out[0] == FG_BF16
-           && out[1] == FG_BF16 && out[2] == FG_BF16;
-}
-
 static size_t grad_scratch(const fg_infer *c)
 {
-    const struct fg_attr_gated_linear_attention_grad *a = (const struct fg_attr_gated_linear_attention_grad *)c->attr;
+    const struct fg_attr_gated_linear_attention_grad *a =
+        (const struct fg_attr_gated_linear_attention_grad *)c->attr;
     const int64_t heads = c->in[3].dim[0] * c->in[3].dim[2];
     const int64_t chunks = (c->in[3].dim[1] + LA_ROWS - 1) / LA_ROWS;
     size_t used = 0;
-    if (grad_in_chunks(a->scale, c->in, c->in_type, c->out_type))
+    if (la_back_in_chunks(a->scale, c->in, c->in_type, c->out_type))
         cut_way_back(nullptr, &used, heads, chunks);
     else used = rows_grad_scratch(&c->in[3], &c->in[4]);
     return used;
@@ -638,8 +623,8 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_gated_linear_attention_grad *a =
         (const struct fg_attr_gated_linear_attention_grad *)e->attr;
-    const la_task z = task_of(&e->in_shape[3], a->scale, e->in[6], nullptr, e->in[7]);
-    if (!grad_in_chunks(a->scale, e->in_shape, e->in_type, e->out_type)) {
+    const la_task z = la_task_of(&e->in_shape[3], a->scale, e->in[6], nullptr, e->in[7]);
+    if (!la_back_in_chunks(a->scale, e->in_shape, e->in_type, e->out_type)) {
         rows_backward<false>(e, z, stream);
         return;
     }
@@ -651,16 +636,14 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     const int64_t row = z.H * LA_WIDTH;
     const int bytes = (int)sizeof(joined);
     launch_prepare(z, x, w.s, stream);
-    la_chain c = chain_of(z, w.s, x.v);
-    c.kept = w.S;
-    la_chain_launch<false>(la_forward<false, true>, c, stream);
-    c = chain_of(z, w.s, go);
-    c.kept = w.R;
-    c.o = { (bf16 *)e->out[2], z.T * row, LA_WIDTH, row };
-    c.from = (const float *)e->in[1], c.to = (float *)e->out[4];
-    la_chain_launch<false>(la_backward<false>, c, stream);
+    la_chain forth = chain_of(z, w.s, x.v), back = chain_of(z, w.s, go);
+    forth.kept = w.S;
+    back.kept = w.R;
+    back.o = { (bf16 *)e->out[2], z.T * row, LA_WIDTH, row };
+    back.from = (const float *)e->in[1], back.to = (float *)e->out[4];
+    la_run_both_ways<false>(forth, back, stream);
     cudaFuncSetAttribute(join, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    join<<<dim3((unsigned)z.chunks, (unsigned)(z.B * z.H)), 512, bytes, stream>>>(
+    join<<<dim3(2 * (unsigned)z.chunks, (unsigned)(z.B * z.H)), 256, bytes, stream>>>(
         z, x, go, w.S, w.R, { (bf16 *)e->out[0], (bf16 *)e->out[1], (float *)e->out[3] });
 }
 

@@ -6,14 +6,16 @@
  * of the delta rule only):
  *
  *     e = U - W S,  u = diag(beta) e       o = scale (Q S + A u)       S' = diag(decay) S + K^T u
- *     gu = scale A^T go + K R              R before = diag(decay) R + scale Q^T go - W^T diag(beta) gu
+ *     gu = scale A^T go + K R           R' = diag(decay) R + scale Q^T go - W^T diag(beta) gu
  *
- * S and R, its gradient, stay in registers in f32; operands are rounded to bf16.  A block of threads
- * has 32 columns of one head, so a head is four blocks, which read the same Q, K, W, A from L2.
+ * R, the gradient of S, goes from the last chunk to the first.  Both stay in registers in f32;
+ * operands are rounded to bf16.  A block of threads has 32 columns of one head, so a head is four
+ * blocks, which read the same Q, K, W, A from L2.
  * Rows that a document's start cuts off from the state are 0 in Q and W, rows that do not reach the
  * next chunk are 0 in K, and decay is 0 where a document starts within the chunk. */
 #ifndef FG_LINEAR_ATTENTION_CUH
 #define FG_LINEAR_ATTENTION_CUH
+#include <math.h>
 #include "attention.cuh"
 
 #define LA_ROWS    64                            /* of a chunk */
@@ -27,6 +29,33 @@ struct la_task {
     const float *state;                          /* S before the first row, or NULL */
     float scale;
 };
+
+static inline la_task la_task_of(const fg_shape *k, double scale, const void *first,
+                                 const void *past, const void *state)
+{
+    la_task z = {};
+    z.B = k->dim[0], z.T = k->dim[1], z.H = k->dim[2];
+    z.chunks = (z.T + LA_ROWS - 1) / LA_ROWS;
+    z.first = (const int32_t *)first;
+    z.past = (const int32_t *)past;
+    z.state = (const float *)state;
+    z.scale = (float)scale;
+    return z;
+}
+/* What works in chunks: q, k, v from input i on, and o. */
+static inline bool la_in_chunks(const fg_shape *k, const fg_shape *v, const fg_dtype *type, int i)
+{
+    return k->dim[1] >= LA_ROWS && k->dim[3] == LA_WIDTH && v->dim[3] == LA_WIDTH
+           && k->dim[0] * k->dim[2] <= 65535
+           && type[i] == FG_BF16 && type[i + 1] == FG_BF16 && type[i + 2] == FG_BF16;
+}
+/* The same of the gradient, inputs go gstate q k v ...; the chain goes back in units of scale. */
+static inline bool la_back_in_chunks(double scale, const fg_shape *shape, const fg_dtype *type,
+                                     const fg_dtype *out)
+{
+    return fabs(scale) > 1e-6 && la_in_chunks(&shape[3], &shape[4], type, 2)
+           && type[0] == FG_BF16 && out[0] == FG_BF16 && out[1] == FG_BF16 && out[2] == FG_BF16;
+}
 
 static __device__ __forceinline__ int64_t la_low(const la_task &z, int64_t b, int64_t t)
 {
@@ -80,7 +109,7 @@ static __device__ __forceinline__ bool la_passes(int s, int n, int last)
     return last != LA_NONE && s >= last && s < n;
 }
 
-/* ---- fragments of matrices in shared memory, swizzled rows of WIDTH bf16 ---------------------- */
+/* ---- fragments of matrices in shared memory, swizzled rows of WIDTH bf16 --------------------- */
 
 /* A: 16 x 16 at (m,k), stored [m][k] or, turned, [k][m]. */
 template <int WIDTH>
@@ -132,23 +161,29 @@ static __device__ __forceinline__ uint32_t *la_pair(void *x, int r, int c)
     return (uint32_t *)((char *)x + fg_swizzle<WIDTH>(r, c / 8) + c % 8 * 2);
 }
 
-/* 64 rows of WIDTH, `row` elements apart, on their way to shared memory, by THREADS threads of which
- * this is the thread-th; 0 from row n on, and for rows whose flag has not the bit. */
+/* 64 rows of WIDTH, `row` elements apart, on their way to shared memory, by THREADS threads; this
+ * is number `thread`.  0 from row n on, and for rows whose flag has not the bit. */
 template <int WIDTH, int THREADS>
 static __device__ __forceinline__ void la_load(void *to, const bf16 *from, int64_t row, int n,
                                                int thread, const uint8_t *flags = nullptr,
                                                int bit = 0)
 {
-    constexpr int ROW = WIDTH / 8, STEP = THREADS / ROW;
-    static_assert(THREADS % ROW == 0 && LA_ROWS % STEP == 0, "");
-    const uint32_t x = fg_shared(to);
+    constexpr int ROW = WIDTH / 8, STEP = THREADS / ROW, BYTES = STEP * WIDTH * 2;
+    static_assert(THREADS % ROW == 0 && LA_ROWS % STEP == 0 && STEP % 4 == 0, "");
     const int r0 = thread / ROW, c = thread % ROW;
+    const uint32_t x = fg_shared(to);            /* the swizzle comes again every 8 rows */
+    const uint32_t even = x + fg_swizzle<WIDTH>(r0, c), odd = x + fg_swizzle<WIDTH>(r0 + STEP, c);
     const bf16 *p = from + r0 * row + c * 8;
+    if (n == LA_ROWS && !flags) {
 #pragma unroll
+        for (int k = 0; k < LA_ROWS / STEP; k++, p += STEP * row)
+            fg_copy_async((k % 2 ? odd - BYTES : even) + k * BYTES, p, true);
+        return;
+    }
     for (int k = 0; k < LA_ROWS / STEP; k++, p += STEP * row) {
         const int r = r0 + k * STEP;
         const bool real = r < n && (!flags || (flags[r] & bit));
-        fg_copy_async(x + fg_swizzle<WIDTH>(r, c), real ? p : from, real);
+        fg_copy_async((k % 2 ? odd - BYTES : even) + k * BYTES, real ? p : from, real);
     }
 }
 
@@ -170,7 +205,8 @@ struct la_chain {
     la_task z;
     la_rows_of q, k, w, u;                       /* u: U of the delta rule, else v; back: go */
     const bf16 *A;                               /* [B,H,chunks,64,64] */
-    const float *decay;                          /* [B,H,chunks,128]; delta rule: [B,chunks] or NULL */
+    const float *decay;                          /* [B,H,chunks,128]; of the delta rule, [B,chunks]
+                                                    or NULL: 1 */
     const float *beta;                           /* [B,H,chunks*64] */
     const uint8_t *flags;                        /* [B,chunks*64] for q and k, or NULL: all set */
     la_rows_to o;                                /* forward: o, or e if kept; back: gu */
@@ -196,12 +232,12 @@ template <bool DELTA> struct la_shared {
 };
 
 /* Warps 0 and 1 carry 16 columns of values each, transposed: S^T is the operand of W S as it stands
- * in registers, and u^T that of K^T u, so nothing passes between warps on the way.  Warps 4 and 5
- * fetch; 2, 3, 6, 7 write o and what is kept, one step behind. */
-#define LA_THREADS 256
+ * in registers, and u^T that of K^T u, so nothing passes between warps on the way.  Warps 2 and 3
+ * fetch; 4 to 11 write o, or 6 and 7 what is kept, one step behind.  (Warp w runs on scheduler
+ * w % 4: each warp of the chain should have one for itself, as far as the others can spare it.) */
+#define LA_THREADS     256                       /* 384 where o is written */
 #define LA_IS_CHAIN(warp)   ((warp) < 2)
-#define LA_IS_FETCHER(warp) ((warp) / 2 == 2)
-static __device__ __forceinline__ int la_writer(int warp) { return warp < 4 ? warp - 2 : warp - 4; }
+#define LA_IS_FETCHER(warp) ((warp) / 2 == 1)
 
 template <bool DELTA>
 static __device__ __forceinline__ void la_fetch(const la_chain &c, la_stage<DELTA> *s, int64_t bh,
@@ -265,37 +301,48 @@ static __device__ __forceinline__ void la_operand(uint32_t a[4], const float x[4
 template <int WIDTH>
 static __device__ __forceinline__ void la_share(const uint32_t a[4], bf16 *to, int m, int k)
 {
+#if __CUDA_ARCH__ >= 900
+    const int q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
+    const uint32_t at = fg_shared(to) + fg_swizzle<WIDTH>(m + (q & 1) * 8 + i, k / 8 + (q >> 1));
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+                 :: "r"(at), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+#else
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
     *la_pair<WIDTH>(to, m + g, k + c) = a[0];
     *la_pair<WIDTH>(to, m + g + 8, k + c) = a[1];
     *la_pair<WIDTH>(to, m + g, k + 8 + c) = a[2];
     *la_pair<WIDTH>(to, m + g + 8, k + 8 + c) = a[3];
+#endif
 }
 
-/* acc += a x: 16 columns of values by 64 rows, or by 128 keys */
+/* acc += a x: 16 columns of values by 64 rows, or by 128 keys.  A warp is alone with its tensor
+ * core here: operands are fetched LA_AHEAD products early, to hide what shared memory takes. */
+#define LA_AHEAD 5
 static __device__ __forceinline__ void la_to_rows(float acc[8][4], const uint32_t a[8][4],
                                                   uint32_t x)
 {
+    uint32_t b[LA_AHEAD][4];
 #pragma unroll
-    for (int k = 0; k < 8; k++)
+    for (int i = 0; i < LA_AHEAD; i++) la_b<LA_WIDTH>(b[i], x, i / 4 * 16, i % 4 * 16);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint32_t b[4];
-            la_b<LA_WIDTH>(b, x, 16 * k, 16 * j);
-            la_mma2(acc + 2 * j, a[k], b);
-        }
+    for (int i = 0; i < 32; i++) {
+        const int next = i + LA_AHEAD;
+        la_mma2(acc + i % 4 * 2, a[i / 4], b[i % LA_AHEAD]);
+        if (next < 32) la_b<LA_WIDTH>(b[i % LA_AHEAD], x, next / 4 * 16, next % 4 * 16);
+    }
 }
 static __device__ __forceinline__ void la_to_keys(float acc[16][4], const uint32_t a[4][4],
                                                   uint32_t x)
 {
+    uint32_t b[LA_AHEAD][4];
 #pragma unroll
-    for (int k = 0; k < 4; k++)
+    for (int i = 0; i < LA_AHEAD; i++) la_b_turned<LA_WIDTH>(b[i], x, i / 8 * 16, i % 8 * 16);
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            uint32_t b[4];
-            la_b_turned<LA_WIDTH>(b, x, 16 * k, 16 * j);
-            la_mma2(acc + 2 * j, a[k], b);
-        }
+    for (int i = 0; i < 32; i++) {
+        const int next = i + LA_AHEAD;
+        la_mma2(acc + i % 8 * 2, a[i / 8], b[i % LA_AHEAD]);
+        if (next < 32) la_b_turned<LA_WIDTH>(b[i % LA_AHEAD], x, next / 8 * 16, next % 8 * 16);
+    }
 }
 
 /* decay of the delta rule's chunk, 1 where there are no documents */
@@ -307,6 +354,7 @@ template <bool DELTA>
 static __device__ __forceinline__ void la_decay(float S[16][4], const float *factor, float keep)
 {
     const int c = threadIdx.x % 4 * 2;
+    if (DELTA && keep == 1) return;
 #pragma unroll
     for (int j = 0; j < 16; j++) {
         const float2 d = DELTA ? make_float2(keep, keep) : *(const float2 *)&factor[8 * j + c];
@@ -322,8 +370,8 @@ static __device__ __forceinline__ void la_keep_state(const bf16 *S, bf16 *to, in
 {
     to += blockIdx.x * LA_COLUMNS * LA_WIDTH;
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const int i = writer * 32 + threadIdx.x % 32 + 128 * k, r = i / 16, c = i % 16;
+    for (int k = 0; k < 8; k++) {
+        const int i = writer * 32 + threadIdx.x % 32 + 64 * k, r = i / 16, c = i % 16;
         *(uint4 *)(to + r * LA_WIDTH + c * 8) =
             *(const uint4 *)((const char *)S + fg_swizzle<LA_WIDTH>(r, c));
     }
@@ -345,36 +393,34 @@ static __device__ __forceinline__ void la_keep_rows(const bf16 *x, const la_rows
     }
 }
 
-/* o = scale (Q S + A u) of 16 rows, by one writer */
+/* o = scale (Q S + A u), 16 rows by 16 columns, by one writer */
 static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_late *s,
                                                     const bf16 *S, const bf16 *u, int64_t b,
-                                                    int64_t h, int64_t t, int m, int n)
+                                                    int64_t h, int64_t t, int m, int v, int n)
 {
     const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2;
-    float o[4][4];
-    la_zero<4>(o);
+    float o[2][4];
+    la_zero<2>(o);
 #pragma unroll
     for (int k = 0; k < LA_WIDTH; k += 16) {
         uint32_t a[4], x[4];
         la_a<LA_WIDTH>(a, fg_shared(s->q), m, k);
-        la_b<LA_WIDTH>(x, fg_shared(S), k, 0);
+        la_b<LA_WIDTH>(x, fg_shared(S), k, v);
         la_mma2(o, a, x);
-        la_b<LA_WIDTH>(x, fg_shared(S), k, 16);
-        la_mma2(o + 2, a, x);
     }
-    for (int k = 0; k <= m; k += 16) {
+#pragma unroll
+    for (int k = 0; k < LA_ROWS; k += 16) {
         uint32_t a[4], x[4];
+        if (k > m) break;
         la_a<LA_ROWS>(a, fg_shared(s->A), m, k);
-        la_b<LA_ROWS>(x, fg_shared(u), k, 0);
+        la_b<LA_ROWS>(x, fg_shared(u), k, v);
         la_mma2(o, a, x);
-        la_b<LA_ROWS>(x, fg_shared(u), k, 16);
-        la_mma2(o + 2, a, x);
     }
-    bf16 *p = c.o.p + b * c.o.batch + h * c.o.head + t * c.o.row + blockIdx.x * LA_COLUMNS + cc;
+    bf16 *p = c.o.p + b * c.o.batch + h * c.o.head + t * c.o.row + blockIdx.x * LA_COLUMNS + v + cc;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < 2; j++)
             if (m + g + 8 * i < n)
                 *(uint32_t *)(p + (m + g + 8 * i) * c.o.row + 8 * j) =
                     fg_pack2(c.z.scale * o[j][2 * i], c.z.scale * o[j][2 * i + 1]);
@@ -431,11 +477,8 @@ static __device__ __forceinline__ void la_step(float S[16][4], la_stage<DELTA> *
 
 /* From the first chunk to the last.  KEEP: the states, and e of the delta rule; else o. */
 template <bool DELTA, bool KEEP>
-static __global__ void __launch_bounds__(LA_THREADS, 1)
-la_forward(const __grid_constant__ la_chain c)
+static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_shared<DELTA> *sm)
 {
-    extern __shared__ __align__(1024) char memory[];
-    la_shared<DELTA> *sm = (la_shared<DELTA> *)memory;
     const int warp = threadIdx.x / 32;
     const int64_t bh = blockIdx.y, b = bh / c.z.H, h = bh % c.z.H, size = LA_WIDTH * LA_WIDTH;
     const int64_t chunks = c.z.chunks;
@@ -464,18 +507,20 @@ la_forward(const __grid_constant__ la_chain c)
             }
         } else if (LA_IS_FETCHER(warp)) {
             if (i + 2 < chunks) la_fetch<DELTA>(c, &sm->stage[(i + 2) % LA_STAGES], bh, i + 2);
-            if (!KEEP && i + 1 < chunks) la_fetch_late(c, &sm->late[(i + 1) % LA_STAGES], bh, i + 1);
+            if (!KEEP && i + 1 < chunks)
+                la_fetch_late(c, &sm->late[(i + 1) % LA_STAGES], bh, i + 1);
             fg_copy_commit();
             fg_copy_wait<1>();                   /* what the next step needs is there */
-        } else if (i > 0) {
+        } else if (warp >= (KEEP ? 6 : 4) && i > 0) {
             const int64_t j = i - 1, t = j * LA_ROWS;
-            const int w = la_writer(warp), n = la_rows(c.z, j);
+            const int n = la_rows(c.z, j), m = 32 * (warp - 6);
             if (KEEP) {
-                la_keep_state(sm->S[j % 2], c.kept + (bh * chunks + j) * size, w);
-                if (DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, 16 * w, n);
+                la_keep_state(sm->S[j % 2], c.kept + (bh * chunks + j) * size, warp - 6);
+                if (DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, m, n);
+                if (DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, m + 16, n);
             } else {
                 la_write_out(c, &sm->late[j % LA_STAGES], sm->S[j % 2], sm->u[j % 2], b, h, t,
-                             16 * w, n);
+                             warp % 4 * 16, warp / 8 * 16, n);
             }
         }
         __syncthreads();
@@ -533,11 +578,8 @@ static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DEL
 
 /* From the last chunk to the first. */
 template <bool DELTA>
-static __global__ void __launch_bounds__(LA_THREADS, 1)
-la_backward(const __grid_constant__ la_chain c)
+static __device__ __forceinline__ void la_backward_chain(const la_chain &c, la_shared<DELTA> *sm)
 {
-    extern __shared__ __align__(1024) char memory[];
-    la_shared<DELTA> *sm = (la_shared<DELTA> *)memory;
     const int warp = threadIdx.x / 32;
     const int64_t bh = blockIdx.y, b = bh / c.z.H, h = bh % c.z.H, size = LA_WIDTH * LA_WIDTH;
     const int64_t chunks = c.z.chunks;
@@ -573,11 +615,12 @@ la_backward(const __grid_constant__ la_chain c)
             }
             fg_copy_commit();
             fg_copy_wait<1>();
-        } else if (i > 0) {
-            const int w = la_writer(warp);
+        } else if (warp >= 6 && i > 0) {
+            const int w = warp - 6;
             la_keep_state(sm->S[(i - 1) % 2], c.kept + (bh * chunks + chunk + 1) * size, w);
-            la_keep_rows(sm->u[(i - 1) % 2], c.o, b, h, (chunk + 1) * LA_ROWS, 16 * w,
-                         la_rows(c.z, chunk + 1));
+            for (int m = 32 * w; m < 32 * w + 32; m += 16)
+                la_keep_rows(sm->u[(i - 1) % 2], c.o, b, h, (chunk + 1) * LA_ROWS, m,
+                             la_rows(c.z, chunk + 1));
         }
         __syncthreads();
     }
@@ -586,16 +629,37 @@ la_backward(const __grid_constant__ la_chain c)
     la_state_out(R, c.to + bh * size, c.z.scale);
 }
 
-static inline dim3 la_chain_grid(const la_task &z)
+template <bool DELTA>
+static __global__ void __launch_bounds__(LA_THREADS + 128, 1)
+la_forward(const __grid_constant__ la_chain c)
 {
-    return dim3(LA_WIDTH / LA_COLUMNS, (unsigned)(z.B * z.H));
+    extern __shared__ __align__(1024) char memory[];
+    la_forward_chain<DELTA, false>(c, (la_shared<DELTA> *)memory);
 }
-template <bool DELTA, typename K>
-static void la_chain_launch(K *kernel, const la_chain &c, cudaStream_t stream)
+/* The two ways of the gradient do not need each other: half the blocks go forth, half back. */
+template <bool DELTA>
+static __global__ void __launch_bounds__(LA_THREADS, 1)
+la_both_ways(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain back)
+{
+    extern __shared__ __align__(1024) char memory[];
+    if (blockIdx.z) la_forward_chain<DELTA, true>(forth, (la_shared<DELTA> *)memory);
+    else la_backward_chain<DELTA>(back, (la_shared<DELTA> *)memory);
+}
+
+template <bool DELTA> static void la_run_forward(const la_chain &c, cudaStream_t stream)
 {
     const int bytes = (int)sizeof(la_shared<DELTA>);
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    kernel<<<la_chain_grid(c.z), LA_THREADS, bytes, stream>>>(c);
+    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(c.z.B * c.z.H));
+    cudaFuncSetAttribute(la_forward<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    la_forward<DELTA><<<grid, LA_THREADS + 128, bytes, stream>>>(c);
+}
+template <bool DELTA>
+static void la_run_both_ways(const la_chain &forth, const la_chain &back, cudaStream_t stream)
+{
+    const int bytes = (int)sizeof(la_shared<DELTA>);
+    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(forth.z.B * forth.z.H), 2);
+    cudaFuncSetAttribute(la_both_ways<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    la_both_ways<DELTA><<<grid, LA_THREADS, bytes, stream>>>(forth, back);
 }
 
 /* Cuts bytes off scratch, 256-byte aligned; base NULL: only counts. */

@@ -153,6 +153,7 @@ static __device__ void rows_advance(const la_task &z, const rows_inputs &x, int6
     for (int64_t d = w; d < x.K; d += ROWS_WARPS) {
         const float a = DELTA || !p.inside ? 1.0f : expf(x.gate[row * x.K + d]);
         const float k = p.padding ? 0 : x.k[row * x.K + d];
+#pragma unroll 1
         for (int64_t j = lane; j < x.V; j += 32) {
             const float v = x.v[row * x.V + j];
             const float u = DELTA ? (v - column[j]) * x.gate[row] : v;
@@ -177,6 +178,7 @@ static __device__ void rows_back(const la_task &z, const rows_inputs &x, const r
         const float q = x.q[row * K + d], k = x.k[row * K + d];
         const float a = DELTA ? 1.0f : expf(x.gate[row * K + d]);
         float gq = 0, gk = 0, gg = 0;
+#pragma unroll 1
         for (int64_t j = lane; j < V && !p.padding; j += 32) {
             const float go = y.go[row * V + j], v = x.v[row * V + j];
             const float before = p.inside ? S[d * V + j] : 0;
@@ -213,6 +215,7 @@ static __device__ void rows_back(const la_task &z, const rows_inputs &x, const r
     for (int64_t d = w; DELTA && d < K; d += ROWS_WARPS) {
         const float k = x.k[row * K + d];
         float gk = 0;
+#pragma unroll 1
         for (int64_t j = lane; j < V && !p.padding; j += 32) {
             const float r = R[d * V + j], gv = beta * column[j];
             gk = fmaf(r, beta * e[j], gk);

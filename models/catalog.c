@@ -51,21 +51,21 @@ static fg_tensor hgrn2(fg_loc at, fg_tensor tokens, const size *s)
 {
     hgrn2_config c = hgrn2_lm_config(50257, s->width, s->layers, s->width / s->heads);
     if (!fg_setting_int(tokens.graph, "lower_bound", 1)) c.lower_bound = HGRN2_BOUNDS_STORED;
-    c.recompute = s->recompute;
+    c.recompute = recompute(tokens, s);
     return (hgrn2_lm)(at, tokens, &c);
 }
 
 static fg_tensor delta_net(fg_loc at, fg_tensor tokens, const size *s)
 {
     delta_net_config c = delta_net_lm_config(50257, s->width, s->layers, s->heads);
-    c.recompute = s->recompute;
+    c.recompute = recompute(tokens, s);
     return (delta_net_lm)(at, tokens, &c);
 }
 
 static fg_tensor mamba2(fg_loc at, fg_tensor tokens, const size *s)
 {
     mamba2_config c = mamba2_lm_config(50257, s->width, s->layers, s->heads);
-    c.recompute = s->recompute;
+    c.recompute = recompute(tokens, s);
     return (mamba2_lm)(at, tokens, &c);
 }
 

@@ -1,10 +1,11 @@
 /* fuse.c - the rules by which a device with fused kernels gets fewer and larger nodes.
  *
- *   linear(x, w1), linear(x, w2), ...          one product of x with the rows of w1, w2, ... joined;
- *                                              its columns are the results.  The same for their
- *                                              gradients: one product for x, one for all weights
+ *   linear(x, w1), linear(x, w2), ...          one product of x with the rows of w1, w2, ...,
+ *                                              joined; its columns are the results.  The same for
+ *                                              their gradients: one product for x, one for weights
  *   rms_norm(a + b, w)                         add_rms_norm(a, b, w)
  *   rms_norm_grad(...) + r                     rms_norm_grad(..., more = r)
+ *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
  *
  * Rules compute the same sums, in another order at most: what a plan shows is what it runs. */
 #include <stdlib.h>
@@ -222,7 +223,7 @@ static void merge_input_gradients(fg_rewrite *r, const group *m, fg_tensor w)
     uint32_t gone[GROUP_MAX], n_gone = 0;
     for (int j = 0; j < m->n; j++)
         if (m->dx[j] != last) gone[n_gone++] = g->nodes[m->dx[j]].out[0];
-    for (uint32_t k = 0; k < last && k < r->n_nodes; k++)    /* sums of gone ones must be gone too */
+    for (uint32_t k = 0; k < last && k < r->n_nodes; k++) /* sums of gone ones must be gone too */
         for (int i = 0; i < g->nodes[k].n_in; i++)
             for (uint32_t j = 0; j < n_gone; j++)
                 if (g->nodes[k].in[i] == gone[j] && !is_op(&g->nodes[k], FG_OP_add)) return;
@@ -312,11 +313,65 @@ static void fuse_norm_grad_add(fg_rewrite *r, uint32_t k)
     }
 }
 
+/* ---- sums of padded parts ------------------------------------------------------------------- */
+
+typedef struct { fg_tensor gy; int axis; int64_t start, stop, extent; } part;
+
+/* The slice_grads that node k, an add, sums up, by way of other adds; -1: there is anything else. */
+static int list_parts(const fg_rewrite *r, uint32_t v, part *parts, int n, bool top)
+{
+    const fg_node *m = maker(r, v);
+    if (!m || n < 0 || (!top && fg__uses(r, v) != 1)) return -1;
+    if (is_op(m, FG_OP_add)) {
+        for (int i = 0; i < 2; i++) n = list_parts(r, fg__now(r, m->in[i]), parts, n, false);
+        return n;
+    }
+    if (!is_op(m, FG_OP_slice_grad) || n == GROUP_MAX) return -1;
+    const struct fg_attr_slice_grad *a = m->attr;
+    const fg_tensor gy = fg__now_tensor(r, m->in[0]);
+    parts[n] = (part){ gy, a->axis, a->start, a->start + fg_dim(gy, a->axis), a->extent };
+    return n + 1;
+}
+
+static int by_start(const void *a, const void *b)
+{
+    const part *x = a, *y = b;
+    return (x->start > y->start) - (x->start < y->start);
+}
+
+/* Gradients of all spans of a tensor, each padded with zeros and summed, are these spans joined. */
+static void join_parts(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    part parts[GROUP_MAX];
+    const fg_tensor sum = fg__now_tensor(r, g->nodes[k].out[0]);
+    const int n = list_parts(r, sum.id, parts, 0, true);
+    if (n < 2) return;
+    qsort(parts, (size_t)n, sizeof *parts, by_start);
+    int64_t at = 0;
+    for (int i = 0; i < n; i++) {
+        if (parts[i].start != at || parts[i].axis != parts[0].axis) return;
+        at = parts[i].stop;
+    }
+    if (at != parts[0].extent) return;
+    const uint32_t first = fg__build_as(r, k);
+    fg_tensor all = as_type(parts[0].gy, sum);
+    for (int i = 1; i < n; i++) {
+        const fg_tensor next = as_type(parts[i].gy, sum);
+        all = fg_concat(all, next, parts[0].axis);
+    }
+    fg__built(r, k, first);
+    fg__instead(r, sum.id, all);
+    fg__take_slot(r, k, all);
+}
+
 void fg__fuse(fg_rewrite *r)
 {
     fg_graph *g = r->g;
     uint8_t *done = calloc((size_t)r->n_nodes + 1, 1);
     if (!done) { fg__out_of_memory(g); return; }
+    for (uint32_t k = r->n_nodes; k-- > 0 && !g->status;) /* the last sum first: it has all parts */
+        if (is_op(&g->nodes[k], FG_OP_add)) join_parts(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_linear)) merge_linears(r, k, done);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)

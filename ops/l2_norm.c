@@ -162,5 +162,5 @@ static fg_tensor grad_example(fg_graph *g, int i)
 /* No vjp: gradients of gradients go through the definition. */
 const fg_op_code fg_code_l2_norm_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
-    .example = grad_example, .reuse = 1u << 0 | 1u << 1, .bf16 = { .like = { 2 } },
+    .example = grad_example, .reuse = 1u << 0 | 1u << 1, .bf16 = { .wide_in = 4, .like = { 2 } },
 };

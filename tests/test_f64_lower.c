@@ -1,5 +1,5 @@
-/* test_f64_lower.c - what lowering does for a GPU, run on the CPU in double: fused and merged nodes,
- * parts and joins in place, bf16. */
+/* test_f64_lower.c - what lowering does for a GPU, run on the CPU in double: fused and merged
+ * nodes, parts and joins in place, bf16. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include "device_cpu.h"
@@ -90,7 +90,8 @@ static double turned(const trial *a, const trial *b)
 {
     double dot = 0, aa = 0, bb = 0;
     for (int i = 0; i < a->n; i++) {
-        const double *x = fg__plan_data(a->plan, a->grad[i]), *y = fg__plan_data(b->plan, b->grad[i]);
+        const double *x = fg__plan_data(a->plan, a->grad[i]),
+                     *y = fg__plan_data(b->plan, b->grad[i]);
         for (int64_t k = 0; k < fg_count(a->grad[i]); k++) {
             dot += x[k] * y[k];
             aa += x[k] * x[k];
@@ -129,7 +130,7 @@ Test(lower, a_device_that_fuses_computes_the_same)
 Test(lower, products_of_one_input_are_one)
 {
     trial a = start(FOX_PRO, false, FG_F32), b = start(FOX_PRO, true, FG_F32);
-    /* of a layer: q, k, v, two shifts, two gates; o; the two of the MLP.  The head is in the loss */
+    /* a layer's q, k, v, shifts, gates; o; two of the MLP.  The head is in the loss */
     cr_expect_eq(count(&a, "linear"), 2 * 10);
     cr_expect_eq(count(&b, "linear"), 2 * 4);
     cr_expect_eq(count(&b, "linear_dw"), 2 * 4);
