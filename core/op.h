@@ -28,15 +28,20 @@ typedef struct fg_infer {                /* inputs are read, outputs are filled 
     fg_dtype    in_type[FG_MAX_IN], out_type[FG_MAX_OUT];   /* out_type starts as in_type[0] */
 } fg_infer;
 
-/* All tensors contiguous.  f32 and bf16 values are fg_real, i32 values int32_t.  An absent optional
- * input is NULL.  A kernel is called once per node, splits its own work with
+/* Where element i of a tensor lies: i / width * pitch + i % width elements behind its pointer.
+ * A contiguous tensor has width = pitch; columns of a wider matrix have width < pitch. */
+typedef struct { int64_t width, pitch; } fg_rows;
+
+/* On the CPU all tensors are contiguous, f32 and bf16 values are fg_real, i32 values int32_t.  An
+ * absent optional input is NULL.  A kernel is called once per node, splits its own work with
  * "#pragma omp parallel for num_threads(e->threads)", and gives the same bits for any number of
- * threads: every sum has one fixed order. */
+ * threads: every sum has one fixed order.  For a GPU: cuda/kernel.cuh. */
 typedef struct fg_exec {
     const void     *attr;
     int             n_in, n_out, threads;
     const fg_shape *in_shape, *out_shape;
     const fg_dtype *in_type, *out_type;
+    const fg_rows  *in_rows, *out_rows;
     const void     *in[FG_MAX_IN];
     void           *out[FG_MAX_OUT];
     void           *scratch;        /* 64-byte aligned, as many bytes as the op's scratch() asked */
@@ -54,8 +59,22 @@ typedef struct fg_vjp {                  /* gin[i] stays {0} where no gradient f
 typedef enum {
     FG_FRESH,                            /* outputs are new values */
     FG_VIEW,                             /* output 0 is input 0's memory seen with another shape */
+    FG_PART,                             /* output 0 is a span of input 0 along one axis: a view
+                                            where its readers can read it in place, else a copy */
+    FG_JOIN,                             /* output 0 is its inputs, one behind the other along one
+                                            axis: made in place where their makers can, else copied */
     FG_MUTATE                            /* output i overwrites input i, a parameter or state */
 } fg_memory_use;
+
+/* Dtypes when a graph is lowered to bf16 (fg_store_precision).  An output takes the widest dtype of
+ * the op's real inputs unless one of these says otherwise. */
+typedef struct fg_bf16_rule {
+    unsigned      narrow_in, wide_in;    /* bit i: input i is cast to bf16, to f32 */
+    unsigned      narrow_out, wide_out;  /* bit o: output o is bf16, f32 */
+    unsigned char like[FG_MAX_OUT];      /* 1 + the input whose dtype output o takes.  Of an op that
+                                            overwrites: a state in its place takes it too */
+    bool          as_inferred;           /* outputs keep the dtypes that infer gave them */
+} fg_bf16_rule;
 
 typedef struct fg_op_code {
     fg_status (*infer)(fg_infer *c);                                /* required */
@@ -68,7 +87,9 @@ typedef struct fg_op_code {
     fg_memory_use memory;
     unsigned  reuse;       /* bit i: output 0 may take input i's memory, even where another input
                               whose bit is set is the same value */
+    void      (*span)(const void *attr, int *axis, int64_t *start);   /* of FG_PART and FG_JOIN */
     bool      no_grad;                /* not differentiable by nature (argmax, optimizer updates) */
+    fg_bf16_rule bf16;
 } fg_op_code;
 
 typedef struct { const char *name, *type; size_t size, align; } fg_attr_field;
@@ -93,6 +114,12 @@ FG_API fg_status fg__fail(fg_infer *c, fg_status s, const char *fmt, ...) FG_PRI
 FG_API bool      fg__is_suffix(const fg_shape *tail, const fg_shape *of);
 FG_API int64_t   fg__last(const fg_shape *s);            /* extent of the last axis; 1 for rank 0 */
 FG_API int64_t   fg__rows(const fg_shape *s);               /* elements / extent of the last axis */
+
+/* What lowering needs of ops/: the cast that it puts in, and the rules by which nodes are replaced
+ * by fused ones (ops/fuse.c, core/rewrite.h). */
+struct fg_rewrite;
+fg_tensor fg__cast(fg_tensor x, fg_dtype to);
+void      fg__fuse(struct fg_rewrite *r);
 
 /* Test inputs: parameters with N(0,1) entries, named random0, random1, ... in order of creation,
  * and integers drawn from [lo, hi).  Make them in statements of their own, one per line. */

@@ -14,19 +14,28 @@ fg_status fg_plan_record(fg_plan *p, unsigned what)
     return FG_OK;
 }
 
+bool fg_plan_recorded(const fg_plan *p) { return p && p->records && p->runs > 0; }
+
+/* Element i of a tensor that may be columns of a wider matrix. */
+static int64_t lies_at(const fg_rows *r, int64_t i)
+{
+    return i / r->width * r->pitch + i % r->width;
+}
+
 /* Sums in double, in the order of the elements; values that are not finite are counted apart. */
-static void measure(fg_record *r, const float *x, int64_t n)
+static void measure(fg_record *r, const float *all, const fg_rows *rows, int64_t n)
 {
     double sum = 0, squares = 0;
     int64_t finite = 0;
     r->not_finite = 0;
     r->least = r->greatest = r->mean = r->rms = 0;
     for (int64_t i = 0; i < n; i++) {
-        if (!isfinite(x[i])) { r->not_finite++; continue; }
-        if (!finite || x[i] < r->least) r->least = x[i];
-        if (!finite || x[i] > r->greatest) r->greatest = x[i];
-        sum += x[i];
-        squares += (double)x[i] * x[i];
+        const double x = all[lies_at(rows, i)];
+        if (!isfinite(x)) { r->not_finite++; continue; }
+        if (!finite || x < r->least) r->least = x;
+        if (!finite || x > r->greatest) r->greatest = x;
+        sum += x;
+        squares += x * x;
         finite++;
     }
     if (finite) r->mean = sum / (double)finite;
@@ -46,12 +55,14 @@ fg_status fg__record_node(fg_plan *p, uint32_t k, double seconds)
             r->seconds = seconds;
             r->timed = true;
         }
-        if (!(p->record & FG_RECORD_VALUES) || v->type == FG_I32) continue;
-        float *x = malloc((size_t)(count ? count : 1) * sizeof *x);
+        if (!(p->record & FG_RECORD_VALUES) || v->type == FG_I32 || !count) continue;
+        const fg_rows *rows = &p->execs[k].out_rows[o];
+        const int64_t all = lies_at(rows, count - 1) + 1;
+        float *x = malloc((size_t)all * sizeof *x);
         if (!x) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while noting values");
-        const fg_status s = b->ops->download(b, x, p->execs[k].out[o], count, v->type);
+        const fg_status s = b->ops->download(b, x, p->execs[k].out[o], all, v->type);
         if (s) fg__plan_fail(p, s, "%s", fg_backend_message(b));
-        else measure(r, x, count);
+        else measure(r, x, rows, count);
         free(x);
         if (s) return s;
     }

@@ -66,20 +66,29 @@ static int32_t find_name(const named *list, int32_t n, const char *name)
     return found ? found->at : -1;
 }
 
-/* The parameter that an update is for: one that it reads, or whose name ends a state's. */
+/* The parameter that a state belongs to: the one whose name ends the state's; -1 if there is none. */
+static int32_t param_of(const view_value *x, const named *list, int32_t n_list)
+{
+    int32_t found = -1;
+    for (const char *dot = strchr(x->name, '.'); dot && found < 0; dot = strchr(dot + 1, '.'))
+        found = find_name(list, n_list, dot + 1);
+    return found;
+}
+
+/* The parameter that an update is for: the one that it reads, or whose states it reads; -1 if that
+ * is none or several. */
 static int32_t updated(const fg_view *v, const view_node *n, const named *list, int32_t n_list)
 {
-    for (int i = 0; i < n->n_in; i++)
-        if (n->in[i] >= 0 && v->value[n->in[i]].kind == VIEW_PARAM) return n->in[i];
+    int32_t one = -1;
     for (int i = 0; i < n->n_in; i++) {
         const view_value *x = n->in[i] < 0 ? NULL : &v->value[n->in[i]];
-        if (!x || x->kind != VIEW_STATE) continue;
-        for (const char *dot = strchr(x->name, '.'); dot; dot = strchr(dot + 1, '.')) {
-            const int32_t found = find_name(list, n_list, dot + 1);
-            if (found >= 0) return found;
-        }
+        const int32_t found = !x ? -1 : x->kind == VIEW_PARAM ? n->in[i]
+                            : x->kind == VIEW_STATE ? param_of(x, list, n_list) : -1;
+        if (found < 0) continue;
+        if (one >= 0 && one != found) return -1;
+        one = found;
     }
-    return -1;
+    return one;
 }
 
 static int32_t home_of_backward(const fg_view *v, const view_node *n)
@@ -101,11 +110,14 @@ static int32_t home_of_update(const fg_view *v, view_node *n, const named *list,
 {
     n->param = updated(v, n, list, n_list);
     if (n->param >= 0) return forward_reader(v, n->param);
+    int32_t home = -1;                   /* that of all gradients that it reads, if it is one */
     for (int i = 0; i < n->n_in; i++) {
         const int32_t m = n->in[i] < 0 ? -1 : v->value[n->in[i]].maker;
-        if (m >= 0 && v->node[m].pass == VIEW_BACKWARD) return v->node[m].home;
+        if (m < 0 || v->node[m].pass != VIEW_BACKWARD) continue;
+        if (home >= 0 && v->node[m].home != home) return -1;
+        home = v->node[m].home;
     }
-    return -1;
+    return home;
 }
 
 static bool find_homes(fg_view *v)

@@ -2,15 +2,22 @@
  *
  * Source: Lin et al. 2025, "Forgetting Transformer" (arXiv 2503.02130), as released.
  * Vocabulary 50257; an update sees 32 sequences of 16384 tokens.  At 760m FoX has heads of 64, the
- * Transformers heads of 128, and activations are computed again in the backward pass. */
+ * Transformers heads of 128, and activations are computed again in the backward pass unless the
+ * setting "recompute" is 0. */
 #include <string.h>
 #include "fox_models.h"
 
 typedef struct { int64_t width, layers, heads, window; bool recompute; } size;
 
+/* The paper's choice, or the setting "recompute". */
+static bool recompute(fg_tensor tokens, const size *s)
+{
+    return fg_setting_int(tokens.graph, "recompute", s->recompute) != 0;
+}
+
 static fg_tensor build_fox(fg_loc at, fg_tensor tokens, fox_config c, const size *s)
 {
-    c.recompute = s->recompute;
+    c.recompute = recompute(tokens, s);
     c.qk_norm_share_param_across_head = c.qk_norm
         && fg_setting_int(tokens.graph, "qk_norm_share_param_across_head", 0);
     return (fox_lm)(at, tokens, &c);
@@ -35,7 +42,7 @@ static fg_tensor transformer_llama(fg_loc at, fg_tensor tokens, const size *s)
 {
     transformer_config c = transformer_llama_config(50257, s->width, s->layers, s->heads);
     c.window_size = s->window;
-    c.recompute = s->recompute;
+    c.recompute = recompute(tokens, s);
     return (transformer_lm)(at, tokens, &c);
 }
 

@@ -109,7 +109,7 @@ static fg_cost write_cost(const fg_infer *c)
 
 const fg_op_code fg_code_cache_write = {
     .infer = infer_write, .cpu = write_cpu, .cost = write_cost,
-    .memory = FG_MUTATE, .no_grad = true,
+    .memory = FG_MUTATE, .no_grad = true, .bf16 = { .like = { 2 } },
 };
 
 /* ---- cache_last ----------------------------------------------------------------------------- */
@@ -143,4 +143,5 @@ static fg_cost last_cost(const fg_infer *c)
 
 const fg_op_code fg_code_cache_last = {
     .infer = infer_last, .cpu = last_cpu, .cost = last_cost, .memory = FG_MUTATE, .no_grad = true,
+    .bf16 = { .like = { 2 } },
 };

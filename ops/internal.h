@@ -16,6 +16,9 @@ static inline size_t fg__cpu_size(fg_dtype t)
 {
     return t == FG_I32 ? sizeof(int32_t) : sizeof(fg_real);
 }
+/* Refuses those of inputs from .. to-1 that are there and not real.  out_type[0] becomes the widest
+ * of them: f32 and bf16 mix, and give f32. */
+fg_status fg__need_reals(fg_infer *c, int from, int to);
 /* Refuses an attribute that is not a shape: rank in [0, 6], extents of at least 1. */
 fg_status fg__check_shape(fg_infer *c, const fg_shape *s);
 

@@ -160,7 +160,7 @@ static fg_tensor example(fg_graph *g, int i)
 
 const fg_op_code fg_code_shift_mix = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .decompose = decompose, .cost = cost,
-    .example = example,
+    .example = example, .bf16 = { .like = { 1 } },
 };
 
 /* ---- shift_mix_grad ------------------------------------------------------------------------- */
@@ -221,4 +221,5 @@ static fg_cost grad_cost(const fg_infer *c)
 
 const fg_op_code fg_code_shift_mix_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost,
+    .bf16 = { .like = { 2, 3 } },
 };

@@ -1,0 +1,999 @@
+/* forget_attention_grad.cu - gradient of forget_attention, on tensor cores and in plain f32.
+ *
+ *     p_ij     = 2^(z_ij + C_i - C_j - L_i)             z, C, L: scores, gates, lse in base 2
+ *     ds_ij    = p_ij (go_i.v_j - delta_i),   delta_i = go_i.o_i - glse_i
+ *     gq_i     = scale sum_j ds_ij k_j,   gk_j = scale sum_i ds_ij q_i,   gv_j = sum_i p_ij go_i
+ *     glog_f_t = sum_(m>=t) (sum_j ds_mj - sum_i ds_im)
+ *
+ * Gates: C_i - C_j = ell_i + (base_I - base_J) - ell_j, as attention.cuh says.
+ *
+ * bf16, D <= 128: a block of threads keeps one tile of keys and walks the tiles of queries below
+ * the diagonal.  A warp owns 16 or 32 keys: it makes S^T = K Q^T and dP^T = V dO^T for 16 queries at
+ * a time, so that P^T and dS^T are, in registers, the left operands of gV += P^T dO and
+ * gK += dS^T Q.  Only dS goes through shared memory, for gQ = dS K, which is added up in f32 in
+ * device memory.  The tiles of keys add in one fixed order, from the diagonal to the left: a turn
+ * per tile of queries says who is next.  A tile of keys starts at its own diagonal, so those that
+ * run side by side reach a tile of queries one after the other, and hardly wait.
+ *
+ * The gate's gradient takes column sums in f32 before rounding, and the sum of each tile of
+ * queries, added under the same turn and spread over its rows: rows sum to 0 but for rounding, and
+ * without that residue the long sum over m would be a random walk of roundings.  Sums over tokens
+ * are in double.
+ *
+ * All else (f32, or any D up to 256): two kernels, one per tile of keys and one per tile of
+ * queries, in f32 throughout, with exact sums over rows.
+ *
+ * Bytes at the least, bf16: q, k, v, o, go, gq, gk, gv once, 16 B N H D; moved besides: gq in f32,
+ * through the L2 cache, 256 / 128 bytes a pair and 128 keys.
+ * Source: as ops/forget_attention_grad.c; tiles and order as in Dao 2023, "FlashAttention-2". */
+#include "forget_attention_grad.cuh"
+
+enum { GO, GLSE, Q, K, V, LOG_F, O, LSE, FIRST };
+
+/* ---- gates and rows ------------------------------------------------------------------------- */
+
+/* Per row L_i - ell_i and delta_i, and what has to start at 0.  LANES threads read a row. */
+template <int LANES> static __global__ void __launch_bounds__(256) rows_fill(const args a)
+{
+    const int64_t tile = blockIdx.x, h = blockIdx.y, b = blockIdx.z, head = b * a.H + h;
+    const int lane = threadIdx.x % LANES;
+    const fg_in go = { a.go, a.narrow }, o = { a.o, a.narrow };
+    if (threadIdx.x == 0) {
+        a.turn[head * a.n_q + tile] = 0;
+        if (tile + h + b == 0) *a.next = 0;
+    }
+    for (int r = (int)threadIdx.x / LANES; r < a.tile; r += 256 / LANES) {
+        const int64_t t = tile * a.tile + r, at = (b * a.N + t) * a.H + h;
+        float delta = 0, level = INFINITY;
+        if (t < a.N && !(a.first && a.first[b * a.N + t] > t)) {
+            if (LANES < 32 || a.D % 8 == 0) {
+                for (int64_t d = lane * 8; d < a.D; d += LANES * 8) {
+                    const fg_vec8 x = fg_load8(go, at * a.D + d), y = fg_load8(o, at * a.D + d);
+#pragma unroll
+                    for (int i = 0; i < 8; i++) delta = fmaf(x[i], y[i], delta);
+                }
+            } else {
+                for (int64_t d = lane; d < a.D; d += LANES)
+                    delta = fmaf(go[at * a.D + d], o[at * a.D + d], delta);
+            }
+            level = a.lse[at] * (float)FG_LOG2_E;
+            if (a.gates.ell) level -= a.gates.ell[head * a.np + t];
+        }
+        delta = fg_warp_sum<LANES>(delta);
+        if (level < INFINITY && a.glse) delta -= a.glse[at];
+        if (lane) continue;
+        a.level[head * a.np + t] = level;
+        a.delta[head * a.np + t] = level < INFINITY ? delta : 0;
+    }
+}
+
+/* The lowest key that each row sees, and what that means for its tile. */
+static __global__ void __launch_bounds__(128) spans_fill(const args a)
+{
+    __shared__ int part[3][4];
+    const int64_t tile = blockIdx.x, b = blockIdx.y, t = tile * a.tile + threadIdx.x;
+    int64_t from = 0;
+    if (t < a.N) {
+        if (a.first) from = a.first[b * a.N + t];
+        if (a.window && t - a.window + 1 > from) from = t - a.window + 1;
+    }
+    const bool sees = t < a.N && from <= t;
+    const int low = sees ? (int)(from > 0 ? from : 0) : UNSEEN;
+    a.low[b * a.np + t] = low;
+    const int least = __reduce_min_sync(~0u, low);
+    const int most = __reduce_max_sync(~0u, sees ? low : 0);
+    const int blind = __any_sync(~0u, t < a.N && !sees);
+    if (threadIdx.x % 32 == 0) {
+        part[0][threadIdx.x / 32] = least;
+        part[1][threadIdx.x / 32] = most;
+        part[2][threadIdx.x / 32] = blind;
+    }
+    __syncthreads();
+    if (threadIdx.x) return;
+    int l = UNSEEN, high = 0, any = 0;
+    for (int w = 0; w < a.tile / 32; w++)
+        l = min(l, part[0][w]), high = max(high, part[1][w]), any |= part[2][w];
+    a.span[b * a.n_q + tile] = make_int4(l == UNSEEN ? UNSEEN : l / a.keys, high, any, 0);
+}
+
+/* last_j: the last tile of queries that sees tile j of keys, or -1. */
+static __global__ void __launch_bounds__(1024) lasts_fill(const args a)
+{
+    const int64_t b = blockIdx.x;
+    for (int j = (int)threadIdx.x; j < a.n_k; j += 1024) {
+        int i = a.n_q - 1;
+        const int64_t end = a.first || !a.window ? a.N
+                          : (int64_t)(j + 1) * a.keys - 1 + a.window;
+        if (end / a.tile < i) i = (int)(end / a.tile);
+        while (i >= 0 && a.span[b * a.n_q + i].x > j) i--;
+        a.last[b * a.n_k + j] = i;
+    }
+}
+
+/* ---- tensor cores --------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ void add_float4(float4 *to, float4 x)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1,%2,%3,%4};"
+                 :: "l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+#else
+    float *p = (float *)to;
+    atomicAdd(p, x.x), atomicAdd(p + 1, x.y), atomicAdd(p + 2, x.z), atomicAdd(p + 3, x.w);
+#endif
+}
+/* Sizes of a tile and where its parts lie in shared memory.  Rows of 16-byte chunks; chunk c of row
+ * r lies at c ^ r % 8, so that eight rows of a matrix never meet in a bank. */
+template <int D_, int WARPS_, int MT_, int PER_SM_, int KEEP_> struct shape {
+    static constexpr int D = D_, WARPS = WARPS_, MT = MT_, PER_SM = PER_SM_;
+    static constexpr bool KEEP_K = KEEP_ & 1, KEEP_V = KEEP_ & 2;   /* in registers */
+    static constexpr int THREADS = WARPS * 32, OWN = MT * 16, KEYS = WARPS * OWN;
+    static constexpr int CH = 16;                          /* queries at a time */
+    static constexpr int KS = D / 16, NT = D / 8;          /* steps of 16, columns of 8 */
+    static constexpr int WIDE = D / (WARPS / 2), WT = WIDE / 8;    /* a warp's part of gq: 32 rows */
+    static constexpr int BYTES = D * 2;                    /* of a row */
+    static constexpr int K_AT = 0, V_AT = K_AT + KEYS * BYTES, Q_AT = V_AT + KEYS * BYTES;
+    static constexpr int GO_AT = Q_AT + 2 * ROWS * BYTES, DS_AT = GO_AT + 2 * ROWS * BYTES;
+    static constexpr int ROW_AT = DS_AT + KEYS * ROWS * 2, LOW_AT = ROW_AT + 4 * ROWS * 4;
+    static constexpr int BASE_AT = LOW_AT + 2 * ROWS * 4, PART_AT = BASE_AT + 16;
+    static constexpr int SHARED = PART_AT + 2 * WARPS * 4;
+    static constexpr int TILE4 = ROWS * D / 4;             /* float4 of a tile of gq */
+};
+
+/* A thread's place and its share of the tile of keys. */
+template <class S> struct share {
+    unsigned memory;                     /* shared memory */
+    int lane, warp, key0;                /* key0: of the tile */
+    int64_t b;
+    double base;                         /* of the keys' block */
+    unsigned k[S::MT][S::KEEP_K ? S::KS : 1][4], v[S::MT][S::KEEP_V ? S::KS : 1][4];
+    float gk[S::MT][S::NT][4], gv[S::MT][S::NT][4];
+    float ell[S::MT][2], column[S::MT][2];
+};
+/* A step: one tile of queries of one head. */
+struct step {
+    int i, stage;
+    int64_t h;
+    bool masked;
+};
+
+/* Offset of a lane's row in the 16 x 16 that an ldmatrix reads.  OUTER: matrices 1 and 3 are the
+ * rows' second half, otherwise the second half of columns. */
+template <bool ROWS_FIRST> static __device__ __forceinline__ unsigned lane_offset(int lane, int bytes)
+{
+    const int m = lane / 8, row = lane % 8 + 8 * (ROWS_FIRST ? m & 1 : m >> 1);
+    const int half = ROWS_FIRST ? m >> 1 : m & 1;
+    return (unsigned)(row * bytes + ((half ^ (lane & 7)) << 4));
+}
+
+template <class S>
+static __device__ __forceinline__ void keys_load(const args &a, const share<S> &s, int64_t kv)
+{
+    constexpr int PER = S::D / 8;
+    const int c = (int)threadIdx.x % PER;
+    for (int r = (int)threadIdx.x / PER; r < S::KEYS; r += S::THREADS / PER) {
+        const int64_t t = s.key0 + r;
+        const bool there = t < a.N && c * 8 < a.D;
+        const int64_t token = s.b * a.N + (there ? t : 0), d = there ? kv * a.D + c * 8 : 0;
+        const unsigned to = s.memory + r * S::BYTES + ((c ^ (r & 7)) << 4);
+        fg_copy_async(to + S::K_AT, (const bf16 *)a.k + token * a.k_row + d, there);
+        fg_copy_async(to + S::V_AT, (const bf16 *)a.v + token * a.v_row + d, there);
+    }
+}
+
+template <class S>
+static __device__ __forceinline__ void queries_load(const args &a, const share<S> &s, step p)
+{
+    constexpr int PER = S::D / 8;
+    const int c = (int)threadIdx.x % PER, x = (int)threadIdx.x;
+    const bool blind = !a.plain && a.span[s.b * a.n_q + p.i].z;
+    const int64_t tile0 = (int64_t)p.i * ROWS, at = (s.b * a.H + p.h) * a.np + tile0;
+    const unsigned memory = s.memory + p.stage * ROWS * S::BYTES;
+#pragma unroll
+    for (int r = x / PER; r < ROWS; r += S::THREADS / PER) {
+        const int64_t t = tile0 + r;
+        const bool there = t < a.N && c * 8 < a.D;
+        const int64_t token = s.b * a.N + (there ? t : 0), d = there ? p.h * a.D + c * 8 : 0;
+        const bool sees = there && !(blind && a.low[s.b * a.np + t] == UNSEEN);
+        const unsigned to = memory + r * S::BYTES + ((c ^ (r & 7)) << 4);
+        fg_copy_async(to + S::Q_AT, (const bf16 *)a.q + token * a.q_row + d, there);
+        fg_copy_async(to + S::GO_AT, (const bf16 *)a.go + token * a.H * a.D + d, sees);
+    }
+    const int y = x % (ROWS / 4), part = x / (ROWS / 4);
+    const unsigned row = s.memory + S::ROW_AT + p.stage * ROWS * 4 + y * 16;
+    if (part == 0) fg_copy_async(row, a.level + at + y * 4, true);
+    else if (part == 1) fg_copy_async(row + 2 * ROWS * 4, a.delta + at + y * 4, true);
+    else if (part == 2)
+        fg_copy_async(row + 4 * ROWS * 4, a.low + s.b * a.np + tile0 + y * 4, true);
+    else if (y == 0 && a.gates.block)
+        copy8(s.memory + S::BASE_AT + p.stage * 8,
+              &a.gates.block[(s.b * a.H + p.h) * a.gates.blocks + tile0 / FG_GATE_BLOCK].base);
+}
+
+/* Where the warp's 16 keys m and columns 16 k lie, as a left operand. */
+template <class S>
+static __device__ __forceinline__ unsigned keys_at(unsigned memory, int lane, int warp, int m, int k)
+{
+    const unsigned at = memory + lane_offset<true>(lane, S::BYTES) + warp * S::OWN * S::BYTES;
+    return (at ^ (32 * (k & 3))) + m * 16 * S::BYTES + (k >> 2) * 128;
+}
+
+/* z and dP of the warp's keys and 16 queries from row n on; dP starts at -delta. */
+template <class S>
+static __device__ __forceinline__ void scores(share<S> &s, unsigned q, unsigned go,
+                                              float (&z)[S::MT][2][4], float (&dp)[S::MT][2][4])
+{
+#pragma unroll
+    for (int k = 0; k < S::KS; k++) {
+        unsigned b[4], c[4];
+        fg_ldmatrix(b, (q ^ (32 * (k & 3))) + (k >> 2) * 128);
+        fg_ldmatrix(c, (go ^ (32 * (k & 3))) + (k >> 2) * 128);
+#pragma unroll
+        for (int m = 0; m < S::MT; m++) {
+            const unsigned from = keys_at<S>(s.memory, s.lane, s.warp, m, k);
+            if (!S::KEEP_K) fg_ldmatrix(s.k[m][0], from + S::K_AT);
+            if (!S::KEEP_V) fg_ldmatrix(s.v[m][0], from + S::V_AT);
+            const unsigned *x = s.k[m][S::KEEP_K ? k : 0], *y = s.v[m][S::KEEP_V ? k : 0];
+            fg_mma(z[m][0], x, b[0], b[1]);
+            fg_mma(z[m][1], x, b[2], b[3]);
+            fg_mma(dp[m][0], y, c[0], c[1]);
+            fg_mma(dp[m][1], y, c[2], c[3]);
+        }
+    }
+}
+
+/* Pairs that do not meet, whatever their values. */
+template <class S>
+static __device__ __forceinline__ void mask(const share<S> &s, step p, int n,
+                                            float (&z)[S::MT][2][4], float (&dp)[S::MT][2][4])
+{
+    const int *low = (const int *)__cvta_shared_to_generic(s.memory + S::LOW_AT)
+                   + p.stage * ROWS + n + s.lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < S::MT; m++)
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int key = s.key0 + s.warp * S::OWN + m * 16 + s.lane / 4 + (e >> 1) * 8;
+                const int query = p.i * ROWS + n + t * 8 + s.lane % 4 * 2 + (e & 1);
+                if (key > query || key < low[t * 8 + (e & 1)]) z[m][t][e] = dp[m][t][e] = 0;
+            }
+}
+
+/* z to p and dp to ds; sums of ds per key. */
+template <class S>
+static __device__ __forceinline__ void weights(const args &a, const share<S> &s, step p, int n,
+                                               float d, const float2 (&level)[2],
+                                               float (&z)[S::MT][2][4], float (&dp)[S::MT][2][4],
+                                               float (&sum)[S::MT][2])
+{
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        const float l0 = d - level[t].x, l1 = d - level[t].y;
+#pragma unroll
+        for (int m = 0; m < S::MT; m++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float x = fmaf(z[m][t][e], a.scale2, e & 1 ? l1 : l0) - s.ell[m][e >> 1];
+                z[m][t][e] = fg_exp2(x);
+                dp[m][t][e] *= z[m][t][e];
+            }
+    }
+    if (p.masked) mask(s, p, n, z, dp);
+#pragma unroll
+    for (int m = 0; m < S::MT; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            sum[m][r] += (dp[m][0][2 * r] + dp[m][0][2 * r + 1])
+                       + (dp[m][1][2 * r] + dp[m][1][2 * r + 1]);
+}
+
+/* x of two columns of 8 as the left operand of a product over these 16. */
+static __device__ __forceinline__ void pack(const float (&x)[2][4], unsigned (&r)[4])
+{
+    r[0] = fg_pack2(x[0][0], x[0][1]);
+    r[1] = fg_pack2(x[0][2], x[0][3]);
+    r[2] = fg_pack2(x[1][0], x[1][1]);
+    r[3] = fg_pack2(x[1][2], x[1][3]);
+}
+
+/* dS^T to shared memory, rows of 64 queries. */
+template <class S>
+static __device__ __forceinline__ void ds_put(const share<S> &s, int m, int n,
+                                              const unsigned (&r)[4])
+{
+    const unsigned at = s.memory + S::DS_AT + (s.warp * S::OWN + m * 16 + s.lane / 4) * 128
+                      + s.lane % 4 * 4;
+    const unsigned x = (unsigned)(n >> 3) ^ (unsigned)(s.lane / 4);
+    asm volatile("st.shared.b32 [%0], %1;" :: "r"(at + (x << 4)), "r"(r[0]) : "memory");
+    asm volatile("st.shared.b32 [%0], %1;" :: "r"(at + (x << 4) + 1024), "r"(r[1]) : "memory");
+    asm volatile("st.shared.b32 [%0], %1;" :: "r"(at + ((x ^ 1) << 4)), "r"(r[2]) : "memory");
+    asm volatile("st.shared.b32 [%0], %1;" :: "r"(at + ((x ^ 1) << 4) + 1024), "r"(r[3])
+                 : "memory");
+}
+
+/* gV += P^T dO, gK += dS^T Q over 16 queries, whose rows begin at q and go. */
+template <class S>
+static __device__ __forceinline__ void accumulate(share<S> &s, unsigned q, unsigned go,
+                                                  const unsigned (&p)[S::MT][4],
+                                                  const unsigned (&ds)[S::MT][4])
+{
+#pragma unroll
+    for (int k = 0; k < S::KS; k++) {
+        unsigned b[4], c[4];
+        fg_ldmatrix_trans(b, (go ^ (32 * (k & 3))) + (k >> 2) * 128);
+        fg_ldmatrix_trans(c, (q ^ (32 * (k & 3))) + (k >> 2) * 128);
+#pragma unroll
+        for (int m = 0; m < S::MT; m++) {
+            fg_mma(s.gv[m][2 * k], p[m], b[0], b[1]);
+            fg_mma(s.gv[m][2 * k + 1], p[m], b[2], b[3]);
+            fg_mma(s.gk[m][2 * k], ds[m], c[0], c[1]);
+            fg_mma(s.gk[m][2 * k + 1], ds[m], c[2], c[3]);
+        }
+    }
+}
+
+/* All of a step but gq; returns the warp's sum of ds. */
+template <class S>
+static __device__ __forceinline__ float step_keys(const args &a, share<S> &s, step p)
+{
+    const unsigned rows = s.memory + S::ROW_AT + p.stage * ROWS * 4 + s.lane % 4 * 8;
+    const unsigned q = s.memory + S::Q_AT + p.stage * ROWS * S::BYTES, go = q + S::GO_AT - S::Q_AT;
+    const unsigned plain = lane_offset<false>(s.lane, S::BYTES);
+    const unsigned turned = lane_offset<true>(s.lane, S::BYTES);
+    float d = 0, sum[S::MT][2] = {};
+    if (a.gates.block) {
+        double base;
+        asm volatile("ld.shared.f64 %0, [%1];"
+                     : "=d"(base) : "r"(s.memory + S::BASE_AT + p.stage * 8) : "memory");
+        d = (float)(base - s.base);
+    }
+#pragma unroll 1
+    for (int n = 0; n < ROWS; n += S::CH) {
+        unsigned w[S::MT][4] = {}, u[S::MT][4] = {};
+        const bool any = p.i * ROWS + n + S::CH > s.key0 + s.warp * S::OWN;
+        if (any) {
+            const float2 level[2] = { shared_float2(rows + n * 4), shared_float2(rows + n * 4 + 32) };
+            const unsigned deltas = rows + 2 * ROWS * 4 + n * 4;
+            const float2 delta[2] = { shared_float2(deltas), shared_float2(deltas + 32) };
+            float z[S::MT][2][4] = {}, dp[S::MT][2][4];
+#pragma unroll
+            for (int m = 0; m < S::MT; m++)
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    dp[m][e >> 2][e & 3] = e & 1 ? -delta[e >> 2].y : -delta[e >> 2].x;
+            scores(s, q + n * S::BYTES + plain, go + n * S::BYTES + plain, z, dp);
+            weights(a, s, p, n, d, level, z, dp, sum);
+#pragma unroll
+            for (int m = 0; m < S::MT; m++) pack(z[m], w[m]), pack(dp[m], u[m]);
+        }
+#pragma unroll
+        for (int m = 0; m < S::MT; m++) ds_put(s, m, n, u[m]);
+        if (any) accumulate(s, q + n * S::BYTES + turned, go + n * S::BYTES + turned, w, u);
+    }
+    float total = 0;
+#pragma unroll
+    for (int m = 0; m < S::MT; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) s.column[m][r] += sum[m][r], total += sum[m][r];
+    return fg_warp_sum(total);
+}
+
+/* gQ / scale of the step: 32 rows and WIDE columns are the warp's. */
+template <class S>
+static __device__ __forceinline__ void step_queries(const share<S> &s, step p,
+                                                    float (&c)[2][S::WT][4])
+{
+    const int from = s.warp % 2 * 32, wide = s.warp / 2 * S::WIDE;
+    const int end = min(S::KEYS, (p.i + 1) * ROWS - s.key0);
+    const int l = s.lane, m = l / 8;
+    /* dS^T is [key][query]: matrices 1 and 3 are the second half of queries */
+    const unsigned ds = s.memory + S::DS_AT + (l % 8 + 8 * (m >> 1)) * 128
+                      + (((from / 8 + (m & 1)) ^ (l & 7)) << 4);
+    const unsigned k = s.memory + S::K_AT + (l % 8 + 8 * (m & 1)) * S::BYTES
+                     + (((wide / 8 + (m >> 1)) ^ (l & 7)) << 4);
+#pragma unroll
+    for (int e = 0; e < 2 * S::WT * 4; e++) c[e / (4 * S::WT)][e / 4 % S::WT][e % 4] = 0;
+#pragma unroll 2
+    for (int j = 0; j < end; j += 16) {
+        unsigned x[2][4];
+        fg_ldmatrix_trans(x[0], ds + j * 128);
+        fg_ldmatrix_trans(x[1], (ds ^ 32) + j * 128);
+#pragma unroll
+        for (int n = 0; n < S::WT / 2; n++) {
+            unsigned y[4];
+            fg_ldmatrix_trans(y, (k ^ (32 * (n & 3))) + (n >> 2) * 128 + j * S::BYTES);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                fg_mma(c[r][2 * n], x[r], y[0], y[1]);
+                fg_mma(c[r][2 * n + 1], x[r], y[2], y[3]);
+            }
+        }
+    }
+}
+
+/* Adds the warp's part of gq when its turn has come; rank: tiles of keys that add before. */
+template <class S>
+static __device__ __forceinline__ void queries_add(const args &a, const share<S> &s, int64_t tile,
+                                                   int rank, const float (&c)[2][S::WT][4])
+{
+    float4 *to = a.sum_q + tile * S::TILE4 + s.warp * (2 * S::WT * 32) + s.lane;
+    if (rank > 0) {
+        if (s.lane == 0)
+            while (turn_now(a.turn + tile) < rank) { }
+        __syncwarp();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int n = 0; n < S::WT; n++) {
+            const float4 x = make_float4(c[r][n][0], c[r][n][1], c[r][n][2], c[r][n][3]);
+            if (rank == 0) to[(r * S::WT + n) * 32] = x;
+            else add_float4(to + (r * S::WT + n) * 32, x);
+        }
+}
+
+/* The tile's sum of ds, then the turn of the next; by one thread, after a barrier. */
+template <class S>
+static __device__ __forceinline__ void turn_pass(const args &a, const share<S> &s, int stage,
+                                                 int64_t tile, int rank)
+{
+    float sum = 0;
+    for (int w = 0; w < S::WARPS; w++) {
+        float x;
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x)
+                     : "r"(s.memory + S::PART_AT + (stage * S::WARPS + w) * 4) : "memory");
+        sum += x;
+    }
+    if (rank == 0) a.rows[tile] = sum;
+    else atomicAdd(a.rows + tile, sum);          /* one adder at a time, in the order of turns */
+    turn_set(a.turn + tile, rank + 1);
+}
+
+template <class S>
+static __device__ __forceinline__ void columns_begin(const args &a, share<S> &s, int64_t h)
+{
+#pragma unroll
+    for (int m = 0; m < S::MT; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int64_t key = s.key0 + s.warp * S::OWN + m * 16 + s.lane / 4 + 8 * r;
+            s.column[m][r] = 0;
+            s.ell[m][r] = a.gates.ell ? a.gates.ell[(s.b * a.H + h) * a.np + key] : 0;
+        }
+    const fg_gate_block *block = a.gates.block;
+    if (block) s.base = block[(s.b * a.H + h) * a.gates.blocks + s.key0 / FG_GATE_BLOCK].base;
+}
+template <class S>
+static __device__ __forceinline__ void columns_end(const args &a, const share<S> &s, int64_t h)
+{
+#pragma unroll
+    for (int m = 0; m < S::MT; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int64_t key = s.key0 + s.warp * S::OWN + m * 16 + s.lane / 4 + 8 * r;
+            const float sum = fg_warp_sum<4>(s.column[m][r]);
+            if (s.lane % 4 == 0 && key < a.np) a.column[(s.b * a.H + h) * a.np + key] = sum;
+        }
+}
+
+template <class S>
+static __device__ __forceinline__ void keys_store(const args &a, const share<S> &s, int64_t kv)
+{
+#pragma unroll
+    for (int m = 0; m < S::MT; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int64_t key = s.key0 + s.warp * S::OWN + m * 16 + s.lane / 4 + 8 * r;
+            if (key >= a.N) continue;
+            bf16 *gk = (bf16 *)a.gk + (s.b * a.N + key) * a.gk_row + kv * a.D;
+            bf16 *gv = (bf16 *)a.gv + (s.b * a.N + key) * a.gv_row + kv * a.D;
+#pragma unroll
+            for (int n = 0; n < S::NT; n++) {
+                const int d = n * 8 + s.lane % 4 * 2;
+                if (d >= a.D) continue;
+                *(unsigned *)(gk + d) = fg_pack2(s.gk[m][n][2 * r] * a.scale,
+                                                 s.gk[m][n][2 * r + 1] * a.scale);
+                *(unsigned *)(gv + d) = fg_pack2(s.gv[m][n][2 * r], s.gv[m][n][2 * r + 1]);
+            }
+        }
+}
+
+template <class S> static __device__ __forceinline__ void keys_keep(share<S> &s)
+{
+#pragma unroll
+    for (int m = 0; m < S::MT; m++)
+#pragma unroll
+        for (int k = 0; k < S::KS; k++) {
+            const unsigned from = keys_at<S>(s.memory, s.lane, s.warp, m, k);
+            if (S::KEEP_K) fg_ldmatrix(s.k[m][k], from + S::K_AT);
+            if (S::KEEP_V) fg_ldmatrix(s.v[m][k], from + S::V_AT);
+        }
+}
+
+/* One tile of keys of one key head.  Tiles are given out from the last to the first, so whoever
+ * waits for a turn waits for a tile that has been given out: no deadlock. */
+template <class S> static __global__ void __launch_bounds__(S::THREADS, S::PER_SM)
+tile_of_keys(const args a)
+{
+    extern __shared__ __align__(1024) char memory[];
+    __shared__ int given;
+    if (threadIdx.x == 0) given = atomicAdd(a.next, 1);
+    __syncthreads();
+    const int j = a.n_k - 1 - given % a.n_k;
+    const int64_t head = given / a.n_k, kv = head % a.Hkv, group = a.H / a.Hkv;
+    share<S> s;
+    s.memory = fg_shared(memory), s.lane = (int)threadIdx.x % 32, s.warp = (int)threadIdx.x / 32;
+    s.key0 = j * S::KEYS, s.b = head / a.Hkv;
+#pragma unroll
+    for (int e = 0; e < S::MT * S::NT * 4; e++)
+        s.gk[e / (4 * S::NT)][e / 4 % S::NT][e % 4] = s.gv[e / (4 * S::NT)][e / 4 % S::NT][e % 4] = 0;
+    const int last = a.plain ? a.n_q - 1 : a.last[s.b * a.n_k + j];
+    const int first = seen_from(a, s.b, s.key0 / ROWS, last, j);
+    step p = { first, 0, kv * group, false };
+    columns_begin(a, s, p.h);
+    keys_load(a, s, kv);
+    if (first <= last) queries_load(a, s, p);
+    fg_copy_commit();
+    fg_copy_wait<0>();
+    __syncthreads();
+    keys_keep(s);
+    int64_t before = -1;                 /* the tile of queries whose turn is still to be passed */
+    int rank = 0;
+    while (p.i <= last) {
+        fg_copy_wait<0>();
+        __syncthreads();
+        if (before >= 0 && threadIdx.x == 0) turn_pass(a, s, p.stage ^ 1, before, rank);
+        step next = { seen_from(a, s.b, p.i + 1, last, j), p.stage ^ 1, p.h, false };
+        if (next.i > last && p.h + 1 < (kv + 1) * group) next.i = first, next.h++;
+        if (next.i <= last) queries_load(a, s, next);
+        fg_copy_commit();
+        p.masked = p.i * ROWS < s.key0 + S::KEYS - 1
+                || (!a.plain && a.span[s.b * a.n_q + p.i].y > s.key0);
+        const float sum = step_keys(a, s, p);
+        if (s.lane == 0)
+            asm volatile("st.shared.f32 [%0], %1;"
+                         :: "r"(s.memory + S::PART_AT + (p.stage * S::WARPS + s.warp) * 4), "f"(sum)
+                         : "memory");
+        __syncthreads();
+        float c[2][S::WT][4];
+        step_queries(s, p, c);
+        before = (s.b * a.H + p.h) * a.n_q + p.i;
+        rank = min((p.i * ROWS + ROWS - 1) / S::KEYS, a.n_k - 1) - j;
+        queries_add(a, s, before, rank, c);
+        if (next.h != p.h || next.i > last) {
+            columns_end(a, s, p.h);
+            if (next.i <= last) columns_begin(a, s, next.h);
+        }
+        p = next;
+    }
+    __syncthreads();
+    if (before >= 0 && threadIdx.x == 0) turn_pass(a, s, p.stage ^ 1, before, rank);
+    if (before < 0)
+        for (int64_t h = kv * group; h < (kv + 1) * group; h++) columns_end(a, s, h);
+    keys_store(a, s, kv);
+}
+
+/* gq out of its fragments; a tile that nobody added to sees nothing. */
+template <class S> static __global__ void __launch_bounds__(S::THREADS) queries_store(const args a)
+{
+    __shared__ float part[ROWS][S::D + 4];
+    const int64_t i = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
+    const int64_t tile = (b * a.H + h) * a.n_q + i;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const float4 *from = a.sum_q + tile * S::TILE4 + warp * (2 * S::WT * 32) + lane;
+    const bool any = a.turn[tile] > 0;
+    if (!any && threadIdx.x == 0) a.rows[tile] = 0;
+#pragma unroll
+    for (int e = 0; e < 2 * S::WT; e++) {
+        const float4 x = any ? from[e * 32] : make_float4(0, 0, 0, 0);
+        const int r = warp % 2 * 32 + e / S::WT * 16 + lane / 4;
+        const int d = warp / 2 * S::WIDE + e % S::WT * 8 + lane % 4 * 2;
+        part[r][d] = x.x * a.scale, part[r][d + 1] = x.y * a.scale;
+        part[r + 8][d] = x.z * a.scale, part[r + 8][d + 1] = x.w * a.scale;
+    }
+    __syncthreads();
+    for (int e = (int)threadIdx.x; e < ROWS * S::D / 8; e += S::THREADS) {
+        const int r = e / (S::D / 8), d = e % (S::D / 8) * 8;
+        const int64_t t = i * ROWS + r;
+        if (t >= a.N || d >= a.D) continue;
+        fg_vec8 x;
+#pragma unroll
+        for (int k = 0; k < 8; k++) x[k] = part[r][d + k];
+        fg_store8(fg_out{ a.gq, true }, (b * a.N + t) * a.gq_row + h * a.D + d, x);
+    }
+}
+
+/* ---- plain f32 ------------------------------------------------------------------------------ */
+
+static constexpr int SIDE = 32;          /* queries and keys of a tile, 8 threads to a row */
+
+/* Rows of the four operands in shared memory, D up to W, each row 4 floats longer. */
+template <int W> struct operands {
+    float q[SIDE][W + 4], go[SIDE][W + 4], k[SIDE][W + 4], v[SIDE][W + 4];
+    float p[SIDE][SIDE + 1], ds[SIDE][SIDE + 1];           /* [key][query] */
+};
+
+/* Rows t0 ... of a head; rows past the end, or unseen, are 0. */
+template <int W>
+static __device__ __forceinline__ void plain_load(const args &a, const void *x, int64_t pitch,
+                                                  int64_t b, int64_t t0, int64_t h, const int *low,
+                                                  float (&to)[SIDE][W + 4])
+{
+    const fg_in in = { x, a.narrow };
+    for (int e = (int)threadIdx.x; e < SIDE * W; e += 256) {
+        const int64_t r = e / W, d = e % W, t = t0 + r;
+        const bool there = t < a.N && d < a.D && !(low && low[b * a.np + t] == UNSEEN);
+        to[r][d] = there ? in[(b * a.N + t) * pitch + h * a.D + d] : 0;
+    }
+}
+
+static __device__ __forceinline__ float dot4(float4 x, float4 y, float sum)
+{
+    return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
+}
+
+/* p and ds of a tile; thread x has key x / 8 and queries x % 8, + 8, ...  Both kernels call it, so
+ * both sum the same ds. */
+template <int W>
+static __device__ __forceinline__ void plain_tile(const args &a, operands<W> &m, int64_t b,
+                                                  int64_t h, int64_t i0, int64_t j0)
+{
+    const int key = (int)threadIdx.x / 8, lane = (int)threadIdx.x % 8;
+    const int64_t head = b * a.H + h, j = j0 + key;
+    float z[4] = {}, dp[4] = {};
+    for (int d = 0; d < W; d += 4) {
+        const float4 k = *(const float4 *)&m.k[key][d], v = *(const float4 *)&m.v[key][d];
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            z[u] = dot4(k, *(const float4 *)&m.q[lane + 8 * u][d], z[u]);
+            dp[u] = dot4(v, *(const float4 *)&m.go[lane + 8 * u][d], dp[u]);
+        }
+    }
+    float between = 0, ell = 0;
+    if (a.gates.block) {
+        const fg_gate_block *block = a.gates.block + head * a.gates.blocks;
+        between = (float)(block[i0 / FG_GATE_BLOCK].base - block[j0 / FG_GATE_BLOCK].base);
+        ell = a.gates.ell[head * a.np + j];
+    }
+#pragma unroll
+    for (int u = 0; u < 4; u++) {
+        const int64_t i = i0 + lane + 8 * u;
+        float p = 0, ds = 0;
+        if (i < a.N && j <= i && j >= a.low[b * a.np + i]) {
+            p = exp2f(fmaf(z[u], a.scale2, between - a.level[head * a.np + i]) - ell);
+            ds = p * (dp[u] - a.delta[head * a.np + i]);
+        }
+        m.p[key][lane + 8 * u] = p;
+        m.ds[key][lane + 8 * u] = ds;
+    }
+}
+
+/* sum[u] += over the tile of x[r][e] y[e][d], d = 4 (thread % 8) + 32 u, r = thread / 8; turned: of
+ * x[e][r]. */
+template <int W, bool TURNED>
+static __device__ __forceinline__ void plain_product(const float (&x)[SIDE][SIDE + 1],
+                                                     const float (&y)[SIDE][W + 4],
+                                                     float4 (&sum)[W / 32])
+{
+    const int r = (int)threadIdx.x / 8, lane = (int)threadIdx.x % 8;
+    for (int e = 0; e < SIDE; e++) {
+        const float w = TURNED ? x[e][r] : x[r][e];
+#pragma unroll
+        for (int u = 0; u < W / 32; u++) {
+            const float4 t = *(const float4 *)&y[e][4 * lane + 32 * u];
+            sum[u].x = fmaf(w, t.x, sum[u].x), sum[u].y = fmaf(w, t.y, sum[u].y);
+            sum[u].z = fmaf(w, t.z, sum[u].z), sum[u].w = fmaf(w, t.w, sum[u].w);
+        }
+    }
+}
+
+template <int W>
+static __device__ __forceinline__ void plain_store(const args &a, void *out, int64_t pitch,
+                                                   int64_t b, int64_t t, int64_t h, float scale,
+                                                   const float4 (&sum)[W / 32])
+{
+    const fg_out to = { out, a.narrow };
+    if (t >= a.N) return;
+#pragma unroll
+    for (int u = 0; u < W / 32; u++) {
+        const float x[4] = { sum[u].x, sum[u].y, sum[u].z, sum[u].w };
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int64_t d = (int)threadIdx.x % 8 * 4 + 32 * u + e;
+            if (d < a.D) to.put((b * a.N + t) * pitch + h * a.D + d, x[e] * scale);
+        }
+    }
+}
+
+template <int W> static __global__ void __launch_bounds__(256) plain_keys(const args a)
+{
+    extern __shared__ __align__(1024) char memory[];
+    operands<W> &m = *(operands<W> *)memory;
+    const int64_t j0 = (int64_t)blockIdx.x * SIDE, kv = blockIdx.y, b = blockIdx.z;
+    const int64_t group = a.H / a.Hkv, j = j0 + threadIdx.x / 8;
+    const int tile = (int)(j0 / a.keys);
+    const int last = a.plain ? a.n_q - 1 : a.last[b * a.n_k + tile];
+    float4 gk[W / 32] = {}, gv[W / 32] = {};
+    plain_load<W>(a, a.k, a.k_row, b, j0, kv, nullptr, m.k);
+    plain_load<W>(a, a.v, a.v_row, b, j0, kv, nullptr, m.v);
+    for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+        double column = 0;
+        for (int64_t i0 = j0; i0 < a.N && i0 / ROWS <= last; i0 += SIDE) {
+            if (a.span[b * a.n_q + i0 / ROWS].x > tile) continue;
+            __syncthreads();
+            plain_load<W>(a, a.q, a.q_row, b, i0, h, nullptr, m.q);
+            plain_load<W>(a, a.go, a.H * a.D, b, i0, h, a.low, m.go);
+            __syncthreads();
+            plain_tile<W>(a, m, b, h, i0, j0);
+            __syncthreads();
+            plain_product<W, false>(m.p, m.go, gv);
+            plain_product<W, false>(m.ds, m.q, gk);
+            float sum = 0;
+#pragma unroll
+            for (int u = 0; u < 4; u++) sum += m.ds[threadIdx.x / 8][threadIdx.x % 8 + 8 * u];
+            column += (double)fg_warp_sum<8>(sum);
+        }
+        if (threadIdx.x % 8 == 0) a.column[(b * a.H + h) * a.np + j] = (float)column;
+    }
+    plain_store<W>(a, a.gk, a.gk_row, b, j, kv, a.scale, gk);
+    plain_store<W>(a, a.gv, a.gv_row, b, j, kv, 1, gv);
+}
+
+template <int W> static __global__ void __launch_bounds__(256) plain_queries(const args a)
+{
+    extern __shared__ __align__(1024) char memory[];
+    operands<W> &m = *(operands<W> *)memory;
+    const int64_t i0 = ((int64_t)gridDim.x - 1 - blockIdx.x) * SIDE, h = blockIdx.y, b = blockIdx.z;
+    const int64_t kv = h / (a.H / a.Hkv), i = i0 + threadIdx.x / 8;
+    const int lowest = a.span[b * a.n_q + i0 / ROWS].x;
+    float4 gq[W / 32] = {};
+    double row = 0;
+    plain_load<W>(a, a.q, a.q_row, b, i0, h, nullptr, m.q);
+    plain_load<W>(a, a.go, a.H * a.D, b, i0, h, a.low, m.go);
+    for (int64_t j0 = i0; j0 >= 0 && j0 / a.keys >= lowest; j0 -= SIDE) {
+        __syncthreads();
+        plain_load<W>(a, a.k, a.k_row, b, j0, kv, nullptr, m.k);
+        plain_load<W>(a, a.v, a.v_row, b, j0, kv, nullptr, m.v);
+        __syncthreads();
+        plain_tile<W>(a, m, b, h, i0, j0);
+        __syncthreads();
+        plain_product<W, true>(m.ds, m.k, gq);
+        float sum = 0;
+#pragma unroll
+        for (int u = 0; u < 4; u++) sum += m.ds[threadIdx.x % 8 + 8 * u][threadIdx.x / 8];
+        row += (double)fg_warp_sum<8>(sum);
+    }
+    if (threadIdx.x % 8 == 0) a.rows[(b * a.H + h) * a.np + i] = (float)row;
+    plain_store<W>(a, a.gq, a.gq_row, b, i, h, a.scale, gq);
+}
+
+/* ---- the gate's gradient -------------------------------------------------------------------- */
+
+/* The sum over keys of a row's ds.  per_tile: its own is glse, and an equal part of what else its
+ * tile's sum holds; a group of 16 threads has the tile, 4 rows each. */
+static __device__ __forceinline__ void row_sums(const args &a, bool per_tile, int64_t b, int64_t h,
+                                                int64_t t, float (&row)[4])
+{
+    const int64_t head = b * a.H + h, tile = t / ROWS;
+    if (!per_tile) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) row[e] = t + e < a.N ? a.rows[head * a.np + t + e] : 0;
+        return;
+    }
+    float sum = 0;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const bool sees = a.glse && t + e < a.N && a.low[b * a.np + t + e] != UNSEEN;
+        sum += row[e] = sees ? a.glse[(b * a.N + t + e) * a.H + h] : 0;
+    }
+    sum = fg_warp_sum<16>(sum);
+    const int64_t rows = a.N - tile * ROWS < ROWS ? a.N - tile * ROWS : ROWS;
+    const int64_t at = head * a.n_q * (a.tile / ROWS) + tile;
+    const float rest = t < a.N ? (a.rows[at] - sum) / (float)rows : 0;
+#pragma unroll
+    for (int e = 0; e < 4; e++) row[e] = t + e < a.N ? row[e] + rest : 0;
+}
+
+/* One block per head, from the last token to the first, 4 tokens a thread. */
+static __global__ void __launch_bounds__(1024) gates_gradient(const args a, bool per_tile)
+{
+    __shared__ double part[32];
+    const int64_t h = blockIdx.x, b = blockIdx.y, head = b * a.H + h;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    double after = 0;
+    for (int64_t t0 = (a.N - 1) / 4096 * 4096; t0 >= 0; t0 -= 4096) {
+        const int64_t t = t0 + (int64_t)threadIdx.x * 4;
+        float row[4];
+        double sum[4], x = 0;
+        row_sums(a, per_tile, b, h, t, row);
+#pragma unroll
+        for (int e = 3; e >= 0; e--) {
+            if (t + e < a.N) x += (double)row[e] - (double)a.column[head * a.np + t + e];
+            sum[e] = x;
+        }
+        double all = x;
+#pragma unroll
+        for (int k = 1; k < 32; k *= 2) {
+            const double y = __shfl_down_sync(~0u, all, k);
+            if (lane + k < 32) all += y;
+        }
+        __syncthreads();                 /* the last round's readers are done */
+        if (lane == 0) part[warp] = all;
+        __syncthreads();
+        double behind = after + (all - x);
+        for (int w = warp + 1; w < 32; w++) behind += part[w];
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (t + e < a.N) {
+                const bool below = a.log_f[(b * a.N + t + e) * a.f_row + h] < LOG_F_MIN;
+                a.glog_f[(b * a.N + t + e) * a.gf_row + h] = below ? 0 : (float)(behind + sum[e]);
+            }
+        for (int w = 0; w < 32; w++) after += part[w];
+    }
+}
+
+static __global__ void __launch_bounds__(256) gates_zero(const args a)
+{
+    const int64_t e = (int64_t)blockIdx.x * 256 + threadIdx.x;
+    if (e < a.B * a.N * a.H) a.glog_f[e / a.H * a.gf_row + e % a.H] = 0;
+}
+
+/* ---- host side ------------------------------------------------------------------------------ */
+
+/* Measured on: see the commit. */
+#ifndef KEEP64
+#define KEEP64 1
+#endif
+#ifndef KEEP128
+#define KEEP128 1
+#endif
+using shape64 = shape<64, 4, 2, 2, KEEP64>;
+using shape128 = shape<128, 8, 1, 1, KEEP128>;
+
+static bool on_tensor_cores(fg_dtype type, int64_t D, double scale)
+{
+    return type == FG_BF16 && D % 8 == 0 && D <= 128 && scale > 0;
+}
+
+static size_t take(char *base, size_t *used, void *to, size_t bytes)
+{
+    *(void **)to = base ? base + *used : nullptr;
+    return *used += (bytes + 255) / 256 * 256;
+}
+
+/* Sizes, and scratch from base on; returns its bytes. */
+static size_t cut(args *a, const fg_shape *q, const fg_shape *k, bool gate, bool matrices,
+                  char *base)
+{
+    size_t used = 0;
+    a->B = q->dim[0], a->N = k->dim[1], a->H = q->dim[2], a->Hkv = k->dim[2], a->D = q->dim[3];
+    a->np = (a->N + FG_GATE_BLOCK - 1) / FG_GATE_BLOCK * FG_GATE_BLOCK;
+    a->sm90 = matrices && fg_forget_attention_grad_has_sm90();
+    a->tile = a->sm90 && a->D <= 64 ? 128 : 64;
+    a->keys = 128;
+    a->n_q = (int)((a->N + a->tile - 1) / a->tile);
+    a->n_k = (int)((a->N + a->keys - 1) / a->keys);
+    const size_t heads = (size_t)(a->B * a->H), tokens = heads * (size_t)a->np;
+    const size_t tiles = heads * (size_t)a->n_q, B = (size_t)a->B;
+    take(base, &used, &a->level, tokens * sizeof *a->level);
+    take(base, &used, &a->delta, tokens * sizeof *a->delta);
+    take(base, &used, &a->column, tokens * sizeof *a->column);
+    take(base, &used, &a->rows, tokens * sizeof *a->rows);
+    take(base, &used, &a->low, B * (size_t)a->np * sizeof *a->low);
+    take(base, &used, &a->span, B * (size_t)a->n_q * sizeof *a->span);
+    take(base, &used, &a->last, B * (size_t)a->n_k * sizeof *a->last);
+    take(base, &used, &a->turn, tiles * sizeof *a->turn);
+    take(base, &used, &a->next, sizeof *a->next);
+    if (matrices)
+        take(base, &used, &a->sum_q, tiles * (size_t)(a->tile * (a->D <= 64 ? 64 : 128))
+                                          * sizeof(float));
+    if (gate) {
+        size_t bytes = 0;
+        a->gates = fg_gates_cut(base ? base + used : nullptr, a->B, a->N, a->H, &bytes);
+        used += bytes;
+    }
+    return used;
+}
+
+static size_t scratch(const fg_infer *c)
+{
+    const struct fg_attr_forget_attention_grad *p =
+        (const struct fg_attr_forget_attention_grad *)c->attr;
+    args a = {};
+    return cut(&a, &c->in[Q], &c->in[K], c->given[LOG_F],
+               on_tensor_cores(c->in_type[Q], c->in[Q].dim[3], p->scale), nullptr);
+}
+
+static const char *unfit(const fg_infer *c)
+{
+    const fg_dtype t = c->in_type[Q];
+    if (t != FG_F32 && t != FG_BF16) return "q must be f32 or bf16";
+    if (c->in_type[GO] != t || c->in_type[K] != t || c->in_type[V] != t || c->in_type[O] != t)
+        return "go, q, k, v and o must have one dtype";
+    if (c->in_type[LSE] != FG_F32 || (c->given[GLSE] && c->in_type[GLSE] != FG_F32)
+        || (c->given[LOG_F] && c->in_type[LOG_F] != FG_F32))
+        return "lse, its gradient and log_f must be f32";
+    if (c->in[Q].dim[3] > 256) return "heads of more than 256 elements";
+    if (c->in[Q].dim[1] > INT32_MAX / 2) return "more than 2^30 tokens in a sequence";
+    if (c->in[Q].dim[2] > 65535 || c->in[Q].dim[0] > 65535) return "more than 65535 heads or rows";
+    return nullptr;
+}
+
+static args arguments(const fg_exec *e)
+{
+    const struct fg_attr_forget_attention_grad *p =
+        (const struct fg_attr_forget_attention_grad *)e->attr;
+    args a = {};
+    const int64_t D = e->in_shape[Q].dim[3];
+    cut(&a, &e->in_shape[Q], &e->in_shape[K], e->in[LOG_F] != nullptr,
+        on_tensor_cores(e->in_type[Q], D, p->scale), (char *)e->scratch);
+    a.go = e->in[GO], a.q = e->in[Q], a.k = e->in[K], a.v = e->in[V], a.o = e->in[O];
+    a.glse = (const float *)e->in[GLSE], a.lse = (const float *)e->in[LSE];
+    a.log_f = (const float *)e->in[LOG_F], a.first = (const int *)e->in[FIRST];
+    a.gq = e->out[0], a.gk = e->out[1], a.gv = e->out[2], a.glog_f = (float *)e->out[3];
+    a.q_row = fg_pitch_of(&e->in_rows[Q], a.H * D);
+    a.k_row = fg_pitch_of(&e->in_rows[K], a.Hkv * D);
+    a.v_row = fg_pitch_of(&e->in_rows[V], a.Hkv * D);
+    a.f_row = a.log_f ? fg_pitch_of(&e->in_rows[LOG_F], a.H) : a.H;
+    a.gq_row = fg_pitch_of(&e->out_rows[0], a.H * D);
+    a.gk_row = fg_pitch_of(&e->out_rows[1], a.Hkv * D);
+    a.gv_row = fg_pitch_of(&e->out_rows[2], a.Hkv * D);
+    a.gf_row = fg_pitch_of(&e->out_rows[3], a.H);
+    a.window = p->window, a.scale = (float)p->scale, a.scale2 = (float)(p->scale * FG_LOG2_E);
+    a.narrow = e->in_type[Q] == FG_BF16, a.plain = !a.first && !a.window;
+    return a;
+}
+
+/* All that the tiles need to know beforehand. */
+static void prepare(const args &a, cudaStream_t stream)
+{
+    const dim3 tiles((unsigned)a.n_q, (unsigned)a.H, (unsigned)a.B);
+    spans_fill<<<dim3((unsigned)a.n_q, (unsigned)a.B), a.tile, 0, stream>>>(a);
+    if (!a.plain) lasts_fill<<<(unsigned)a.B, 1024, 0, stream>>>(a);
+    if (a.log_f) fg_gates_scan(a.log_f, a.f_row, a.B, a.N, a.H, &a.gates, stream);
+    if (a.D % 8 || a.D > 128) rows_fill<32><<<tiles, 256, 0, stream>>>(a);
+    else if (a.D > 64) rows_fill<16><<<tiles, 256, 0, stream>>>(a);
+    else rows_fill<8><<<tiles, 256, 0, stream>>>(a);
+}
+
+template <class S> static void run_matrices(const args &a, cudaStream_t stream)
+{
+    cudaFuncSetAttribute(tile_of_keys<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
+    tile_of_keys<S><<<(unsigned)(a.B * a.Hkv * a.n_k), S::THREADS, S::SHARED, stream>>>(a);
+    const dim3 tiles((unsigned)a.n_q, (unsigned)a.H, (unsigned)a.B);
+    queries_store<S><<<tiles, S::THREADS, 0, stream>>>(a);
+}
+
+template <int W> static void run_plain(const args &a, cudaStream_t stream)
+{
+    const int bytes = (int)sizeof(operands<W>);
+    const unsigned n = fg_blocks(a.N, SIDE), B = (unsigned)a.B;
+    cudaFuncSetAttribute(plain_keys<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaFuncSetAttribute(plain_queries<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    plain_keys<W><<<dim3(n, (unsigned)a.Hkv, B), 256, bytes, stream>>>(a);
+    plain_queries<W><<<dim3(n, (unsigned)a.H, B), 256, bytes, stream>>>(a);
+}
+
+static void launch(const fg_exec *e, cudaStream_t stream)
+{
+    const args a = arguments(e);
+    const bool matrices = a.sum_q;
+    prepare(a, stream);
+    if (a.sm90) fg_forget_attention_grad_sm90(a, stream);
+    else if (matrices && a.D <= 64) run_matrices<shape64>(a, stream);
+    else if (matrices) run_matrices<shape128>(a, stream);
+    else if (a.D <= 64) run_plain<64>(a, stream);
+    else if (a.D <= 128) run_plain<128>(a, stream);
+    else run_plain<256>(a, stream);
+    if (a.log_f)
+        gates_gradient<<<dim3((unsigned)a.H, (unsigned)a.B), 1024, 0, stream>>>(a, matrices);
+    else gates_zero<<<fg_blocks(a.B * a.N * a.H, 256), 256, 0, stream>>>(a);
+}
+
+FG_KERNEL(forget_attention_grad) = {
+    .launch = launch, .unfit = unfit, .scratch = scratch,
+    .pitched_in = 1u << Q | 1u << K | 1u << V | 1u << LOG_F,
+    .pitched_out = 1u << 0 | 1u << 1 | 1u << 2 | 1u << 3,
+};

@@ -1,0 +1,681 @@
+/* forget_attention_grad_sm90.cu - the five products of forget_attention_grad on Hopper's wgmma.
+ *
+ * A block of threads keeps 128 keys and walks the tiles of queries below the diagonal, 128 queries
+ * for D <= 64 and 64 for D <= 128.  Two warpgroups own 64 keys each,
+ *
+ *     S^T = K Q^T,  dP^T = V dO^T,  gV += P^T dO,  gK += dS^T Q         P^T and dS^T in registers,
+ *     gQ = dS K     dS through shared memory: 64 queries each for D <= 64, else 64 columns each,
+ *
+ * and a third moves memory: two of its warps load tiles of queries, one adds gQ to what device
+ * memory holds, as bulk reductions in the order of turns (forget_attention_grad.cu), so that nobody
+ * who multiplies waits for a turn.
+ *
+ * Matrices in shared memory: panels of 64 columns, a row 128 bytes, chunk c of 16 bytes of row r at
+ * c ^ r % 8; panels are 1024-byte aligned.  Source of shapes, layouts and descriptors: PTX ISA,
+ * "Asynchronous warpgroup level matrix instructions". */
+#include <cuda.h>
+#include "forget_attention_grad.cuh"
+
+#define KEYS 128
+
+/* [B,N,H,D] as the copy engine sees it */
+struct maps { CUtensorMap q, go, k, v; };
+
+/* D columns; queries of a tile, panels of D columns; bytes of a tile; where things lie. */
+template <int D_> struct layout {
+    static constexpr int D = D_, QT = D == 64 ? 128 : 64, P = D / 64;
+    static constexpr int K_AT = 0, V_AT = K_AT + KEYS * D * 2, Q_AT = V_AT + KEYS * D * 2;
+    static constexpr int TILE = QT * D * 2, GO_AT = Q_AT + 2 * TILE, DS_AT = GO_AT + 2 * TILE;
+    static constexpr int DS = KEYS * QT * 2, GQ_AT = DS_AT + 2 * DS, GQ = QT * D * 4;
+    static constexpr int ROW_AT = GQ_AT + GQ, LOW_AT = ROW_AT + 4 * QT * 4;
+    static constexpr int BASE_AT = LOW_AT + 2 * QT * 4, PART_AT = BASE_AT + 16;
+    static constexpr int BAR_AT = PART_AT + 2 * 2 * 4 * 4, SHARED = BAR_AT + 16 * 8 + 1024;
+    static constexpr int ZN = QT / 2, GN = D / 2;          /* sums of a thread: z, gk or gv */
+};
+enum { KV_FULL, FULL, EMPTY = FULL + 2, STAGED = EMPTY + 2, FREE = STAGED + 2, BLIND = FREE + 2 };
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/* ---- barriers and bulk copies --------------------------------------------------------------- */
+
+static __device__ __forceinline__ void barrier_init(unsigned bar, int count)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory");
+}
+static __device__ __forceinline__ void barrier_arrive(unsigned bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
+}
+static __device__ __forceinline__ void barrier_expect(unsigned bar, int bytes)
+{
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;"
+                 :: "r"(bar), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void barrier_wait(unsigned bar, int phase)
+{
+    asm volatile("{\n .reg .pred p;\n again:\n"
+                 " mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 " @p bra done;\n bra again;\n done:\n}" :: "r"(bar), "r"(phase) : "memory");
+}
+/* What this thread wrote to shared memory is there for wgmma and bulk copies. */
+static __device__ __forceinline__ void proxy_fence()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+/* A box of 64 columns, from column d on, of tokens t ... of head h; what is not there is 0. */
+static __device__ __forceinline__ void box_load(unsigned to, const CUtensorMap *map, int d, int h,
+                                                int t, int b, unsigned bar)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 :: "r"(to), "l"(map), "r"(d), "r"(h), "r"(t), "r"(b), "r"(bar) : "memory");
+}
+static __device__ __forceinline__ void bulk_load(unsigned to, const void *from, int bytes,
+                                                 unsigned bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+                 "[%3];" :: "r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+static __device__ __forceinline__ void bulk_store(float4 *to, unsigned from, int bytes)
+{
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                 :: "l"(to), "r"(from), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void bulk_add(float4 *to, unsigned from, int bytes)
+{
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+                 :: "l"(to), "r"(from), "r"(bytes) : "memory");
+}
+
+/* ---- wgmma ---------------------------------------------------------------------------------- */
+
+/* Descriptor: address, bytes from 64 columns to the next 64 (MN-major), from 8 rows to the next. */
+static __device__ __forceinline__ uint64_t matrix_at(unsigned at, unsigned panel)
+{
+    return (uint64_t)((at & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32
+         | (uint64_t)1 << 62;
+}
+static __device__ __forceinline__ void wgmma_begin()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void wgmma_commit()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int PENDING> static __device__ __forceinline__ void wgmma_wait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
+/* The compiler must not move uses of x to before here. */
+template <int N> static __device__ __forceinline__ void pin(float (&x)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i]) :: "memory");
+}
+
+#define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define F16(d, i) F4(d, i), F4(d, i + 4), F4(d, i + 8), F4(d, i + 12)
+#define N32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22," \
+    "%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define N64 N32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50," \
+    "%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+/* d = a b, or d += a b: 64 x 64 or 64 x 128 over 16.  TA, TB: the matrix is stored with its 16 as
+ * rows. */
+template <int TA, int TB>
+static __device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint64_t b, int add)
+{
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, 1, 1,"
+                 " %35, %36;\n}"
+                 : F16(d, 0), F16(d, 16) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+}
+template <int TA, int TB>
+static __device__ __forceinline__ void product(float (&d)[64], uint64_t a, uint64_t b, int add)
+{
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, %64, %65, p, 1, 1,"
+                 " %67, %68;\n}"
+                 : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48)
+                 : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+}
+/* d += a b, a in registers, b stored with its 16 as rows */
+static __device__ __forceinline__ void product(float (&d)[32], const unsigned *a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, "
+                 "{%32,%33,%34,%35}, %36, 1, 1, 1, 1;\n"
+                 : F16(d, 0), F16(d, 16) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+static __device__ __forceinline__ void product(float (&d)[64], const unsigned *a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, "
+                 "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;\n"
+                 : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+/* ---- one block of threads ------------------------------------------------------------------- */
+
+static __device__ __forceinline__ float shared_get(unsigned at)
+{
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+    return x;
+}
+static __device__ __forceinline__ void shared_put(unsigned at, float x)
+{
+    asm volatile("st.shared.f32 [%0], %1;" :: "r"(at), "f"(x) : "memory");
+}
+
+/* Where a block stands; every role walks the same steps. */
+struct walk {
+    unsigned memory;
+    int j, last, i, count;               /* tiles of queries: last, this; count: steps so far */
+    int b, h, h_end;
+    __device__ bool more() const { return i <= last; }
+    __device__ int stage() const { return count & 1; }
+    __device__ int phase() const { return count >> 1 & 1; }
+    template <class S> __device__ unsigned bar(int which) const
+    {
+        return memory + S::BAR_AT + which * 8;
+    }
+    template <class S> __device__ int first(const args &a) const
+    {
+        return seen_from(a, b, j * (KEYS / S::QT), last, j);
+    }
+    template <class S> __device__ void advance(const args &a)
+    {
+        count++;
+        i = seen_from(a, b, i + 1, last, j);
+        if (i > last && h + 1 < h_end) i = first<S>(a), h++;
+    }
+    __device__ int64_t tile(const args &a) const { return (b * a.H + h) * a.n_q + i; }
+};
+
+/* Zeros for rows of go that see nothing, whatever they hold; by a warp. */
+template <class S> static __device__ __noinline__ void blind_rows(const int *low, unsigned go)
+{
+    for (int e = (int)threadIdx.x % 32; e < S::QT * S::P * 8; e += 32) {
+        const int row = e / 8 % S::QT;
+        if (low[row] == UNSEEN)
+            asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" :: "r"(go + e * 16), "r"(0)
+                         : "memory");
+    }
+    proxy_fence();
+    __syncwarp();
+}
+
+/* One warp; its first thread loads. */
+template <class S> static __device__ __forceinline__ void load_role(const args &a, const maps &m,
+                                                                    walk w)
+{
+    const bool one = threadIdx.x == 0;
+    int blinds = 0;
+    if (one) {
+        const int kv = w.h / (int)(a.H / a.Hkv);
+        const unsigned bar = w.template bar<S>(KV_FULL);
+        barrier_expect(bar, 2 * KEYS * S::D * 2);
+        for (int p = 0; p < S::P; p++) {
+            const unsigned to = w.memory + p * KEYS * 128;
+            box_load(to + S::K_AT, &m.k, p * 64, kv, w.j * KEYS, w.b, bar);
+            box_load(to + S::V_AT, &m.v, p * 64, kv, w.j * KEYS, w.b, bar);
+        }
+        barrier_arrive(bar);
+    }
+    for (; w.more(); w.template advance<S>(a)) {
+        const int stage = w.stage(), t0 = w.i * S::QT;
+        const unsigned bar = w.template bar<S>(FULL + stage);
+        const unsigned go = w.memory + S::GO_AT + stage * S::TILE;
+        const bool blind = !a.plain && a.span[w.b * a.n_q + w.i].z;
+        const unsigned go_bar = blind ? w.template bar<S>(BLIND) : bar;
+        if (one) {
+            const int64_t head = w.b * a.H + w.h, at = head * a.np + t0;
+            const unsigned row = w.memory + S::ROW_AT + stage * S::QT * 4;
+            barrier_wait(w.template bar<S>(EMPTY + stage), w.phase() ^ 1);
+            barrier_expect(bar, S::TILE + 3 * S::QT * 4);
+            barrier_expect(go_bar, S::TILE);
+            for (int p = 0; p < S::P; p++) {
+                const int to = p * S::QT * 128;
+                box_load(w.memory + S::Q_AT + stage * S::TILE + to, &m.q, p * 64, w.h, t0, w.b, bar);
+                box_load(go + to, &m.go, p * 64, w.h, t0, w.b, go_bar);
+            }
+            bulk_load(row, a.level + at, S::QT * 4, bar);
+            bulk_load(row + 2 * S::QT * 4, a.delta + at, S::QT * 4, bar);
+            bulk_load(row + 4 * S::QT * 4, a.low + w.b * a.np + t0, S::QT * 4, bar);
+            const fg_gate_block *block = a.gates.block + head * a.gates.blocks;
+            float d = 0;
+            if (a.gates.block) d = (float)(block[t0 / FG_GATE_BLOCK].base - block[w.j].base);
+            shared_put(w.memory + S::BASE_AT + stage * 4, d);
+            if (blind) barrier_arrive(go_bar);
+        }
+        if (blind) {
+            barrier_wait(go_bar, blinds++ & 1);
+            blind_rows<S>(a.low + w.b * a.np + t0, go);
+        }
+        if (one) barrier_arrive(bar);
+    }
+}
+
+/* One thread: adds the two halves of gq and the sums of ds of each step, in turn. */
+template <class S> static __device__ __forceinline__ void add_role(const args &a, walk w)
+{
+    constexpr int HALF = S::GQ / 2;
+    for (; w.more(); w.template advance<S>(a)) {
+        const int64_t tile = w.tile(a);
+        const int rank = min((w.i * S::QT + S::QT - 1) / KEYS, a.n_k - 1) - w.j;
+        float4 *to = a.sum_q + tile * (S::GQ / 16);
+        const unsigned from = w.memory + S::GQ_AT;
+        while (rank > 0 && turn_now(a.turn + tile) < rank) { }
+        asm volatile("fence.proxy.async;" ::: "memory");
+        for (int g = 0; g < 2; g++) {
+            barrier_wait(w.template bar<S>(STAGED + g), w.count & 1);
+            if (rank == 0) bulk_store(to + g * (HALF / 16), from + g * HALF, HALF);
+            else bulk_add(to + g * (HALF / 16), from + g * HALF, HALF);
+        }
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        for (int e = 0; e < S::QT / 64; e++) {
+            float sum = 0;
+            for (int k = 0; k < 8; k++) sum += shared_get(w.memory + S::PART_AT + (e * 8 + k) * 4);
+            float *row = a.rows + tile * (S::QT / 64) + e;
+            if (rank == 0) *row = sum;
+            else atomicAdd(row, sum);    /* one adder at a time, in the order of turns */
+        }
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        barrier_arrive(w.template bar<S>(FREE));
+        barrier_arrive(w.template bar<S>(FREE + 1));
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+        asm volatile("fence.proxy.async;" ::: "memory");
+        turn_set(a.turn + tile, rank + 1);
+    }
+}
+
+/* A thread of the two warpgroups that multiply: its place and sums. */
+template <class S> struct worker {
+    int lane, warp, group, key0;         /* warp: of its warpgroup; key0: its 16 rows' first key */
+    float ell[2], column[2];
+    float gk[S::GN], gv[S::GN];
+};
+
+template <class S>
+static __device__ __forceinline__ void head_begin(const args &a, const walk &w, worker<S> &s)
+{
+    const int64_t head = w.b * a.H + w.h;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        s.column[r] = 0;
+        s.ell[r] = a.gates.ell ? a.gates.ell[head * a.np + s.key0 + s.lane / 4 + 8 * r] : 0;
+    }
+}
+template <class S>
+static __device__ __forceinline__ void head_end(const args &a, const walk &w, const worker<S> &s,
+                                                int h)
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float sum = fg_warp_sum<4>(s.column[r]);
+        const int64_t key = s.key0 + s.lane / 4 + 8 * r;
+        if (s.lane % 4 == 0) a.column[(w.b * a.H + h) * a.np + key] = sum;
+    }
+}
+
+/* x = k q^T or v go^T of the warpgroup's 64 keys */
+template <class S>
+static __device__ __forceinline__ void scores(unsigned keys, unsigned queries, float (&x)[S::ZN])
+{
+#pragma unroll
+    for (int k = 0; k < S::D / 16; k++)
+        product<0, 0>(x, matrix_at(keys + k / 4 * KEYS * 128 + k % 4 * 32, 16),
+                      matrix_at(queries + k / 4 * S::QT * 128 + k % 4 * 32, 16), k > 0);
+    wgmma_commit();
+}
+
+/* Pairs that do not meet: weight 0, whatever their score. */
+template <class S>
+static __device__ __forceinline__ void mask(const args &a, const walk &w, const worker<S> &s,
+                                            float (&x)[S::ZN])
+{
+    const int key = s.key0 + s.lane / 4, ahead = w.i * S::QT + s.lane % 4 * 2 - key;
+#pragma unroll
+    for (int e = 0; e < S::ZN; e++)
+        if (ahead < (e >> 1 & 1) * 8 - (e >> 2) * 8 - (e & 1)) x[e] = 0;
+    if (a.plain) return;
+    const unsigned low = w.memory + S::LOW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
+#pragma unroll
+    for (int n = 0; n < S::QT / 8; n++) {
+        int l[2];
+        asm volatile("ld.shared.v2.s32 {%0,%1}, [%2];" : "=r"(l[0]), "=r"(l[1]) : "r"(low + n * 32)
+                     : "memory");
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (key < l[e & 1] - (e >> 1) * 8) x[n * 4 + e] = 0;
+    }
+}
+
+/* z to p */
+template <class S, bool MASKED>
+static __device__ __forceinline__ void weights(const args &a, const walk &w, const worker<S> &s,
+                                               float (&z)[S::ZN])
+{
+    const unsigned rows = w.memory + S::ROW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
+    const float d = shared_get(w.memory + S::BASE_AT + w.stage() * 4);
+#pragma unroll
+    for (int n = 0; n < S::QT / 8; n++) {
+        const float2 level = shared_float2(rows + n * 32);
+        const float l[2] = { d - level.x, d - level.y };
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            z[n * 4 + e] = fg_exp2(fmaf(z[n * 4 + e], a.scale2, l[e & 1]) - s.ell[e >> 1]);
+    }
+    if (MASKED) mask<S>(a, w, s, z);
+}
+
+/* dp to ds; its sums per key, and over all to part[0 ... QT / 64) */
+template <class S, bool MASKED>
+static __device__ __forceinline__ void slopes(const walk &w, worker<S> &s,
+                                              const float (&p)[S::ZN], float (&dp)[S::ZN],
+                                              float (&part)[S::QT / 64])
+{
+    const unsigned rows = w.memory + S::ROW_AT + (2 + w.stage()) * S::QT * 4 + s.lane % 4 * 8;
+    if (MASKED)
+#pragma unroll
+        for (int e = 0; e < S::ZN; e++) dp[e] = p[e] == 0 ? 0 : dp[e];
+#pragma unroll
+    for (int n = 0; n < S::QT / 8; n++) {
+        const float2 delta = shared_float2(rows + n * 32);
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? delta.y : delta.x));
+    }
+#pragma unroll
+    for (int half = 0; half < S::QT / 64; half++) {
+        float sum[2] = { 0, 0 };
+#pragma unroll
+        for (int n = half * 8; n < half * 8 + 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum[e >> 1] += dp[n * 4 + e];
+        s.column[0] += sum[0], s.column[1] += sum[1];
+        part[half] = sum[0] + sum[1];
+    }
+}
+
+/* x as the left operand of a product over queries */
+template <class S>
+static __device__ __forceinline__ void pack(const float (&x)[S::ZN], unsigned (&r)[S::ZN / 2])
+{
+#pragma unroll
+    for (int n = 0; n < S::ZN / 2; n++) r[n] = fg_pack2(x[2 * n], x[2 * n + 1]);
+}
+
+/* ds to panels of 64 queries, a row per key */
+template <class S>
+static __device__ __forceinline__ void ds_put(const worker<S> &s, unsigned to,
+                                              const unsigned (&ds)[S::ZN / 2])
+{
+    /* lane l gives the address of row l % 8 of matrix l / 8: rows, rows + 8, then the next columns */
+    const int row = s.group * 64 + s.warp * 16 + s.lane % 16, right = s.lane / 16;
+#pragma unroll
+    for (int n = 0; n < S::QT / 8; n += 2) {
+        const unsigned at = to + n / 8 * KEYS * 128 + row * 128
+                          + ((((n & 7) + right) ^ (row & 7)) << 4);
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+                     :: "r"(at), "r"(ds[2 * n]), "r"(ds[2 * n + 1]), "r"(ds[2 * n + 2]),
+                        "r"(ds[2 * n + 3]) : "memory");
+    }
+}
+
+/* gq = ds k: 64 queries of the warpgroup, or its 64 columns */
+template <class S>
+static __device__ __forceinline__ void queries_product(const walk &w, const worker<S> &s,
+                                                       unsigned ds, float (&gq)[32])
+{
+    const unsigned from = ds + (S::D == 64 ? s.group * KEYS * 128 : 0);
+    const unsigned keys = w.memory + S::K_AT + (S::D == 64 ? 0 : s.group * KEYS * 128);
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; k++)
+        product<1, 1>(gq, matrix_at(from + k * 2048, 16), matrix_at(keys + k * 2048, 16), k > 0);
+    wgmma_commit();
+}
+
+/* sum += x y over the tile's queries, x in registers */
+template <class S>
+static __device__ __forceinline__ void keys_product(float (&sum)[S::GN],
+                                                    const unsigned (&x)[S::ZN / 2], unsigned y)
+{
+#pragma unroll
+    for (int k = 0; k < S::QT / 16; k++) product(sum, x + 4 * k, matrix_at(y + k * 2048, S::QT * 128));
+    wgmma_commit();
+}
+
+template <class S>
+static __device__ __forceinline__ void stage_put(const walk &w, const worker<S> &s,
+                                                 const float (&gq)[32],
+                                                 const float (&part)[S::QT / 64])
+{
+    const int x = s.warp * 32 + s.lane;
+    barrier_wait(w.template bar<S>(FREE + s.group), (w.count & 1) ^ 1);
+    const unsigned to = w.memory + S::GQ_AT + s.group * (S::GQ / 2) + x * 16;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+        asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};"
+                     :: "r"(to + n * 2048), "f"(gq[4 * n]), "f"(gq[4 * n + 1]), "f"(gq[4 * n + 2]),
+                        "f"(gq[4 * n + 3]) : "memory");
+#pragma unroll
+    for (int e = 0; e < S::QT / 64; e++) {
+        const float sum = fg_warp_sum(part[e]);
+        if (s.lane == 0)
+            shared_put(w.memory + S::PART_AT + (e * 8 + s.group * 4 + s.warp) * 4, sum);
+    }
+    proxy_fence();
+    barrier_arrive(w.template bar<S>(STAGED + s.group));
+}
+
+template <class S>
+static __device__ __forceinline__ void keys_store(const args &a, const walk &w, const worker<S> &s)
+{
+    const int64_t kv = w.h / (int)(a.H / a.Hkv);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int64_t key = s.key0 + s.lane / 4 + 8 * r;
+        if (key >= a.N) continue;
+        bf16 *gk = (bf16 *)a.gk + (w.b * a.N + key) * a.gk_row + kv * a.D;
+        bf16 *gv = (bf16 *)a.gv + (w.b * a.N + key) * a.gv_row + kv * a.D;
+#pragma unroll
+        for (int n = 0; n < S::D / 8; n++) {
+            const int d = n * 8 + s.lane % 4 * 2, e = n * 4 + r * 2;
+            if (d >= a.D) continue;
+            *(unsigned *)(gk + d) = fg_pack2(s.gk[e] * a.scale, s.gk[e + 1] * a.scale);
+            *(unsigned *)(gv + d) = fg_pack2(s.gv[e], s.gv[e + 1]);
+        }
+    }
+}
+
+template <class S, bool MASKED>
+static __device__ __forceinline__ void step(const args &a, const walk &w, worker<S> &s)
+{
+    const unsigned q = w.memory + S::Q_AT + w.stage() * S::TILE, go = q + S::GO_AT - S::Q_AT;
+    const unsigned keys = w.memory + S::K_AT + s.group * 64 * 128, values = keys + S::V_AT - S::K_AT;
+    const unsigned at = w.memory + S::DS_AT + w.stage() * S::DS;
+    float z[S::ZN], dp[S::ZN], gq[32], part[S::QT / 64];
+    unsigned p[S::ZN / 2], ds[S::ZN / 2];
+    barrier_wait(w.template bar<S>(FULL + w.stage()), w.phase());
+    wgmma_begin();
+    scores<S>(keys, q, z);
+    scores<S>(values, go, dp);
+    wgmma_wait<1>();
+    pin(z);
+    weights<S, MASKED>(a, w, s, z);
+    wgmma_wait<0>();
+    pin(dp);
+    slopes<S, MASKED>(w, s, z, dp, part);
+    pack<S>(z, p), pack<S>(dp, ds);
+    ds_put<S>(s, at, ds);
+    wgmma_begin();
+    keys_product<S>(s.gv, p, go);
+    proxy_fence();
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+    wgmma_begin();
+    queries_product<S>(w, s, at, gq);
+    keys_product<S>(s.gk, ds, q);
+    wgmma_wait<1>();
+    pin(gq);
+    stage_put<S>(w, s, gq, part);
+    wgmma_wait<0>();
+    pin(s.gk), pin(s.gv);
+    if (s.lane == 0) barrier_arrive(w.template bar<S>(EMPTY + w.stage()));
+}
+
+template <class S> static __device__ __forceinline__ void multiply_role(const args &a, walk w)
+{
+    worker<S> s;
+    s.lane = (int)threadIdx.x % 32, s.warp = (int)threadIdx.x / 32 % 4;
+    s.group = (int)threadIdx.x / 128 - 1;
+    s.key0 = w.j * KEYS + s.group * 64 + s.warp * 16;
+#pragma unroll
+    for (int e = 0; e < S::GN; e++) s.gk[e] = s.gv[e] = 0;
+    head_begin(a, w, s);
+    barrier_wait(w.template bar<S>(KV_FULL), 0);
+    if (!w.more())
+        for (int h = w.h; h < w.h_end; h++) head_end(a, w, s, h);
+    while (w.more()) {
+        const int h = w.h;
+        const bool masked = w.i * S::QT < (w.j + 1) * KEYS - 1
+                         || (!a.plain && a.span[w.b * a.n_q + w.i].y > w.j * KEYS);
+        if (masked) step<S, true>(a, w, s);
+        else step<S, false>(a, w, s);
+        w.template advance<S>(a);
+        if (w.h != h || !w.more()) {
+            head_end(a, w, s, h);
+            if (w.more()) head_begin(a, w, s);
+        }
+    }
+    keys_store<S>(a, w, s);
+}
+#endif
+
+/* One tile of keys of one key head, given out from the last to the first. */
+template <class S> static __global__ void __launch_bounds__(384, 1) tile_of_keys(const args a, const __grid_constant__ maps m)
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    extern __shared__ __align__(1024) char memory[];
+    __shared__ int given;
+    walk w;
+    w.memory = (fg_shared(memory) + 1023) / 1024 * 1024;
+    if (threadIdx.x == 0) {
+        given = atomicAdd(a.next, 1);
+        barrier_init(w.template bar<S>(KV_FULL), 1);
+        barrier_init(w.template bar<S>(BLIND), 1);
+        for (int e = 0; e < 2; e++) {
+            barrier_init(w.template bar<S>(FULL + e), 1);
+            barrier_init(w.template bar<S>(EMPTY + e), 8);
+            barrier_init(w.template bar<S>(STAGED + e), 128);
+            barrier_init(w.template bar<S>(FREE + e), 1);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    const int head = given / a.n_k, Hkv = (int)a.Hkv, group = (int)a.H / Hkv;
+    w.j = a.n_k - 1 - given % a.n_k;
+    w.b = head / Hkv, w.h = head % Hkv * group, w.h_end = w.h + group;
+    w.last = a.plain ? a.n_q - 1 : a.last[w.b * a.n_k + w.j];
+    w.i = w.template first<S>(a), w.count = 0;
+    if (threadIdx.x < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x < 32) load_role<S>(a, m, w);
+        else if (threadIdx.x == 32) add_role<S>(a, w);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        multiply_role<S>(a, w);
+    }
+#else
+    (void)a, (void)m;
+#endif
+}
+
+/* gq out of its fragments; a tile that nobody added to sees nothing. */
+template <class S> static __global__ void __launch_bounds__(256) queries_store(const args a)
+{
+    __shared__ float part[S::QT][S::D + 4];
+    const int64_t i = blockIdx.x, h = blockIdx.y, b = blockIdx.z;
+    const int64_t tile = (b * a.H + h) * a.n_q + i;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32 % 4;
+    const int group = (int)threadIdx.x / 128;
+    const float4 *from = a.sum_q + tile * (S::GQ / 16) + group * (S::GQ / 32) + threadIdx.x % 128;
+    const bool any = a.turn[tile] > 0;
+    if (!any && threadIdx.x < S::QT / 64) a.rows[tile * (S::QT / 64) + threadIdx.x] = 0;
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        const float4 x = any ? from[n * 128] : make_float4(0, 0, 0, 0);
+        const int r = warp * 16 + lane / 4 + (S::D == 64 ? group * 64 : 0);
+        const int d = n * 8 + lane % 4 * 2 + (S::D == 64 ? 0 : group * 64);
+        *(float2 *)&part[r][d] = make_float2(x.x * a.scale, x.y * a.scale);
+        *(float2 *)&part[r + 8][d] = make_float2(x.z * a.scale, x.w * a.scale);
+    }
+    __syncthreads();
+    for (int e = (int)threadIdx.x; e < S::QT * S::D / 8; e += 256) {
+        const int r = e / (S::D / 8), d = e % (S::D / 8) * 8;
+        const int64_t t = i * S::QT + r;
+        if (t >= a.N || d >= a.D) continue;
+        fg_vec8 x;
+#pragma unroll
+        for (int k = 0; k < 8; k++) x[k] = part[r][d + k];
+        fg_store8(fg_out{ a.gq, true }, (b * a.N + t) * a.gq_row + h * a.D + d, x);
+    }
+}
+
+typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+/* The driver's function, found at run time so that nothing links to the driver; NULL: too old. */
+static encode_fn encoder()
+{
+    void *f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
+                                         &found) != cudaSuccess
+        || found != cudaDriverEntryPointSuccess) return nullptr;
+    return (encode_fn)f;
+}
+
+static CUtensorMap map_of(encode_fn encode, const args &a, const void *x, int64_t heads,
+                          int64_t pitch, int rows)
+{
+    CUtensorMap m;
+    const cuuint64_t size[4] = { (cuuint64_t)a.D, (cuuint64_t)heads, (cuuint64_t)a.N,
+                                 (cuuint64_t)a.B };
+    const cuuint64_t bytes[3] = { (cuuint64_t)a.D * 2, (cuuint64_t)pitch * 2,
+                                  (cuuint64_t)(a.N * pitch) * 2 };
+    const cuuint32_t box[4] = { 64, 1, (cuuint32_t)rows, 1 }, each[4] = { 1, 1, 1, 1 };
+    encode(&m, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)x, size, bytes, box, each,
+           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return m;
+}
+
+template <class S> static void run(const args &a, cudaStream_t stream)
+{
+    const encode_fn encode = encoder();
+    const maps m = { map_of(encode, a, a.q, a.H, a.q_row, S::QT),
+                     map_of(encode, a, a.go, a.H, a.H * a.D, S::QT),
+                     map_of(encode, a, a.k, a.Hkv, a.k_row, KEYS),
+                     map_of(encode, a, a.v, a.Hkv, a.v_row, KEYS) };
+    cudaFuncSetAttribute(tile_of_keys<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
+    tile_of_keys<S><<<(unsigned)(a.B * a.Hkv * a.n_k), 384, S::SHARED, stream>>>(a, m);
+    const dim3 tiles((unsigned)a.n_q, (unsigned)a.H, (unsigned)a.B);
+    queries_store<S><<<tiles, 256, 0, stream>>>(a);
+}
+
+void fg_forget_attention_grad_sm90(const args &a, cudaStream_t stream)
+{
+    if (a.D <= 64) run<layout<64>>(a, stream);
+    else run<layout<128>>(a, stream);
+}
+
+bool fg_forget_attention_grad_has_sm90()
+{
+    cudaFuncAttributes f;
+    if (cudaFuncGetAttributes(&f, tile_of_keys<layout<64>>) != cudaSuccess) return false;
+    return f.binaryVersion == 90 && f.ptxVersion == 90 && encoder();
+}
