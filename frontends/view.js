@@ -307,7 +307,7 @@ const inkOn = (hue, a) => a > 0.6 && document.documentElement.dataset.theme !== 
 function drawForward(k, x, y, s) {
   const w = s.w[0], h = s.h[0], left = x - w / 2, top = y - h / 2;
   if (!seen(left, top, w, h)) return;
-  const view = N.flags[k] & 2, bad = N.error[k] > 0, a = strength(heat(k, state.heat));
+  const view = N.flags[k] & 8, bad = N.error[k] > 0, a = strength(heat(k, state.heat));
   const hue = bad ? 'x' : 'f', sign = !bad && SIGN[op(k)];
   if (sign) { g.beginPath(); g.arc(x, y, 15, 0, 7); } else round(left, top, w, h, view ? 10 : 6);
   g.fillStyle = view ? colors.pill : colors.panel; g.fill();

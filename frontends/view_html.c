@@ -119,7 +119,8 @@ static void nodes(page *p)
     COLUMN(p, "home", v->n_nodes, n[i].home);
     COLUMN(p, "param", v->n_nodes, n[i].param);
     COLUMN(p, "info", v->n_nodes, n[i].op_info);
-    COLUMN(p, "flags", v->n_nodes, n[i].recomputed + 2 * n[i].view + 4 * n[i].overwrites);
+    COLUMN(p, "flags", v->n_nodes, n[i].recomputed + 2 * n[i].view + 4 * n[i].overwrites
+           + 8 * n[i].thin);
     COLUMN(p, "src", v->n_nodes, number(p, n[i].src));
     COLUMN(p, "user", v->n_nodes, number(p, n[i].user));
     COLUMN(p, "error", v->n_nodes, number(p, n[i].error));

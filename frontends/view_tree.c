@@ -66,7 +66,7 @@ static int32_t find_name(const named *list, int32_t n, const char *name)
     return found ? found->at : -1;
 }
 
-/* The parameter that a state belongs to: the one whose name ends the state's; -1 if there is none. */
+/* The parameter that a state belongs to, whose name ends the state's; -1 if there is none. */
 static int32_t param_of(const view_value *x, const named *list, int32_t n_list)
 {
     int32_t found = -1;
