@@ -850,7 +850,7 @@ function boxInfo(to, b) {
     ['saved for backward', B.saved[b] ? bytes(B.saved[b]) : '', 1],
     ['recomputed', B.recompute[b] ? 'yes' : '']]));
   if (b) return;
-  for (const p of D.plans) section(to, 'plan', table([['parameters', bytes(p[3]), 1], ['states', bytes(p[4]), 1],
+  for (const [i, p] of D.plans.entries()) section(to, D.plans.length > 1 ? `plan, graph ${i + 1}` : 'plan', table([['parameters', bytes(p[3]), 1], ['states', bytes(p[4]), 1],
     ['inputs', bytes(p[5]), 1], ['arena', bytes(p[2]), 1], ['scratch', bytes(p[6]), 1], ['total', bytes(p[7]), 1]]));
   if (D.errors.length) section(to, 'errors', ...D.errors.map(k => link(S[N.error[k]].split('\n')[0],
     () => select('node', k, { reveal: true }))));
@@ -1427,14 +1427,14 @@ readColors();
 $('memory').hidden = !state.memory;
 if (!state.sel && D.errors.length) state.sel = { kind: 'node', ref: D.errors[0] };
 layout();
-resize();
 mark();
+panels();
+tree();
+resize();
 if (where) { state.k = where[2]; state.x = where[0] * where[2]; state.y = where[1] * where[2]; }
 else if (D.errors.length) { fit(true); center('node', D.errors[0]); }
 else if (M.focus > 0) { fit(true); center('box', M.focus); }
 else fit(true);
-panels();
-tree();
 drawNow();
 new ResizeObserver(resize).observe($('map'));
 window.addEventListener('hashchange', () => {
