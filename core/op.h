@@ -15,7 +15,7 @@ extern "C" {
 typedef FG_REAL fg_real;                 /* what the CPU backend stores f32 and bf16 tensors in */
 
 #define FG_MAX_IN  10
-#define FG_MAX_OUT 4
+#define FG_MAX_OUT 8
 
 typedef struct { double flops, bytes; } fg_cost;
 

@@ -74,6 +74,8 @@ fg_status fg__prepare(fg_plan *p);                                         /* me
 void     *fg__plan_data(fg_plan *p, fg_tensor t);
 bool      fg__plan_keeps(const fg_plan *p, uint32_t low_id);              /* readable after a run */
 fg_cost   fg__cost_of(const fg_graph *g, const fg_node *n);
+/* Output o of node k as floats, for the caller to free; NULL with the plan's error. */
+float    *fg__copy_output(fg_plan *p, uint32_t k, int o);
 /* Notes what node k, started so many seconds ago, took and made. */
 fg_status fg__record_node(fg_plan *p, uint32_t k, double seconds);
 fg_status fg__plan_fail(fg_plan *p, fg_status s, const char *fmt, ...) FG_PRINTF(3, 4);

@@ -16,26 +16,41 @@ fg_status fg_plan_record(fg_plan *p, unsigned what)
 
 bool fg_plan_recorded(const fg_plan *p) { return p && p->records && p->runs > 0; }
 
-/* Element i of a tensor that may be columns of a wider matrix. */
-static int64_t lies_at(const fg_rows *r, int64_t i)
+/* How many elements behind the first element i lies. */
+static int64_t lies_at(const fg_rows *rows, int64_t i)
 {
-    return i / r->width * r->pitch + i % r->width;
+    return i / rows->width * rows->pitch + i % rows->width;
+}
+
+float *fg__copy_output(fg_plan *p, uint32_t k, int o)
+{
+    fg_backend *b = p->store->backend;
+    const fg_value *v = &p->low->values[p->low->nodes[k].out[o]];
+    const fg_rows *rows = &p->execs[k].out_rows[o];
+    const int64_t count = fg_shape_count(v->shape), all = count ? lies_at(rows, count - 1) + 1 : 0;
+    float *x = malloc((size_t)(all + 1) * sizeof *x);
+    if (!x) { fg__plan_fail(p, FG_ERR_MEMORY, "out of memory for a copy of values"); return NULL; }
+    const fg_status s = b->ops->download(b, x, p->execs[k].out[o], all, v->type);
+    for (int64_t i = 0; i < count && all != count; i++) x[i] = x[lies_at(rows, i)];
+    if (!s) return x;
+    fg__plan_fail(p, s, "%s", fg_backend_message(b));
+    free(x);
+    return NULL;
 }
 
 /* Sums in double, in the order of the elements; values that are not finite are counted apart. */
-static void measure(fg_record *r, const float *all, const fg_rows *rows, int64_t n)
+static void measure(fg_record *r, const float *x, int64_t n)
 {
     double sum = 0, squares = 0;
     int64_t finite = 0;
     r->not_finite = 0;
     r->least = r->greatest = r->mean = r->rms = 0;
     for (int64_t i = 0; i < n; i++) {
-        const double x = all[lies_at(rows, i)];
-        if (!isfinite(x)) { r->not_finite++; continue; }
-        if (!finite || x < r->least) r->least = x;
-        if (!finite || x > r->greatest) r->greatest = x;
-        sum += x;
-        squares += x * x;
+        if (!isfinite(x[i])) { r->not_finite++; continue; }
+        if (!finite || x[i] < r->least) r->least = x[i];
+        if (!finite || x[i] > r->greatest) r->greatest = x[i];
+        sum += x[i];
+        squares += (double)x[i] * x[i];
         finite++;
     }
     if (finite) r->mean = sum / (double)finite;
@@ -45,7 +60,6 @@ static void measure(fg_record *r, const float *all, const fg_rows *rows, int64_t
 
 fg_status fg__record_node(fg_plan *p, uint32_t k, double seconds)
 {
-    fg_backend *b = p->store->backend;
     const fg_node *n = &p->low->nodes[k];
     for (int o = 0; o < n->n_out; o++) {
         const fg_value *v = &p->low->values[n->out[o]];
@@ -55,16 +69,11 @@ fg_status fg__record_node(fg_plan *p, uint32_t k, double seconds)
             r->seconds = seconds;
             r->timed = true;
         }
-        if (!(p->record & FG_RECORD_VALUES) || v->type == FG_I32 || !count) continue;
-        const fg_rows *rows = &p->execs[k].out_rows[o];
-        const int64_t all = lies_at(rows, count - 1) + 1;
-        float *x = malloc((size_t)all * sizeof *x);
-        if (!x) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while noting values");
-        const fg_status s = b->ops->download(b, x, p->execs[k].out[o], all, v->type);
-        if (s) fg__plan_fail(p, s, "%s", fg_backend_message(b));
-        else measure(r, x, rows, count);
+        if (!(p->record & FG_RECORD_VALUES) || v->type == FG_I32) continue;
+        float *x = fg__copy_output(p, k, o);
+        if (!x) return p->status;
+        measure(r, x, count);
         free(x);
-        if (s) return s;
     }
     return FG_OK;
 }

@@ -60,8 +60,7 @@ void fg_plan_free(fg_plan *p)
     }
     fg_graph_free(p->low);
     free(p->map); free(p->slots); free(p->execs); free(p->shapes); free(p->types); free(p->timings);
-    free(p->records);
-    free(p->rows); free(p->quiet); free(p->fixed);
+    free(p->rows); free(p->quiet); free(p->fixed); free(p->records);
     free(p);
 }
 
@@ -157,28 +156,22 @@ static void add_timing(fg_plan *p, const fg_node *n, double seconds)
     t->bytes += c.bytes;
 }
 
-/* Element `i` of a row-wise tensor in memory that was copied as it lies. */
-static int64_t lies_at(const fg_rows *r, int64_t i) { return i / r->width * r->pitch + i % r->width; }
-
 /* NaN and infinity stop the run and name their node.  -infinity does not: it is what a masked score
  * and the log-sum-exp of nothing are. */
-static fg_status check_values(fg_plan *p, const fg_node *n, const fg_exec *e)
+static fg_status check_values(fg_plan *p, uint32_t k)
 {
-    fg_backend *b = p->store->backend;
+    const fg_node *n = &p->low->nodes[k];
     for (int o = 0; o < n->n_out; o++) {
         const fg_value *v = &p->low->values[n->out[o]];
         const int64_t count = fg_shape_count(v->shape);
         if (v->type == FG_I32 || !count) continue;
-        const fg_rows *rows = &e->out_rows[o];
-        const int64_t all = lies_at(rows, count - 1) + 1;
-        float *x = malloc((size_t)all * sizeof *x);
-        if (!x) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while checking values");
-        fg_status s = b->ops->download(b, x, e->out[o], all, v->type);
+        float *x = fg__copy_output(p, k, o);
+        if (!x) return p->status;
         int64_t bad = 0;
-        while (!s && bad < count && x[lies_at(rows, bad)] < INFINITY) bad++;
-        const float value = bad < count ? x[lies_at(rows, bad)] : 0;
+        while (bad < count && x[bad] < INFINITY) bad++;
+        const float value = bad < count ? x[bad] : 0;
         free(x);
-        if (s || bad == count) continue;
+        if (bad == count) continue;
         char path[200], shape[160];
         fg__scope_path(p->low, n->scope, path, sizeof path);
         fg__value_text(v, shape, sizeof shape);
@@ -203,12 +196,23 @@ static fg_status launch(fg_plan *p, uint32_t k)
                          fg_backend_message(b));
 }
 
+/* What node k, started then, took and made. */
+static fg_status note(fg_plan *p, uint32_t k, double start)
+{
+    fg_backend *b = p->store->backend;
+    const fg_status s = b->ops->sync(b);
+    if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
+    return fg__record_node(p, k, now() - start);
+}
+
 static fg_status launch_all(fg_plan *p, bool fixed)
 {
     for (uint32_t k = 0; k < p->low->n_nodes; k++) {
         if (p->quiet[k] || p->fixed[k] != fixed) continue;
+        const double start = p->record ? now() : 0;
         if (launch(p, k)) return p->status;
-        if (p->check && check_values(p, &p->low->nodes[k], &p->execs[k])) return p->status;
+        if (p->record && note(p, k, start)) return p->status;
+        if (p->check && check_values(p, k)) return p->status;
     }
     return FG_OK;
 }
@@ -246,6 +250,26 @@ static fg_status launch_marked(fg_plan *p)
     return FG_OK;
 }
 
+/* The time of every node, between two marks of the device's own clock. */
+static fg_status note_marked(fg_plan *p)
+{
+    fg_backend *b = p->store->backend;
+    const uint32_t n = p->low->n_nodes;
+    fg_status s = FG_OK;
+    for (uint32_t k = next_launched(p, 0); k < n && !s; k = next_launched(p, k + 1)) {
+        s = b->ops->mark(b, (int)k);
+        if (!s && launch(p, k)) return p->status;
+    }
+    if (!s) s = b->ops->mark(b, (int)n);
+    if (!s) s = b->ops->sync(b);
+    if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
+    for (uint32_t k = next_launched(p, 0), next; k < n; k = next) {
+        next = next_launched(p, k + 1);
+        if (fg__record_node(p, k, b->ops->elapsed(b, (int)k, (int)next))) return p->status;
+    }
+    return FG_OK;
+}
+
 static fg_status launch_timed(fg_plan *p)
 {
     fg_backend *b = p->store->backend;
@@ -276,47 +300,13 @@ static fg_status launch_recorded(fg_plan *p)
     return s ? fg__plan_fail(p, s, "%s", fg_backend_message(b)) : FG_OK;
 }
 
-/* The time of every node, between two marks of the device's own clock. */
-static fg_status note_marked(fg_plan *p)
-{
-    fg_backend *b = p->store->backend;
-    const uint32_t n = p->low->n_nodes;
-    fg_status s = FG_OK;
-    for (uint32_t k = next_launched(p, 0); k < n && !s; k = next_launched(p, k + 1)) {
-        s = b->ops->mark(b, (int)k);
-        if (!s && launch(p, k)) return p->status;
-    }
-    if (!s) s = b->ops->mark(b, (int)n);
-    if (!s) s = b->ops->sync(b);
-    if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
-    for (uint32_t k = next_launched(p, 0), next; k < n; k = next) {
-        next = next_launched(p, k + 1);
-        if (fg__record_node(p, k, b->ops->elapsed(b, (int)k, (int)next))) return p->status;
-    }
-    return FG_OK;
-}
-
-/* Every node by itself, with its time and its values noted (record.c). */
-static fg_status launch_noted(fg_plan *p)
-{
-    fg_backend *b = p->store->backend;
-    if (b->ops->mark && !(p->record & FG_RECORD_VALUES)) return note_marked(p);
-    for (uint32_t k = next_launched(p, 0); k < p->low->n_nodes; k = next_launched(p, k + 1)) {
-        const double start = now();
-        if (launch(p, k)) return p->status;
-        const fg_status s = b->ops->sync(b);
-        if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
-        if (fg__record_node(p, k, now() - start)) return p->status;
-    }
-    return FG_OK;
-}
-
 fg_status fg_run_later(fg_plan *p)
 {
     if (!p) return FG_ERR_MEMORY;
     if (p->status || fg__prepare(p)) return p->status;
     fg_backend *b = p->store->backend;
-    const bool whole = b->ops->record && p->runs > 0 && !p->check && !p->sync && !p->plain;
+    const bool whole = b->ops->record && p->runs > 0 && !p->check && !p->sync && !p->plain &&
+                       !p->record;
     p->runs++;
     if (!p->fixed_ran || p->version != p->store->version) {
         if (launch_all(p, true)) return p->status;
@@ -324,8 +314,8 @@ fg_status fg_run_later(fg_plan *p)
         p->fixed_ran = true;
     }
     if (p->changes_params) p->store->version++;
-    if (p->record) return launch_noted(p);
-    if (p->profile) return launch_timed(p);
+    if (p->record == FG_RECORD_TIMES && b->ops->mark) return note_marked(p);
+    if (p->profile && !p->record) return launch_timed(p);
     return whole ? launch_recorded(p) : launch_all(p, false);
 }
 

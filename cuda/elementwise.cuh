@@ -1,17 +1,15 @@
 /* elementwise.cuh - how elementwise kernels walk over tensors: flat, over shapes that broadcast,
  * and over columns of wider matrices.
  *
- * A thread takes 8 neighbouring elements with 16-byte accesses, twice, so that several loads are in
- * flight; where extents are no multiples of 8, one element at a time.  A thread reads its elements
- * before it writes any, and no others: an output may lie in an input's memory. */
+ * A thread takes 4 or 8 neighbouring elements with 16-byte accesses; where rows do not divide so,
+ * one at a time.  More a thread gains nothing on an H100: full occupancy hides the latency.  A
+ * thread reads its elements before it writes any, and no others: an output may lie in an input's
+ * memory. */
 #ifndef FG_ELEMENTWISE_CUH
 #define FG_ELEMENTWISE_CUH
 #include "kernel.cuh"
 
 #define FG_MAP_THREADS 256
-#ifndef FG_MAP_UNROLL
-#define FG_MAP_UNROLL  2
-#endif
 
 /* ---- division by a number known at launch --------------------------------------------------- */
 
@@ -69,8 +67,8 @@ static inline fg_target fg_target_of(const fg_exec *e, int o)
 {
     return { fg_output_of(e, o), fg_place_of(&e->out_rows[o], fg_count_of(&e->out_shape[o])) };
 }
-/* The same for kernels that know row and column of a [..., C] tensor: no division where its rows are
- * the matrix's. */
+/* The same for kernels that know row and column of a [..., C] tensor: no division where its rows
+ * are the matrix's. */
 struct fg_matrix {
     fg_place place;
     int64_t C, pitch;                            /* pitch 0: other rows */
@@ -88,7 +86,7 @@ static inline fg_matrix fg_matrix_of(const fg_rows *r, int64_t C, int64_t count)
 /* Eights of elements never straddle two rows. */
 static inline bool fg_in_eights(const fg_rows *r) { return !fg_is_pitched(r) || r->width % 8 == 0; }
 
-/* ---- eight elements: loaded first, turned to float later, so that loads do not wait ---------- */
+/* ---- several elements: loaded first, turned to float later, so that loads do not wait -------- */
 
 struct fg_raw8 { uint4 a, b; };
 
@@ -142,6 +140,7 @@ template <> struct fg_some<8, false> {
 };
 template <> struct fg_some<4, true> {
     uint4 raw;
+    __device__ __forceinline__ void clear() { raw = make_uint4(0, 0, 0, 0); }
     __device__ __forceinline__ void load(const fg_in &x, int64_t i)
     {
         if (x.narrow) {
@@ -185,74 +184,56 @@ static __device__ __forceinline__ void fg_store_some(const fg_out &y, int64_t i,
 
 /* ---- y_i = f(inputs at i): inputs of y's shape ---------------------------------------------- */
 
-template <int N> struct fg_sources { fg_source in[N > 0 ? N : 1]; };
+/* V is 8 where y is bf16 and 4 where it is f32: a warp then writes whole sectors side by side. */
+template <int N> struct fg_sources { fg_source in[N]; };
 
 template <class F, int N>
 static __device__ __forceinline__ void fg_map_one(const F &f, const fg_sources<N> &s,
                                                   const fg_target &y, int64_t i)
 {
-    float v[N > 0 ? N : 1] = { 0 };
+    float v[N];
 #pragma unroll
     for (int k = 0; k < N; k++) v[k] = s.in[k].x[s.in[k].place.at(i)];
     y.y.put(y.place.at(i), f(v));
 }
 
-/* f of eight elements at once. */
-template <class F, int N>
-static __device__ __forceinline__ fg_vec8 fg_apply8(const F &f, const fg_vec8 *x)
+/* f of V elements at once; x_(k,j): input k, element j. */
+template <int V, class F, int N>
+static __device__ __forceinline__ void fg_apply(const F &f, const float (*x)[V], float *y)
 {
-    fg_vec8 r;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        float v[N > 0 ? N : 1] = { 0 };
+    for (int j = 0; j < V; j++) {
+        float v[N];
 #pragma unroll
         for (int k = 0; k < N; k++) v[k] = x[k][j];
-        r[j] = f(v);
-    }
-    return r;
-}
-
-template <class F, int N>
-static __global__ void __launch_bounds__(FG_MAP_THREADS)
-fg_map_eights(F f, fg_sources<N> s, fg_target y, int64_t n)
-{
-    constexpr int M = N > 0 ? N : 1;
-    const int64_t first = (int64_t)blockIdx.x * FG_MAP_THREADS * FG_MAP_UNROLL + threadIdx.x;
-    fg_raw8 raw[FG_MAP_UNROLL][M];
-#pragma unroll
-    for (int u = 0; u < FG_MAP_UNROLL; u++) {
-        const int64_t i = 8 * (first + u * FG_MAP_THREADS);
-        if (i + 8 > n) continue;
-#pragma unroll
-        for (int k = 0; k < N; k++)
-            raw[u][k] = fg_load_raw8(s.in[k].x, s.in[k].place.at(i));
-    }
-#pragma unroll
-    for (int u = 0; u < FG_MAP_UNROLL; u++) {
-        const int64_t i = 8 * (first + u * FG_MAP_THREADS);
-        if (i + 8 <= n) {
-            fg_vec8 x[M];
-#pragma unroll
-            for (int k = 0; k < N; k++) x[k] = fg_floats(s.in[k].x, raw[u][k]);
-            fg_store8(y.y, y.place.at(i), fg_apply8<F, N>(f, x));
-        } else {
-            for (int64_t j = i; j < n; j++) fg_map_one<F, N>(f, s, y, j);
-        }
+        y[j] = f(v);
     }
 }
 
-template <class F, int N>
+template <int V, class F, int N>
 static __global__ void __launch_bounds__(FG_MAP_THREADS)
-fg_map_ones(F f, fg_sources<N> s, fg_target y, int64_t n)
+fg_map_some(F f, fg_sources<N> s, fg_target y, int64_t n)
 {
-    const int64_t i = (int64_t)blockIdx.x * FG_MAP_THREADS + threadIdx.x;
-    if (i < n) fg_map_one<F, N>(f, s, y, i);
+    const int64_t i = V * ((int64_t)blockIdx.x * FG_MAP_THREADS + threadIdx.x);
+    if (i + V > n) {
+        for (int64_t j = i; j < n; j++) fg_map_one<F, N>(f, s, y, j);
+        return;
+    }
+    fg_some<V> some[N];
+    float x[N][V], r[V];
+#pragma unroll
+    for (int k = 0; k < N; k++) some[k].load(s.in[k].x, s.in[k].place.at(i));
+#pragma unroll
+    for (int k = 0; k < N; k++) some[k].floats(s.in[k].x, x[k]);
+    fg_apply<V, F, N>(f, x, r);
+    fg_store_some<V>(y.y, y.place.at(i), r);
 }
 
 /* The inputs of e are the first N. */
 template <class F, int N>
 static void fg_map(const fg_exec *e, cudaStream_t stream, F f)
 {
+    constexpr int threads = FG_MAP_THREADS;
     const int64_t n = fg_count_of(&e->out_shape[0]);
     fg_sources<N> s = {};
     bool eights = fg_in_eights(&e->out_rows[0]);
@@ -261,11 +242,11 @@ static void fg_map(const fg_exec *e, cudaStream_t stream, F f)
         eights = eights && fg_in_eights(&e->in_rows[k]);
     }
     const fg_target y = fg_target_of(e, 0);
-    if (eights)
-        fg_map_eights<F, N><<<fg_blocks(n, 8 * FG_MAP_THREADS * FG_MAP_UNROLL), FG_MAP_THREADS, 0,
-                              stream>>>(f, s, y, n);
+    if (!eights) fg_map_some<1, F, N><<<fg_blocks(n, threads), threads, 0, stream>>>(f, s, y, n);
+    else if (y.y.narrow)
+        fg_map_some<8, F, N><<<fg_blocks(n, 8 * threads), threads, 0, stream>>>(f, s, y, n);
     else
-        fg_map_ones<F, N><<<fg_blocks(n, FG_MAP_THREADS), FG_MAP_THREADS, 0, stream>>>(f, s, y, n);
+        fg_map_some<4, F, N><<<fg_blocks(n, 4 * threads), threads, 0, stream>>>(f, s, y, n);
 }
 
 /* ---- the same over shapes that broadcast ---------------------------------------------------- */
@@ -324,89 +305,73 @@ static __device__ __forceinline__ void fg_walk_to(const fg_walk<N> &w, int64_t i
     }
 }
 
-template <class F, int N>
+/* The last axis is a multiple of V. */
+template <int V, class F, int N>
 static __global__ void __launch_bounds__(FG_MAP_THREADS)
-fg_walk_eights(F f, fg_walk<N> w, fg_sources<N> s, fg_target y, int64_t n)
+fg_walk_some(F f, fg_walk<N> w, fg_sources<N> s, fg_target y, int64_t n)
 {
-    const int64_t first = (int64_t)blockIdx.x * FG_MAP_THREADS * FG_MAP_UNROLL + threadIdx.x;
-    fg_raw8 raw[FG_MAP_UNROLL][N];
-    float still[FG_MAP_UNROLL][N];
+    const int64_t i = V * ((int64_t)blockIdx.x * FG_MAP_THREADS + threadIdx.x);
+    if (i >= n) return;
     const int last = w.rank - 1;
+    fg_some<V> some[N];
+    float still[N], x[N][V], r[V];
+    int64_t at[N];
+    fg_walk_to<N>(w, i, at);
 #pragma unroll
-    for (int u = 0; u < FG_MAP_UNROLL; u++) {
-        const int64_t i = 8 * (first + u * FG_MAP_THREADS);
-        if (i >= n) continue;
-        int64_t at[N];
-        fg_walk_to<N>(w, i, at);
-#pragma unroll
-        for (int k = 0; k < N; k++) {
-            const int64_t j = s.in[k].place.at(at[k]);
-            if (w.move[k][last]) raw[u][k] = fg_load_raw8(s.in[k].x, j);
-            else still[u][k] = s.in[k].x[j];
-        }
+    for (int k = 0; k < N; k++) {
+        const int64_t j = s.in[k].place.at(at[k]);
+        if (w.move[k][last]) some[k].load(s.in[k].x, j);
+        else still[k] = s.in[k].x[j];
     }
 #pragma unroll
-    for (int u = 0; u < FG_MAP_UNROLL; u++) {
-        const int64_t i = 8 * (first + u * FG_MAP_THREADS);
-        if (i >= n) continue;
-        fg_vec8 x[N];
+    for (int k = 0; k < N; k++) {
+        if (w.move[k][last]) some[k].floats(s.in[k].x, x[k]);
+        else
 #pragma unroll
-        for (int k = 0; k < N; k++) {
-            if (w.move[k][last]) x[k] = fg_floats(s.in[k].x, raw[u][k]);
-            else
-#pragma unroll
-                for (int j = 0; j < 8; j++) x[k][j] = still[u][k];
-        }
-        fg_store8(y.y, y.place.at(i), fg_apply8<F, N>(f, x));
+            for (int j = 0; j < V; j++) x[k][j] = still[k];
     }
+    fg_apply<V, F, N>(f, x, r);
+    fg_store_some<V>(y.y, y.place.at(i), r);
 }
 
-/* The last axis is no multiple of 8: what has y's shape is read in eights all the same, what
- * broadcasts one by one, mostly from cache. */
+/* The last axis is any: what has y's shape is read in eights all the same, what broadcasts one by
+ * one, mostly from cache.  whole: bit k, input k has y's shape. */
 template <class F, int N>
 static __global__ void __launch_bounds__(FG_MAP_THREADS)
-fg_walk_odd(F f, fg_walk<N> w, fg_sources<N> s, unsigned flat, fg_target y, int64_t n)
+fg_walk_odd(F f, fg_walk<N> w, fg_sources<N> s, unsigned whole, fg_target y, int64_t n)
 {
     const int64_t i = 8 * ((int64_t)blockIdx.x * FG_MAP_THREADS + threadIdx.x);
-    const int count = n - i < 8 ? (int)(n - i) : 8;
+    const int count = n - i < 8 ? (int)(n - i) : 8, last = w.rank - 1;
     if (count <= 0) return;
-    fg_raw8 raw[N];
-    fg_vec8 x[N];
+    if (count < 8) whole = 0;
+    fg_some<8> some[N];
+    float x[N][8], r[8];
+    int64_t at[N], left = 0;                     /* in this row of the last axis */
 #pragma unroll
     for (int k = 0; k < N; k++)
-        if (flat >> k & 1 && count == 8) raw[k] = fg_load_raw8(s.in[k].x, s.in[k].place.at(i));
+        if (whole >> k & 1) some[k].load(s.in[k].x, s.in[k].place.at(i));
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        if (j >= count) continue;
-        int64_t at[N];
-        fg_walk_to<N>(w, i + j, at);
+        if (left == 0) {
+            fg_walk_to<N>(w, i + j, at);
+            left = w.dim[last].d - (i + j - fg_divide(i + j, w.dim[last]) * w.dim[last].d);
+        }
 #pragma unroll
-        for (int k = 0; k < N; k++)
-            if (!(flat >> k & 1 && count == 8)) x[k][j] = s.in[k].x[s.in[k].place.at(at[k])];
+        for (int k = 0; k < N; k++) {
+            if (!(whole >> k & 1) && j < count) x[k][j] = s.in[k].x[s.in[k].place.at(at[k])];
+            at[k] += w.move[k][last];
+        }
+        left--;
     }
 #pragma unroll
     for (int k = 0; k < N; k++)
-        if (flat >> k & 1 && count == 8) x[k] = fg_floats(s.in[k].x, raw[k]);
-    const fg_vec8 r = fg_apply8<F, N>(f, x);
-    if (count == 8) fg_store8(y.y, y.place.at(i), r);
+        if (whole >> k & 1) some[k].floats(s.in[k].x, x[k]);
+    fg_apply<8, F, N>(f, x, r);
+    if (count == 8) fg_store_some<8>(y.y, y.place.at(i), r);
     else
 #pragma unroll
         for (int j = 0; j < 8; j++)
             if (j < count) y.y.put(y.place.at(i + j), r[j]);
-}
-
-template <class F, int N>
-static __global__ void __launch_bounds__(FG_MAP_THREADS)
-fg_walk_ones(F f, fg_walk<N> w, fg_sources<N> s, fg_target y, int64_t n)
-{
-    const int64_t i = (int64_t)blockIdx.x * FG_MAP_THREADS + threadIdx.x;
-    if (i >= n) return;
-    int64_t at[N];
-    float v[N];
-    fg_walk_to<N>(w, i, at);
-#pragma unroll
-    for (int k = 0; k < N; k++) v[k] = s.in[k].x[s.in[k].place.at(at[k])];
-    y.y.put(y.place.at(i), f(v));
 }
 
 /* y of shape e->out_shape[0], input k seen as of shape in[k], which broadcasts to y's. */
@@ -429,14 +394,14 @@ static void fg_map_broadcast(const fg_exec *e, cudaStream_t stream, const fg_sha
         if (fg_count_of(in[k]) == n) whole |= 1u << k;
     }
     const fg_target y = fg_target_of(e, 0);
-    if (eights && w.dim[w.rank - 1].d % 8 == 0)
-        fg_walk_eights<F, N><<<fg_blocks(n, 8 * FG_MAP_THREADS * FG_MAP_UNROLL), FG_MAP_THREADS, 0,
-                               stream>>>(f, w, s, y, n);
-    else if (eights)
-        fg_walk_odd<F, N><<<fg_blocks(n, 8 * FG_MAP_THREADS), FG_MAP_THREADS, 0, stream>>>(
-            f, w, s, whole, y, n);
+    constexpr int threads = FG_MAP_THREADS;
+    if (!eights)
+        fg_walk_some<1, F, N><<<fg_blocks(n, threads), threads, 0, stream>>>(f, w, s, y, n);
+    else if (w.dim[w.rank - 1].d % 8)
+        fg_walk_odd<F, N><<<fg_blocks(n, 8 * threads), threads, 0, stream>>>(f, w, s, whole, y, n);
+    else if (y.y.narrow)
+        fg_walk_some<8, F, N><<<fg_blocks(n, 8 * threads), threads, 0, stream>>>(f, w, s, y, n);
     else
-        fg_walk_ones<F, N><<<fg_blocks(n, FG_MAP_THREADS), FG_MAP_THREADS, 0, stream>>>(f, w, s, y,
-                                                                                       n);
+        fg_walk_some<4, F, N><<<fg_blocks(n, 4 * threads), threads, 0, stream>>>(f, w, s, y, n);
 }
 #endif

@@ -17,6 +17,7 @@
 #include "forget_attention_grad.cuh"
 
 #define KEYS 128
+#define AHEAD 4                          /* values of rows are read so many columns of 8 ahead */
 
 /* [B,N,H,D] as the copy engine sees it */
 struct maps { CUtensorMap q, go, k, v; };
@@ -29,7 +30,7 @@ template <int D_> struct layout {
     static constexpr int DS = KEYS * QT * 2, GQ_AT = DS_AT + 2 * DS, GQ = QT * D * 4;
     static constexpr int ROW_AT = GQ_AT + GQ, LOW_AT = ROW_AT + 4 * QT * 4;
     static constexpr int BASE_AT = LOW_AT + 2 * QT * 4, PART_AT = BASE_AT + 16;
-    static constexpr int BAR_AT = PART_AT + 2 * 2 * 4 * 4, SHARED = BAR_AT + 16 * 8 + 1024;
+    static constexpr int BAR_AT = PART_AT + QT / SOME * 8 * 4, SHARED = BAR_AT + 16 * 8 + 1024;
     static constexpr int ZN = QT / 2, GN = D / 2;          /* sums of a thread: z, gk or gv */
 };
 enum { KV_FULL, FULL, EMPTY = FULL + 2, STAGED = EMPTY + 2, FREE = STAGED + 2, BLIND = FREE + 2 };
@@ -89,12 +90,16 @@ static __device__ __forceinline__ void bulk_add(float4 *to, unsigned from, int b
 
 /* ---- wgmma ---------------------------------------------------------------------------------- */
 
-/* Descriptor: address, bytes from 64 columns to the next 64 (MN-major), from 8 rows to the next. */
-static __device__ __forceinline__ uint64_t matrix_at(unsigned at, unsigned panel)
-{
-    return (uint64_t)((at & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32
-         | (uint64_t)1 << 62;
-}
+/* Descriptor of a matrix in shared memory, 1024 bytes from 8 rows to the next; panel: bytes from 64
+ * columns to the next, where its rows are the 16 of a product.  Further bytes are added to it. */
+struct matrix {
+    unsigned low;
+    __device__ matrix(unsigned at, unsigned panel = 16) : low((at & 0x3ffff) >> 4 | panel >> 4 << 16) { }
+    __device__ uint64_t operator+(int bytes) const
+    {
+        return (uint64_t)(1u << 30 | 1024 >> 4) << 32 | (low + (unsigned)(bytes >> 4));
+    }
+};
 static __device__ __forceinline__ void wgmma_begin()
 {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -168,29 +173,16 @@ static __device__ __forceinline__ void shared_put(unsigned at, float x)
     asm volatile("st.shared.f32 [%0], %1;" :: "r"(at), "f"(x) : "memory");
 }
 
-/* Where a block stands; every role walks the same steps. */
-struct walk {
+/* A steps with its place in shared memory; every role walks the same steps. */
+struct steps : walk {
     unsigned memory;
-    int j, last, i, count;               /* tiles of queries: last, this; count: steps so far */
-    int b, h, h_end;
-    __device__ bool more() const { return i <= last; }
+    int count;                           /* steps so far */
     __device__ int stage() const { return count & 1; }
     __device__ int phase() const { return count >> 1 & 1; }
     template <class S> __device__ unsigned bar(int which) const
     {
         return memory + S::BAR_AT + which * 8;
     }
-    template <class S> __device__ int first(const args &a) const
-    {
-        return seen_from(a, b, j * (KEYS / S::QT), last, j);
-    }
-    template <class S> __device__ void advance(const args &a)
-    {
-        count++;
-        i = seen_from(a, b, i + 1, last, j);
-        if (i > last && h + 1 < h_end) i = first<S>(a), h++;
-    }
-    __device__ int64_t tile(const args &a) const { return (b * a.H + h) * a.n_q + i; }
 };
 
 /* Zeros for rows of go that see nothing, whatever they hold; by a warp. */
@@ -208,7 +200,7 @@ template <class S> static __device__ __noinline__ void blind_rows(const int *low
 
 /* One warp; its first thread loads. */
 template <class S> static __device__ __forceinline__ void load_role(const args &a, const maps &m,
-                                                                    walk w)
+                                                                    steps w)
 {
     const bool one = threadIdx.x == 0;
     int blinds = 0;
@@ -223,11 +215,11 @@ template <class S> static __device__ __forceinline__ void load_role(const args &
         }
         barrier_arrive(bar);
     }
-    for (; w.more(); w.template advance<S>(a)) {
+    for (; w.more(); w.advance(a), w.count++) {
         const int stage = w.stage(), t0 = w.i * S::QT;
         const unsigned bar = w.template bar<S>(FULL + stage);
         const unsigned go = w.memory + S::GO_AT + stage * S::TILE;
-        const bool blind = !a.plain && a.span[w.b * a.n_q + w.i].z;
+        const bool blind = !a.plain && a.span[(int64_t)w.b * a.n_q + w.i].z;
         const unsigned go_bar = blind ? w.template bar<S>(BLIND) : bar;
         if (one) {
             const int64_t head = w.b * a.H + w.h, at = head * a.np + t0;
@@ -257,36 +249,42 @@ template <class S> static __device__ __forceinline__ void load_role(const args &
     }
 }
 
-/* One thread: adds the two halves of gq and the sums of ds of each step, in turn. */
-template <class S> static __device__ __forceinline__ void add_role(const args &a, walk w)
+/* One warp: adds the two halves of gq and the sums of ds of each step, in turn. */
+template <class S> static __device__ __forceinline__ void add_role(const args &a, steps w)
 {
     constexpr int HALF = S::GQ / 2;
-    for (; w.more(); w.template advance<S>(a)) {
+    const int lane = (int)threadIdx.x % 32;
+    const unsigned from = w.memory + S::GQ_AT, part = w.memory + S::PART_AT + lane * 32;
+    for (; w.more(); w.advance(a), w.count++) {
         const int64_t tile = w.tile(a);
-        const int rank = min((w.i * S::QT + S::QT - 1) / KEYS, a.n_k - 1) - w.j;
+        const int rank = w.rank(a);
         float4 *to = a.sum_q + tile * (S::GQ / 16);
-        const unsigned from = w.memory + S::GQ_AT;
-        while (rank > 0 && turn_now(a.turn + tile) < rank) { }
-        asm volatile("fence.proxy.async;" ::: "memory");
-        for (int g = 0; g < 2; g++) {
-            barrier_wait(w.template bar<S>(STAGED + g), w.count & 1);
-            if (rank == 0) bulk_store(to + g * (HALF / 16), from + g * HALF, HALF);
-            else bulk_add(to + g * (HALF / 16), from + g * HALF, HALF);
+        if (lane == 0) {
+            while (rank > 0 && turn_now(a.turn + tile) < rank) { }
+            asm volatile("fence.proxy.async;" ::: "memory");
+            for (int g = 0; g < 2; g++) {
+                barrier_wait(w.template bar<S>(STAGED + g), w.count & 1);
+                if (rank == 0) bulk_store(to + g * (HALF / 16), from + g * HALF, HALF);
+                else bulk_add(to + g * (HALF / 16), from + g * HALF, HALF);
+            }
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        for (int e = 0; e < S::QT / 64; e++) {
-            float sum = 0;
-            for (int k = 0; k < 8; k++) sum += shared_get(w.memory + S::PART_AT + (e * 8 + k) * 4);
-            float *row = a.rows + tile * (S::QT / 64) + e;
+        __syncwarp();
+        if (lane < S::QT / SOME) {
+            float sum = 0, *row = a.rows + tile * (S::QT / SOME) + lane;
+            for (int k = 0; k < 8; k++) sum += shared_get(part + k * 4);
             if (rank == 0) *row = sum;
             else atomicAdd(row, sum);    /* one adder at a time, in the order of turns */
         }
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-        barrier_arrive(w.template bar<S>(FREE));
-        barrier_arrive(w.template bar<S>(FREE + 1));
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-        asm volatile("fence.proxy.async;" ::: "memory");
-        turn_set(a.turn + tile, rank + 1);
+        __syncwarp();
+        if (lane == 0) {
+            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+            barrier_arrive(w.template bar<S>(FREE));
+            barrier_arrive(w.template bar<S>(FREE + 1));
+            asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+            asm volatile("fence.proxy.async;" ::: "memory");
+            turn_set(a.turn + tile, rank + 1);
+        }
     }
 }
 
@@ -298,7 +296,7 @@ template <class S> struct worker {
 };
 
 template <class S>
-static __device__ __forceinline__ void head_begin(const args &a, const walk &w, worker<S> &s)
+static __device__ __forceinline__ void head_begin(const args &a, const steps &w, worker<S> &s)
 {
     const int64_t head = w.b * a.H + w.h;
 #pragma unroll
@@ -308,7 +306,7 @@ static __device__ __forceinline__ void head_begin(const args &a, const walk &w, 
     }
 }
 template <class S>
-static __device__ __forceinline__ void head_end(const args &a, const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void head_end(const args &a, const steps &w, const worker<S> &s,
                                                 int h)
 {
 #pragma unroll
@@ -323,16 +321,17 @@ static __device__ __forceinline__ void head_end(const args &a, const walk &w, co
 template <class S>
 static __device__ __forceinline__ void scores(unsigned keys, unsigned queries, float (&x)[S::ZN])
 {
+    const matrix a(keys), b(queries);
 #pragma unroll
     for (int k = 0; k < S::D / 16; k++)
-        product<0, 0>(x, matrix_at(keys + k / 4 * KEYS * 128 + k % 4 * 32, 16),
-                      matrix_at(queries + k / 4 * S::QT * 128 + k % 4 * 32, 16), k > 0);
+        product<0, 0>(x, a + (k / 4 * KEYS * 128 + k % 4 * 32),
+                      b + (k / 4 * S::QT * 128 + k % 4 * 32), k > 0);
     wgmma_commit();
 }
 
 /* Pairs that do not meet: weight 0, whatever their score. */
 template <class S>
-static __device__ __forceinline__ void mask(const args &a, const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void mask(const args &a, const steps &w, const worker<S> &s,
                                             float (&x)[S::ZN])
 {
     const int key = s.key0 + s.lane / 4, ahead = w.i * S::QT + s.lane % 4 * 2 - key;
@@ -352,50 +351,60 @@ static __device__ __forceinline__ void mask(const args &a, const walk &w, const 
     }
 }
 
-/* z to p */
+/* z, once it is there, to p */
 template <class S, bool MASKED>
-static __device__ __forceinline__ void weights(const args &a, const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void weights(const args &a, const steps &w, const worker<S> &s,
                                                float (&z)[S::ZN])
 {
     const unsigned rows = w.memory + S::ROW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
     const float d = shared_get(w.memory + S::BASE_AT + w.stage() * 4);
+    const float less[2] = { s.ell[0] - d, s.ell[1] - d };
+    float2 level[AHEAD];
+#pragma unroll
+    for (int n = 0; n < AHEAD; n++) level[n] = shared_float2(rows + n * 32);
+    wgmma_wait<1>();
+    pin(z);
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
-        const float2 level = shared_float2(rows + n * 32);
-        const float l[2] = { d - level.x, d - level.y };
+        const float2 l = level[n % AHEAD];
+        if (n + AHEAD < S::QT / 8) level[n % AHEAD] = shared_float2(rows + (n + AHEAD) * 32);
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            z[n * 4 + e] = fg_exp2(fmaf(z[n * 4 + e], a.scale2, l[e & 1]) - s.ell[e >> 1]);
+            z[n * 4 + e] =
+                fg_exp2(fmaf(z[n * 4 + e], a.scale2, e & 1 ? -l.y : -l.x) - less[e >> 1]);
     }
     if (MASKED) mask<S>(a, w, s, z);
 }
 
-/* dp to ds; its sums per key, and over all to part[0 ... QT / 64) */
+/* dp, once it is there, to ds; its sums per key, and over all, for SOME queries, to part */
 template <class S, bool MASKED>
-static __device__ __forceinline__ void slopes(const walk &w, worker<S> &s,
+static __device__ __forceinline__ void slopes(const steps &w, worker<S> &s,
                                               const float (&p)[S::ZN], float (&dp)[S::ZN],
-                                              float (&part)[S::QT / 64])
+                                              float (&part)[S::QT / SOME])
 {
     const unsigned rows = w.memory + S::ROW_AT + (2 + w.stage()) * S::QT * 4 + s.lane % 4 * 8;
+    float2 delta[AHEAD];
+#pragma unroll
+    for (int n = 0; n < AHEAD; n++) delta[n] = shared_float2(rows + n * 32);
+    wgmma_wait<0>();
+    pin(dp);
     if (MASKED)
 #pragma unroll
         for (int e = 0; e < S::ZN; e++) dp[e] = p[e] == 0 ? 0 : dp[e];
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
-        const float2 delta = shared_float2(rows + n * 32);
+        const float2 d = delta[n % AHEAD];
+        if (n + AHEAD < S::QT / 8) delta[n % AHEAD] = shared_float2(rows + (n + AHEAD) * 32);
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? delta.y : delta.x));
+            dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? d.y : d.x));
     }
 #pragma unroll
-    for (int half = 0; half < S::QT / 64; half++) {
-        float sum[2] = { 0, 0 };
-#pragma unroll
-        for (int n = half * 8; n < half * 8 + 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sum[e >> 1] += dp[n * 4 + e];
-        s.column[0] += sum[0], s.column[1] += sum[1];
-        part[half] = sum[0] + sum[1];
+    for (int e = 0; e < S::QT / SOME; e++) {
+        const float *x = dp + 8 * e;
+        const float upper = (x[0] + x[1]) + (x[4] + x[5]), lower = (x[2] + x[3]) + (x[6] + x[7]);
+        s.column[0] += upper, s.column[1] += lower;
+        part[e] = upper + lower;
     }
 }
 
@@ -426,14 +435,14 @@ static __device__ __forceinline__ void ds_put(const worker<S> &s, unsigned to,
 
 /* gq = ds k: 64 queries of the warpgroup, or its 64 columns */
 template <class S>
-static __device__ __forceinline__ void queries_product(const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void queries_product(const steps &w, const worker<S> &s,
                                                        unsigned ds, float (&gq)[32])
 {
-    const unsigned from = ds + (S::D == 64 ? s.group * KEYS * 128 : 0);
-    const unsigned keys = w.memory + S::K_AT + (S::D == 64 ? 0 : s.group * KEYS * 128);
+    const matrix a(ds + (S::D == 64 ? s.group * KEYS * 128 : 0));
+    const matrix b(w.memory + S::K_AT + (S::D == 64 ? 0 : s.group * KEYS * 128));
 #pragma unroll
     for (int k = 0; k < KEYS / 16; k++)
-        product<1, 1>(gq, matrix_at(from + k * 2048, 16), matrix_at(keys + k * 2048, 16), k > 0);
+        product<1, 1>(gq, a + k * 2048, b + k * 2048, k > 0);
     wgmma_commit();
 }
 
@@ -442,15 +451,31 @@ template <class S>
 static __device__ __forceinline__ void keys_product(float (&sum)[S::GN],
                                                     const unsigned (&x)[S::ZN / 2], unsigned y)
 {
+    const matrix b(y, S::QT * 128);
 #pragma unroll
-    for (int k = 0; k < S::QT / 16; k++) product(sum, x + 4 * k, matrix_at(y + k * 2048, S::QT * 128));
+    for (int k = 0; k < S::QT / 16; k++) product(sum, x + 4 * k, b + k * 2048);
     wgmma_commit();
 }
 
+/* The warp's sums of N values in N steps: lane l returns that of value l N / 32. */
+template <int N> static __device__ __forceinline__ float sums_of_many(float (&x)[N], int lane)
+{
+#pragma unroll
+    for (int n = N / 2, k = 16; k > 0; n /= 2, k /= 2) {
+        if (n == 0) x[0] += __shfl_xor_sync(~0u, x[0], k);
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const bool upper = lane & k;
+            const float other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + n], k);
+            x[i] = (upper ? x[i + n] : x[i]) + other;
+        }
+    }
+    return x[0];
+}
+
 template <class S>
-static __device__ __forceinline__ void stage_put(const walk &w, const worker<S> &s,
-                                                 const float (&gq)[32],
-                                                 const float (&part)[S::QT / 64])
+static __device__ __forceinline__ void stage_put(const steps &w, const worker<S> &s,
+                                                 const float (&gq)[32], float sum)
 {
     const int x = s.warp * 32 + s.lane;
     barrier_wait(w.template bar<S>(FREE + s.group), (w.count & 1) ^ 1);
@@ -460,18 +485,15 @@ static __device__ __forceinline__ void stage_put(const walk &w, const worker<S> 
         asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};"
                      :: "r"(to + n * 2048), "f"(gq[4 * n]), "f"(gq[4 * n + 1]), "f"(gq[4 * n + 2]),
                         "f"(gq[4 * n + 3]) : "memory");
-#pragma unroll
-    for (int e = 0; e < S::QT / 64; e++) {
-        const float sum = fg_warp_sum(part[e]);
-        if (s.lane == 0)
-            shared_put(w.memory + S::PART_AT + (e * 8 + s.group * 4 + s.warp) * 4, sum);
-    }
+    constexpr int LANES = 32 / (S::QT / SOME);
+    if (s.lane % LANES == 0)
+        shared_put(w.memory + S::PART_AT + (s.lane / LANES * 8 + s.group * 4 + s.warp) * 4, sum);
     proxy_fence();
     barrier_arrive(w.template bar<S>(STAGED + s.group));
 }
 
 template <class S>
-static __device__ __forceinline__ void keys_store(const args &a, const walk &w, const worker<S> &s)
+static __device__ __forceinline__ void keys_store(const args &a, const steps &w, const worker<S> &s)
 {
     const int64_t kv = w.h / (int)(a.H / a.Hkv);
 #pragma unroll
@@ -491,22 +513,18 @@ static __device__ __forceinline__ void keys_store(const args &a, const walk &w, 
 }
 
 template <class S, bool MASKED>
-static __device__ __forceinline__ void step(const args &a, const walk &w, worker<S> &s)
+static __device__ __forceinline__ void step(const args &a, const steps &w, worker<S> &s)
 {
     const unsigned q = w.memory + S::Q_AT + w.stage() * S::TILE, go = q + S::GO_AT - S::Q_AT;
     const unsigned keys = w.memory + S::K_AT + s.group * 64 * 128, values = keys + S::V_AT - S::K_AT;
     const unsigned at = w.memory + S::DS_AT + w.stage() * S::DS;
-    float z[S::ZN], dp[S::ZN], gq[32], part[S::QT / 64];
+    float z[S::ZN], dp[S::ZN], gq[32], part[S::QT / SOME];
     unsigned p[S::ZN / 2], ds[S::ZN / 2];
     barrier_wait(w.template bar<S>(FULL + w.stage()), w.phase());
     wgmma_begin();
     scores<S>(keys, q, z);
     scores<S>(values, go, dp);
-    wgmma_wait<1>();
-    pin(z);
     weights<S, MASKED>(a, w, s, z);
-    wgmma_wait<0>();
-    pin(dp);
     slopes<S, MASKED>(w, s, z, dp, part);
     pack<S>(z, p), pack<S>(dp, ds);
     ds_put<S>(s, at, ds);
@@ -517,15 +535,16 @@ static __device__ __forceinline__ void step(const args &a, const walk &w, worker
     wgmma_begin();
     queries_product<S>(w, s, at, gq);
     keys_product<S>(s.gk, ds, q);
+    const float sum = sums_of_many(part, s.lane);
     wgmma_wait<1>();
     pin(gq);
-    stage_put<S>(w, s, gq, part);
+    stage_put<S>(w, s, gq, sum);
     wgmma_wait<0>();
     pin(s.gk), pin(s.gv);
     if (s.lane == 0) barrier_arrive(w.template bar<S>(EMPTY + w.stage()));
 }
 
-template <class S> static __device__ __forceinline__ void multiply_role(const args &a, walk w)
+template <class S> static __device__ __forceinline__ void multiply_role(const args &a, steps w)
 {
     worker<S> s;
     s.lane = (int)threadIdx.x % 32, s.warp = (int)threadIdx.x / 32 % 4;
@@ -539,11 +558,10 @@ template <class S> static __device__ __forceinline__ void multiply_role(const ar
         for (int h = w.h; h < w.h_end; h++) head_end(a, w, s, h);
     while (w.more()) {
         const int h = w.h;
-        const bool masked = w.i * S::QT < (w.j + 1) * KEYS - 1
-                         || (!a.plain && a.span[w.b * a.n_q + w.i].y > w.j * KEYS);
-        if (masked) step<S, true>(a, w, s);
+        if (w.masked(a)) step<S, true>(a, w, s);
         else step<S, false>(a, w, s);
-        w.template advance<S>(a);
+        w.advance(a);
+        w.count++;
         if (w.h != h || !w.more()) {
             head_end(a, w, s, h);
             if (w.more()) head_begin(a, w, s);
@@ -553,13 +571,13 @@ template <class S> static __device__ __forceinline__ void multiply_role(const ar
 }
 #endif
 
-/* One tile of keys of one key head, given out from the last to the first. */
+/* One tile of keys of one key head. */
 template <class S> static __global__ void __launch_bounds__(384, 1) tile_of_keys(const args a, const __grid_constant__ maps m)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char memory[];
     __shared__ int given;
-    walk w;
+    steps w;
     w.memory = (fg_shared(memory) + 1023) / 1024 * 1024;
     if (threadIdx.x == 0) {
         given = atomicAdd(a.next, 1);
@@ -574,15 +592,12 @@ template <class S> static __global__ void __launch_bounds__(384, 1) tile_of_keys
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    const int head = given / a.n_k, Hkv = (int)a.Hkv, group = (int)a.H / Hkv;
-    w.j = a.n_k - 1 - given % a.n_k;
-    w.b = head / Hkv, w.h = head % Hkv * group, w.h_end = w.h + group;
-    w.last = a.plain ? a.n_q - 1 : a.last[w.b * a.n_k + w.j];
-    w.i = w.template first<S>(a), w.count = 0;
+    w.begin(a, given);
+    w.count = 0;
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x < 32) load_role<S>(a, m, w);
-        else if (threadIdx.x == 32) add_role<S>(a, w);
+        else if (threadIdx.x < 64) add_role<S>(a, w);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         multiply_role<S>(a, w);
@@ -602,7 +617,7 @@ template <class S> static __global__ void __launch_bounds__(256) queries_store(c
     const int group = (int)threadIdx.x / 128;
     const float4 *from = a.sum_q + tile * (S::GQ / 16) + group * (S::GQ / 32) + threadIdx.x % 128;
     const bool any = a.turn[tile] > 0;
-    if (!any && threadIdx.x < S::QT / 64) a.rows[tile * (S::QT / 64) + threadIdx.x] = 0;
+    if (!any && threadIdx.x < S::QT / SOME) a.rows[tile * (S::QT / SOME) + threadIdx.x] = 0;
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         const float4 x = any ? from[n * 128] : make_float4(0, 0, 0, 0);

@@ -155,7 +155,7 @@ static __device__ __forceinline__ void update(const adam &a, const factors &f, f
 
 /* One parameter; its chunks are first .. first + chunks - 1 of the launch. */
 struct item { float *p, *m, *v; fg_in g; int64_t n; float decay; unsigned first; };
-enum { ITEMS = 56, CHUNK = 8 * ADAM_THREADS * 2 };       /* of a launch; elements of a block */
+enum { ITEMS = 56, CHUNK = 4 * ADAM_THREADS * 2 };       /* of a launch; elements of a block */
 struct items { item of[ITEMS]; int count; };
 
 static __global__ void __launch_bounds__(ADAM_THREADS)
@@ -172,20 +172,27 @@ adamw(const __grid_constant__ items list, adam a, const float *clip, const float
     a.decay = (double)t.decay;
     const factors f = factors_of(a, clip, lr, step);
     if (!isfinite(f.clip)) return;
+    const fg_in pi = { t.p, false }, mi = { t.m, false }, vi = { t.v, false };
     const int64_t start = (int64_t)(blockIdx.x - t.first) * CHUNK;
 #pragma unroll
     for (int u = 0; u < 2; u++) {
-        int64_t i = start + 8 * (u * ADAM_THREADS + (int64_t)threadIdx.x);
-        if (i + 8 <= t.n) {
-            const fg_raw8 raw = fg_load_raw8(t.g, i);
-            fg_vec8 pv = fg_load8(fg_in{ t.p, false }, i), mv = fg_load8(fg_in{ t.m, false }, i);
-            fg_vec8 vv = fg_load8(fg_in{ t.v, false }, i);
-            const fg_vec8 gv = fg_floats(t.g, raw);
+        int64_t i = start + 4 * (u * ADAM_THREADS + (int64_t)threadIdx.x);
+        if (i + 4 <= t.n) {
+            fg_some<4> raw[4];
+            float pv[4], mv[4], vv[4], gv[4];
+            raw[0].load(pi, i);
+            raw[1].load(mi, i);
+            raw[2].load(vi, i);
+            raw[3].load(t.g, i);
+            raw[0].floats(pi, pv);
+            raw[1].floats(mi, mv);
+            raw[2].floats(vi, vv);
+            raw[3].floats(t.g, gv);
 #pragma unroll
-            for (int j = 0; j < 8; j++) update(a, f, gv[j], &pv[j], &mv[j], &vv[j]);
-            fg_store8(fg_out{ t.p, false }, i, pv);
-            fg_store8(fg_out{ t.m, false }, i, mv);
-            fg_store8(fg_out{ t.v, false }, i, vv);
+            for (int j = 0; j < 4; j++) update(a, f, gv[j], &pv[j], &mv[j], &vv[j]);
+            fg_store_some<4>(fg_out{ t.p, false }, i, pv);
+            fg_store_some<4>(fg_out{ t.m, false }, i, mv);
+            fg_store_some<4>(fg_out{ t.v, false }, i, vv);
         } else
             for (; i < t.n; i++) update(a, f, t.g[i], &t.p[i], &t.m[i], &t.v[i]);
     }

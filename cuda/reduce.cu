@@ -8,7 +8,8 @@
 #include "rows.cuh"
 
 #define SUM_THREADS 256
-#define FEW_BLOCKS  528                          /* four for every multiprocessor of an H100 */
+#define FEW_BLOCKS  1056                         /* eight for every multiprocessor of an H100 */
+#define DOWN_BLOCKS 264                          /* of whole rows; more leave more partial sums */
 
 /* ---- sums ----------------------------------------------------------------------------------- */
 
@@ -23,15 +24,15 @@ static __host__ __device__ int64_t least(int64_t a, int64_t b) { return a < b ? 
 static int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t pieces_of(const pass *p) { return (p->S + p->length - 1) / p->length; }
 
-/* Threads side by side along N, each with `width` columns; the rest of the block stands below. */
+/* Threads side by side along N, each with `width` columns; `below` of them under each other.  Many
+ * rows: whole rows of x together; few: narrow blocks, more of them. */
 static int width_of(const pass *p) { return p->N % 8 == 0 ? 8 : 1; }
 static int side_of(const pass *p)
 {
-    const int most = p->S < 1024 ? 4 : 32;       /* few rows: narrow blocks, more of them */
-    int side = 1;
-    while (side < most && side * width_of(p) < p->N) side *= 2;
-    return side;
+    const int64_t across = p->N / width_of(p), most = p->S < 1024 ? 4 : SUM_THREADS;
+    return (int)least(across, most);
 }
+static int below_of(const pass *p) { return SUM_THREADS / side_of(p); }
 
 static int64_t length_of(const pass *p)
 {
@@ -39,9 +40,8 @@ static int64_t length_of(const pass *p)
     if (p->N == 1) {
         if (p->K < FEW_BLOCKS) pieces = least(FEW_BLOCKS / p->K, (p->S + 8191) / 8192);
     } else if (p->S >= 1024) {
-        const int64_t side = side_of(p), per = side * width_of(p), below = SUM_THREADS / side;
-        const int64_t blocks = p->K * ((p->N + per - 1) / per);
-        pieces = least(FEW_BLOCKS / greatest(blocks, 1), p->S / (below * 8));
+        const int64_t per = side_of(p) * width_of(p), blocks = p->K * ((p->N + per - 1) / per);
+        pieces = least(DOWN_BLOCKS / greatest(blocks, 1), p->S / (below_of(p) * 8));
     }
     pieces = greatest(1, pieces);
     return (p->S + pieces - 1) / pieces;
@@ -103,13 +103,13 @@ static __global__ void __launch_bounds__(fg_team_block<T>)
 sum_rows(fg_in x, fg_out y, int64_t count, int64_t S, int64_t length, fg_divisor pieces,
          float factor)
 {
-    constexpr int U = 4;
+    constexpr int U = T < 32 ? 1 : 4;
     const int64_t o = (int64_t)blockIdx.x * fg_team_rows<T> + threadIdx.x / T;
     const int64_t k = fg_divide(o, pieces), from = (o - k * pieces.d) * length;
     const int64_t to = from + length < S ? from + length : S;
     const fg_row r = fg_row_at(k * S + from, o < count ? k * S + to : k * S + from);
     const int lane = threadIdx.x % T;
-    float sum[U] = { 0 };
+    float sum[4] = { 0 };
     for (int64_t i = lane; i < r.eights; i += U * T) {
         fg_raw8 raw[U];
 #pragma unroll
@@ -128,12 +128,12 @@ sum_rows(fg_in x, fg_out y, int64_t count, int64_t S, int64_t length, fg_divisor
 
 /* y_(k,piece,n) = sum over the piece of S; V columns a thread. */
 template <int V>
-static __global__ void __launch_bounds__(SUM_THREADS, 4)
+static __global__ void __launch_bounds__(SUM_THREADS)
 sum_down(fg_in x, fg_out y, pass p, int64_t pieces, int64_t strips, int side, float factor)
 {
-    constexpr int U = 4;
+    constexpr int U = 8;
     __shared__ float part[SUM_THREADS * V];
-    const int column = threadIdx.x % side, row = threadIdx.x / side, below = SUM_THREADS / side;
+    const int column = threadIdx.x % side, row = threadIdx.x / side, below = blockDim.x / side;
     const int64_t strip = blockIdx.x % strips, o = blockIdx.x / strips;          /* o: k, piece */
     const int64_t k = o / pieces, from = (o - k * pieces) * p.length;
     const int64_t to = from + p.length < p.S ? from + p.length : p.S;
@@ -167,7 +167,7 @@ sum_down(fg_in x, fg_out y, pass p, int64_t pieces, int64_t strips, int side, fl
 #pragma unroll
     for (int j = 0; j < V; j++) part[(row * side + column) * V + j] = sum[j];
     __syncthreads();
-    for (int c = threadIdx.x; c < side * V; c += SUM_THREADS) {
+    for (int c = threadIdx.x; c < side * V; c += blockDim.x) {
         float all = part[c];
         for (int j = 1; j < below; j++) all += part[j * side * V + c];
         const int64_t m = strip * side * V + c;
@@ -194,10 +194,11 @@ static void launch_pass(fg_in x, fg_out y, const pass *p, float factor, cudaStre
     const int side = side_of(p), width = width_of(p);
     const int64_t pieces = pieces_of(p), strips = (p->N + side * width - 1) / (side * width);
     const unsigned blocks = (unsigned)(p->K * pieces * strips);
+    const int threads = side * below_of(p);
     if (width == 8)
-        sum_down<8><<<blocks, SUM_THREADS, 0, stream>>>(x, y, *p, pieces, strips, side, factor);
+        sum_down<8><<<blocks, threads, 0, stream>>>(x, y, *p, pieces, strips, side, factor);
     else
-        sum_down<1><<<blocks, SUM_THREADS, 0, stream>>>(x, y, *p, pieces, strips, side, factor);
+        sum_down<1><<<blocks, threads, 0, stream>>>(x, y, *p, pieces, strips, side, factor);
 }
 
 static void sum_all(const fg_exec *e, cudaStream_t stream, float factor)
@@ -399,11 +400,12 @@ static __global__ void __launch_bounds__(128) sums_before(running c, double *sum
         const double more = __shfl_up_sync(~0u, all, d);
         if (lane >= d) all += more;
     }
-    all -= sum;
+    double before = __shfl_up_sync(~0u, all, 1);         /* not all - sum: sums may be infinite */
+    if (lane == 0) before = 0;
     for (int64_t k = from; k < to; k++) {
         const double own = s[k * c.inner];
-        s[k * c.inner] = all;
-        all += own;
+        s[k * c.inner] = before;
+        before += own;
     }
 }
 static __global__ void __launch_bounds__(256)
@@ -419,13 +421,14 @@ static void cumsum_launch(const fg_exec *e, cudaStream_t stream)
 {
     const running c = running_of(&e->in_shape[0], (const struct fg_attr_cumsum *)e->attr);
     const int64_t columns = c.outer * c.inner;
-    double *sums = c.chunks > 1 ? (double *)e->scratch : nullptr;
     const fg_in x = fg_input_of(e, 0);
+    const fg_out y = fg_output_of(e, 0);
+    double *sums = c.chunks > 1 ? (double *)e->scratch : nullptr;
+    const unsigned blocks = fg_blocks(columns * c.chunks, 256);
     if (sums) {
-        chunk_sums<<<fg_blocks(columns * c.chunks, 256), 256, 0, stream>>>(c, x, sums);
+        chunk_sums<<<blocks, 256, 0, stream>>>(c, x, sums);
         sums_before<<<fg_blocks(columns, 4), 128, 0, stream>>>(c, sums);
     }
-    running_sums<<<fg_blocks(columns * c.chunks, 256), 256, 0, stream>>>(c, x, fg_output_of(e, 0),
-                                                                         sums);
+    running_sums<<<blocks, 256, 0, stream>>>(c, x, y, sums);
 }
 FG_KERNEL(cumsum) = { .launch = cumsum_launch, .scratch = cumsum_scratch };

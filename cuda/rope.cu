@@ -9,9 +9,8 @@
 #include "elementwise.cuh"
 
 #define THREADS 256                              /* also angles a block, so channels a block */
-#ifndef UNROLL
-#define UNROLL  3                                /* eights: 8 positions of 24 heads of 64 */
-#endif
+#define POSITIONS 4                              /* of a block, at most; measured on an H100 */
+#define UNROLL    2                              /* turns a thread has under way */
 
 struct geometry {
     const int32_t *first, *past;
@@ -40,7 +39,17 @@ static __device__ __forceinline__ void turn(float2 a, float *x, float *w)
     *w = fmaf(u, a.y, v * a.x);
 }
 
-/* Blocks: positions along x, channels along y; V channels a thread at once, WIDE: x may be f32. */
+/* Where a thread's j-th turn of a block is. */
+struct spot { int row, column, angle; };
+static __device__ __forceinline__ spot spot_of(const geometry &k, unsigned j, unsigned width, int V,
+                                               int channels, int64_t i0)
+{
+    const unsigned q = j / width, i = (j - q * width) * V, row = q / (unsigned)k.H;
+    return { (int)row, (int)((q - row * k.H) * 2 * k.half + i0 + i), (int)(row * channels + i) };
+}
+
+/* Blocks: positions along x, channels along y; V channels a thread at once, WIDE: x may be f32.
+ * The first loads are under way while the angles are made. */
 template <int V, bool WIDE>
 static __global__ void __launch_bounds__(THREADS, WIDE ? 3 : 4)
 rotate(geometry k, fg_in x, fg_out y, fg_matrix from, fg_matrix to)
@@ -49,33 +58,34 @@ rotate(geometry k, fg_in x, fg_out y, fg_matrix from, fg_matrix to)
     const int64_t row0 = (int64_t)blockIdx.x * k.positions, i0 = (int64_t)blockIdx.y * k.channels;
     const int channels = k.half - i0 < k.channels ? (int)(k.half - i0) : k.channels;
     const int positions = k.rows - row0 < k.positions ? (int)(k.rows - row0) : k.positions;
-    for (int j = threadIdx.x; j < positions * channels; j += THREADS)
-        angle[j] = angle_of(k, row0 + j / channels, i0 + j % channels);
-    __syncthreads();
-    const unsigned width = channels / V, heads = (unsigned)k.H, all = positions * heads * width;
-    for (unsigned j0 = threadIdx.x; j0 < all; j0 += UNROLL * THREADS) {
-        int row[UNROLL], first[UNROLL], column[UNROLL];
+    const unsigned width = channels / V, all = positions * (unsigned)k.H * width;
+    for (unsigned j0 = 0; j0 < all; j0 += UNROLL * THREADS) {
         fg_some<V, WIDE> a[UNROLL], b[UNROLL];
+        spot at[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            const unsigned j = j0 + u * THREADS, q = j / width, i = (j - q * width) * V;
+            const unsigned j = j0 + u * THREADS + threadIdx.x;
             if (j >= all) continue;
-            row[u] = (int)(q / heads);
-            column[u] = (int)((q - row[u] * heads) * 2 * k.half + i0 + i);
-            first[u] = row[u] * channels + (int)i;
-            a[u].load(x, from.at(row0 + row[u], column[u]));
-            b[u].load(x, from.at(row0 + row[u], column[u] + k.half));
+            at[u] = spot_of(k, j, width, V, channels, i0);
+            a[u].load(x, from.at(row0 + at[u].row, at[u].column));
+            b[u].load(x, from.at(row0 + at[u].row, at[u].column + k.half));
+        }
+        if (j0 == 0) {
+            const int j = threadIdx.x;
+            if (j < positions * channels)
+                angle[j] = angle_of(k, row0 + j / channels, i0 + j % channels);
+            __syncthreads();
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            if (j0 + u * THREADS >= all) continue;
+            if (j0 + u * THREADS + threadIdx.x >= all) continue;
             float v[V], w[V];
             a[u].floats(x, v);
             b[u].floats(x, w);
 #pragma unroll
-            for (int j = 0; j < V; j++) turn(angle[first[u] + j], &v[j], &w[j]);
-            fg_store_some<V>(y, to.at(row0 + row[u], column[u]), v);
-            fg_store_some<V>(y, to.at(row0 + row[u], column[u] + k.half), w);
+            for (int j = 0; j < V; j++) turn(angle[at[u].angle + j], &v[j], &w[j]);
+            fg_store_some<V>(y, to.at(row0 + at[u].row, at[u].column), v);
+            fg_store_some<V>(y, to.at(row0 + at[u].row, at[u].column + k.half), w);
         }
     }
 }
@@ -89,7 +99,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
                    .half = s->dim[3] / 2, .channels = THREADS, .positions = 1, .step = 0,
                    .inverse = a->inverse };
     if (k.half < THREADS) k.channels = (int)k.half;
-    k.positions = THREADS / k.channels < 8 ? THREADS / k.channels : 8;
+    k.positions = THREADS / k.channels < POSITIONS ? THREADS / k.channels : POSITIONS;
     k.step = -log2(a->base) / (double)k.half;
     const dim3 blocks(fg_blocks(k.rows, k.positions), fg_blocks(k.half, k.channels));
     const fg_in x = fg_input_of(e, 0);

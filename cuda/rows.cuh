@@ -110,7 +110,7 @@ template <int T> static __device__ __forceinline__ fg_exp_sum fg_team_exp_sum(fg
 template <int T>
 static __device__ __forceinline__ fg_exp_sum fg_row_exp_sum(const fg_in &x, const fg_row &r)
 {
-    constexpr int U = 4;
+    constexpr int U = T < 32 ? 1 : 4;
     const int lane = threadIdx.x % T;
     fg_exp_sum a = { -INFINITY, 0 };
     for (int64_t k = lane; k < r.eights; k += U * T) {

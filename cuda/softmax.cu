@@ -1,8 +1,8 @@
 /* softmax.cu - ops/softmax.c on a GPU: softmax and ln-sum-exp of rows, the causal mask of attention
  * scores.
  *
- * Bytes: every tensor once.  A row of up to 16376 elements stays in registers; of a longer one x is
- * read a second time, mostly from the second-level cache.  A row of -inf alone gives
+ * Bytes: every tensor once.  A row of up to about 16000 elements stays in registers; a longer one
+ * is read a second time, mostly from the second-level cache.  A row of -inf alone gives
  * softmax 0 and log_sum_exp -inf; NaN goes through. */
 #include "rows.cuh"
 

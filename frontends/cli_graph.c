@@ -48,10 +48,8 @@ static int plan_graphs(const cli_graph_wish *w, const cli_model *m, made *x)
     x->backend = cli_backend(w->c, &status);
     if (!x->backend) return status;
     if (w->run) x->store = cli_store(w->c, m, x->backend, x->graph[0], &status);
-    else {
-        x->store = fg_store_new(x->backend);
-        if (x->store) cli_precision(w->c, x->store, x->backend);
-    }
+    else x->store = fg_store_new(x->backend);
+    if (x->store) cli_precision(w->c, x->store, x->backend);
     if (status) return status;
     for (int i = 0; i < 2 && x->graph[i]; i++) {
         x->plan[i] = x->store ? fg_plan_new(x->graph[i], x->store) : NULL;

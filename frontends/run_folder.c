@@ -239,7 +239,8 @@ static void add_facts(fg__text *t, const fg_graph *g)
     fg__text_add(t, "{");
     for (; fg_graph_fact_at(g, n, &key, &json); n++) {
         add_key(t, n, "    ", key);
-        fg__text_add(t, "%s", json);
+        if (strstr(json, "Infinity")) add_string(t, json);     /* no JSON but Python's: as text */
+        else fg__text_add(t, "%s", json);
     }
     fg__text_add(t, n ? "\n  }" : "}");
 }

@@ -718,6 +718,17 @@ function findPath(a, b) {
   }
   return null;
 }
+/* The way back from a node: of its inputs each time the one with the greatest value. */
+function ancestors(k) {
+  const way = [k];
+  const most = x => { const s = D.stats[V.stats[x]]; return s ? (s[4] ? Infinity : Math.max(Math.abs(s[0]), Math.abs(s[1]))) : -1; };
+  while (way.length < 40) {
+    const from = N.in[way[0]].filter(x => x >= 0 && V.maker[x] >= 0).sort((p, q) => most(q) - most(p))[0];
+    if (from === undefined) break;
+    way.unshift(V.maker[from]);
+  }
+  return way;
+}
 let pathFrom = -1;
 function pathTo(k) {
   const way = findPath(pathFrom, k);
@@ -882,7 +893,11 @@ function boxInfo(to, b) {
     ['inputs', bytes(p[5]), 1], ['arena', bytes(p[2]), 1], ['scratch', bytes(p[6]), 1], ['total', bytes(p[7]), 1]]));
   if (D.errors.length) section(to, 'errors', ...D.errors.map(k => link(S[N.error[k]].split('\n')[0],
     () => select('node', k, { reveal: true }))));
-  if (D.firstBad >= 0) section(to, 'first value that is not finite', goNode(D.firstBad));
+  if (D.firstBad >= 0) section(to, 'first value that is not finite', goNode(D.firstBad),
+    el('button', 'where it comes from', { type: 'button', onclick: () => {
+      state.path = ancestors(D.firstBad);
+      select('node', D.firstBad, { reveal: true, path: true });
+    } }));
   if (state.heat !== 'none') {
     const top = [...Array(nNodes).keys()].sort((p, q) => heat(q, state.heat) - heat(p, state.heat)).slice(0, 10);
     section(to, 'ten largest, ' + state.heat, ...top.map(k => {

@@ -304,7 +304,7 @@ static void data(page *p)
     fg__view_say(&p->out, ",\"heat\":\"%s\",\"depth\":%d,\"focus\":%d,\"memory\":%s,\"timed\":%s,"
                  "\"seen\":%s,\"has\":[%s,%s,%s]},\n", fg_heat_name(p->o->heat), p->o->depth,
                      (int)focus,
-                 p->o->memory && v->planned ? "true" : "false", v->timed ? "true" : "false",
+                 v->planned ? "true" : "false", v->timed ? "true" : "false",
                  v->seen ? "true" : "false", v->has[0] ? "true" : "false",
                  v->has[1] ? "true" : "false", v->has[2] ? "true" : "false");
     nodes(p);

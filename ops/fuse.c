@@ -5,6 +5,7 @@
  *                                              gradients: one product for x, one for all weights
  *   rms_norm(a + b, w)                         add_rms_norm(a, b, w)
  *   rms_norm_grad(...) + r                     rms_norm_grad(..., more = r)
+ *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
  *
  * Rules compute the same sums, in another order at most: what a plan shows is what it runs. */
 #include <stdlib.h>
@@ -312,11 +313,65 @@ static void fuse_norm_grad_add(fg_rewrite *r, uint32_t k)
     }
 }
 
+/* ---- sums of padded parts ------------------------------------------------------------------- */
+
+typedef struct { fg_tensor gy; int axis; int64_t start, stop, extent; } part;
+
+/* The slice_grads that node k, an add, sums up by way of other adds; -1 if there is anything else. */
+static int list_parts(const fg_rewrite *r, uint32_t v, part *parts, int n, bool top)
+{
+    const fg_node *m = maker(r, v);
+    if (!m || n < 0 || (!top && fg__uses(r, v) != 1)) return -1;
+    if (is_op(m, FG_OP_add)) {
+        for (int i = 0; i < 2; i++) n = list_parts(r, fg__now(r, m->in[i]), parts, n, false);
+        return n;
+    }
+    if (!is_op(m, FG_OP_slice_grad) || n == GROUP_MAX) return -1;
+    const struct fg_attr_slice_grad *a = m->attr;
+    const fg_tensor gy = fg__now_tensor(r, m->in[0]);
+    parts[n] = (part){ gy, a->axis, a->start, a->start + fg_dim(gy, a->axis), a->extent };
+    return n + 1;
+}
+
+static int by_start(const void *a, const void *b)
+{
+    const part *x = a, *y = b;
+    return (x->start > y->start) - (x->start < y->start);
+}
+
+/* Gradients of all spans of one tensor, each padded with zeros and summed, are these spans joined. */
+static void join_parts(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    part parts[GROUP_MAX];
+    const fg_tensor sum = fg__now_tensor(r, g->nodes[k].out[0]);
+    const int n = list_parts(r, sum.id, parts, 0, true);
+    if (n < 2) return;
+    qsort(parts, (size_t)n, sizeof *parts, by_start);
+    int64_t at = 0;
+    for (int i = 0; i < n; i++) {
+        if (parts[i].start != at || parts[i].axis != parts[0].axis) return;
+        at = parts[i].stop;
+    }
+    if (at != parts[0].extent) return;
+    const uint32_t first = fg__build_as(r, k);
+    fg_tensor all = as_type(parts[0].gy, sum);
+    for (int i = 1; i < n; i++) {
+        const fg_tensor next = as_type(parts[i].gy, sum);
+        all = fg_concat(all, next, parts[0].axis);
+    }
+    fg__built(r, k, first);
+    fg__instead(r, sum.id, all);
+    fg__take_slot(r, k, all);
+}
+
 void fg__fuse(fg_rewrite *r)
 {
     fg_graph *g = r->g;
     uint8_t *done = calloc((size_t)r->n_nodes + 1, 1);
     if (!done) { fg__out_of_memory(g); return; }
+    for (uint32_t k = r->n_nodes; k-- > 0 && !g->status; )   /* the last sum first: it has all parts */
+        if (is_op(&g->nodes[k], FG_OP_add)) join_parts(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_linear)) merge_linears(r, k, done);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)

@@ -72,6 +72,12 @@ fg_status fg__check_sequence(fg_infer *c, int first, int past);
 
 /* x [B,T,...] written at s.past of a state [B,s.capacity,...]: the whole cache. */
 fg_tensor fg__cache(fg_loc at, fg_tensor x, const char *what, fg_sequence s);
+/* A state of that shape: what a layer keeps between calls. */
+fg_tensor fg__cache_state(fg_loc at, fg_graph *g, const char *what, fg_dtype t, fg_shape s);
+/* Such a state takes a new value of its own shape. */
+fg_tensor fg__cache_put(fg_loc at, fg_tensor state, fg_tensor value);
+/* rows [B,K,...] becomes the last K rows of rows followed by x [B,T,...]. */
+fg_tensor fg__cache_rows(fg_loc at, fg_tensor rows, fg_tensor x);
 /* A state [B,...] for one row of x [B,T,...]; fg__cache_last then makes it x's last row. */
 fg_tensor fg__cache_row(fg_loc at, fg_tensor x, const char *what);
 fg_tensor fg__cache_last(fg_loc at, fg_tensor last, fg_tensor x);

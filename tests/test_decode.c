@@ -64,6 +64,53 @@ static fg_tensor transformer_shared_keys(fg_tensor tokens)
     return transformer_lm(tokens, &c);
 }
 
+static fg_tensor hgrn2(fg_tensor tokens)
+{
+    const hgrn2_config c = hgrn2_lm_config(V, 48, 2, 12);
+    return hgrn2_lm(tokens, &c);
+}
+
+static fg_tensor delta_net(fg_tensor tokens)
+{
+    const delta_net_config c = delta_net_lm_config(V, 48, 2, 3);
+    return delta_net_lm(tokens, &c);
+}
+
+static fg_tensor mamba2(fg_tensor tokens)
+{
+    mamba2_config c = mamba2_lm_config(V, 48, 2, 4);
+    c.state_size = 10;
+    return mamba2_lm(tokens, &c);
+}
+
+/* Two groups, a wide kernel without bias, limits of dt. */
+static fg_tensor mamba2_groups(fg_tensor tokens)
+{
+    mamba2_config c = mamba2_lm_config(V, 48, 2, 6);
+    c.state_size = 17;
+    c.n_groups = 2;
+    c.conv_kernel = 7;
+    c.no_conv_bias = true;
+    c.time_step_low = 0.005;
+    c.time_step_high = 0.5;
+    return mamba2_lm(tokens, &c);
+}
+
+static fg_tensor hybrid(fg_tensor tokens)
+{
+    fg_graph *g = tokens.graph;
+    mamba2_config scan = mamba2_lm_config(V, 48, 2, 4);
+    const fox_config attention = fox_pro_config(V, 48, 2, 3);
+    scan.state_size = 8;
+    fg_tensor x = fg_nn_embed(tokens, "embed", V, 48);
+    for (int i = 0; i < 3; i++) {
+        fg_scope_push(g, fg_name(g, "layers.%d", i));
+        x = i == 1 ? fox_block(x, &attention) : mamba2_block(x, &scan);
+        fg_scope_pop(g);
+    }
+    return fg_nn_linear(fg_nn_norm(x, "norm", 0), "head", V);
+}
+
 struct family { const char *name; fg_tensor (*build)(fg_tensor tokens); };
 static const struct family families[] = {
     { "fox_llama", fox_llama },
@@ -74,6 +121,11 @@ static const struct family families[] = {
     { "transformer", transformer },
     { "transformer_window", transformer_window },
     { "transformer_shared_keys", transformer_shared_keys },
+    { "hgrn2", hgrn2 },
+    { "delta_net", delta_net },
+    { "mamba2", mamba2 },
+    { "mamba2_groups", mamba2_groups },
+    { "hybrid", hybrid },
 };
 enum { FAMILIES = sizeof families / sizeof families[0] };
 

@@ -11,7 +11,8 @@ for i in $(seq 3000); do
 done >"$work/text"
 
 compared=0
-for model in fox_pro_tiny fox_llama_ops transformer_tiny; do
+for model in fox_pro_tiny fox_llama_ops transformer_tiny mamba2_tiny hybrid hgrn2_tiny \
+    delta_net_tiny; do
     source=$here/models/examples/$model.c
     for build in "$a" "$b"; do
         cc=$(sed -n 's/^CMAKE_C_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")
@@ -42,4 +43,4 @@ for model in fox_pro_tiny fox_llama_ops transformer_tiny; do
     echo "ok: $model: $(wc -l <"$work/$x.dump") lines of graph, losses $losses"
     compared=$((compared + 1))
 done
-[ $compared = 3 ]
+[ $compared = 5 ]
