@@ -424,6 +424,19 @@ static uint64_t hash_input(const fg_view *v, const view_box *b, int32_t mark, in
     return y->kind == VIEW_PARAM || y->kind == VIEW_STATE ? hash_name(h, y->name, b->path) : h;
 }
 
+/* Attributes, but not where a span of a value from outside the box lies, or whose gradient goes
+ * there: blocks that take each a row of one table are equal. */
+static uint64_t hash_attrs(const fg_view *v, const view_box *b, const view_node *n, uint64_t h)
+{
+    const bool span = !strcmp(n->op, "slice") && n->n_in > 0 && n->in[0] >= 0;
+    const int32_t maker = span ? v->value[n->in[0]].maker : -1;
+    const bool outside = (span && (maker < 0 || !fg__view_inside(v, b, maker))) ||
+                         !strcmp(n->op, "slice_grad");
+    for (const fg_json_value *a = n->attrs ? n->attrs->first : NULL; a; a = a->next)
+        if (!outside || (strcmp(a->key, "start") && strcmp(a->key, "stop"))) h = hash_json(h, a);
+    return h;
+}
+
 static void hash_box(fg_view *v, int32_t at, outsiders *o, const bool *output)
 {
     view_box *b = &v->box[at];
@@ -440,7 +453,7 @@ static void hash_box(fg_view *v, int32_t at, outsiders *o, const bool *output)
     for (int32_t i = b->first; i < b->end; i++) {
         const view_node *k = &v->node[v->drawn[i]];
         h = mix_text(mix(h, (uint64_t)k->pass), k->op, strlen(k->op));
-        h = hash_json(mix(h, k->recomputed), k->attrs);
+        h = hash_attrs(v, b, k, mix(h, k->recomputed));
         h = mix_text(h, k->error, strlen(k->error));
         h = mix(h, (uint64_t)(v->at[k->home] - b->first));
         for (int j = 0; j < k->n_in; j++) h = hash_input(v, b, at + 1, k->in[j], o, h);
