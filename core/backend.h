@@ -1,4 +1,4 @@
-/* backend.h - what a device offers: nine functions, each with one line of contract. */
+/* backend.h - what a device offers: functions, each with one line of contract. */
 #ifndef FG_BACKEND_H
 #define FG_BACKEND_H
 #include "op.h"
@@ -16,6 +16,20 @@ typedef struct fg_backend_ops {
     fg_status    (*launch)(fg_backend *b, const fg_op *op, const fg_exec *e);
     fg_status    (*sync)(fg_backend *b);
     void         (*close)(fg_backend *b);
+    /* The rest may be NULL.  May input (output) i of op be columns of a wider matrix? */
+    bool         (*pitched)(fg_backend *b, const fg_op *op, int i, bool output);
+    /* download, done by the time sync returns. */
+    fg_status    (*download_later)(fg_backend *b, void *to, const void *from, int64_t count,
+                                   fg_dtype t);
+    /* Launches between record and recorded are kept instead of run; replay runs them all. */
+    fg_status    (*record)(fg_backend *b);
+    fg_status    (*recorded)(fg_backend *b, void **recording);
+    fg_status    (*replay)(fg_backend *b, void *recording);
+    void         (*forget)(fg_backend *b, void *recording);
+    /* Puts the i-th mark between two launches; after sync, elapsed gives seconds from i to j. */
+    fg_status    (*mark)(fg_backend *b, int i);
+    double       (*elapsed)(fg_backend *b, int i, int j);
+    size_t       (*memory)(fg_backend *b, size_t *total);     /* bytes free, and in all */
 } fg_backend_ops;
 
 struct fg_backend {
@@ -23,6 +37,8 @@ struct fg_backend {
     char      name[32], message[400];
     fg_status status;
     int       threads;
+    bool      fuses;                     /* graphs are fused for it (ops/fuse.c) */
+    char      device[128];               /* what the device calls itself */
     size_t    size_of[FG_DTYPE_COUNT];   /* bytes of an element on the device */
     void     *impl;
 };

@@ -2,12 +2,14 @@
  *
  * f32 and bf16 tensors are kept as fg_real; a bf16 result is rounded to bf16 after its node, so a
  * bf16 graph on the CPU is an oracle for the same graph on a GPU. */
+#define _GNU_SOURCE                      /* dladdr */
 #include <dlfcn.h>
 #include <omp.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include "backend.h"
 
 fg_status fg__backend_fail(fg_backend *b, fg_status s, const char *fmt, ...)
@@ -107,8 +109,9 @@ static void cpu_close(fg_backend *b) { (void)b; }
 void fg__cpu_open(fg_backend *b)
 {
     static const fg_backend_ops ops = {
-        cpu_alloc, cpu_free, cpu_upload, cpu_download, cpu_clear, cpu_unfit, cpu_scratch,
-        cpu_launch, cpu_sync, cpu_close,
+        .alloc = cpu_alloc, .free = cpu_free, .upload = cpu_upload, .download = cpu_download,
+        .clear = cpu_clear, .unfit = cpu_unfit, .scratch = cpu_scratch, .launch = cpu_launch,
+        .sync = cpu_sync, .close = cpu_close,
     };
     b->ops = &ops;
     if (b->threads <= 0) b->threads = omp_get_max_threads();
@@ -117,20 +120,49 @@ void fg__cpu_open(fg_backend *b)
 }
 
 /* Other devices live in shared objects of their own, so that one install runs on machines without
- * their drivers. */
+ * their drivers: beside this library, or where the loader looks. */
+static void *open_beside(const char *file)
+{
+    Dl_info here;
+    char path[4096];
+    void *self = NULL;
+    *(fg_backend *(**)(const char *, int))&self = fg_backend_open;
+    if (!dladdr(self, &here) || !here.dli_fname) return NULL;
+    const char *slash = strrchr(here.dli_fname, '/');
+    const int folder = slash ? (int)(slash - here.dli_fname) + 1 : 0;
+    const int n = snprintf(path, sizeof path, "%.*s%s", folder, here.dli_fname, file);
+    struct stat st;
+    if (!folder || n < 0 || (size_t)n >= sizeof path || stat(path, &st)) return NULL;
+    return dlopen(path, RTLD_NOW | RTLD_LOCAL);
+}
+
 static void open_loaded(fg_backend *b, const char *kind)
 {
     char file[64];
+    void *driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+    if (!driver) {                       /* cheaper to find out than by loading the backend */
+        fg__backend_fail(b, FG_ERR_DEVICE, "no %s backend: the NVIDIA driver (libcuda.so.1) is not "
+                         "there", kind);
+        return;
+    }
+    dlclose(driver);
     snprintf(file, sizeof file, "libfox-graph-%s.so", kind);
-    void *so = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+    dlerror();
+    void *so = open_beside(file);
+    const char *why = dlerror();
+    if (!so && !why) {
+        so = dlopen(file, RTLD_NOW | RTLD_LOCAL);
+        why = dlerror();
+    }
     if (!so) {
-        fg__backend_fail(b, FG_ERR_DEVICE, "no %s backend: %s", kind, dlerror());
+        fg__backend_fail(b, FG_ERR_DEVICE, "no %s backend: %s", kind, why ? why : file);
         return;
     }
     char symbol[64];
     snprintf(symbol, sizeof symbol, "fg__%s_open", kind);
     void (*open)(fg_backend *) = NULL;
     *(void **)&open = dlsym(so, symbol);
+    if (b->threads <= 0) b->threads = omp_get_max_threads();      /* for work on the host */
     if (open) open(b);
     else fg__backend_fail(b, FG_ERR_DEVICE, "no %s backend: %s lacks %s", kind, file, symbol);
 }
@@ -166,4 +198,10 @@ const char *fg_backend_message(const fg_backend *b)
     return !b ? fg_status_text(FG_ERR_MEMORY) : b->status ? b->message : fg_status_text(FG_OK);
 }
 const char *fg_backend_name(const fg_backend *b) { return b ? b->name : "none"; }
+const char *fg_backend_device(const fg_backend *b) { return b ? b->device : ""; }
+size_t      fg_backend_memory(fg_backend *b, size_t *total)
+{
+    *total = 0;
+    return b && b->ops && b->ops->memory ? b->ops->memory(b, total) : 0;
+}
 int         fg_backend_threads(const fg_backend *b) { return b ? b->threads : 0; }

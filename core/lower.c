@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "plan.h"
+#include "rewrite.h"
 
 void fg__infer_of(const fg_graph *g, const fg_node *n, fg_infer *c)
 {
@@ -20,11 +21,17 @@ void fg__infer_of(const fg_graph *g, const fg_node *n, fg_infer *c)
     }
 }
 
+/* What a pass over the graph does: gives every value its dtype in bf16; copies it for fusing; puts
+ * definitions where there is no kernel. */
+enum { NARROW, FUSE, DEFINE };
+
 typedef struct {
     const fg_graph *from;
     fg_graph *to;
     uint32_t *value, *node;              /* from -> to */
     uint32_t *table, cap;                /* equal nodes: hash -> node of `to` + 1 */
+    int stage;
+    uint32_t *casts, cap_casts; /* per value of `to`: itself in the other dtype, 0 if none */
     bool again;                         /* a definition was put in: its nodes must be lowered too */
 } lowering;
 
@@ -36,15 +43,27 @@ static uint64_t mix(uint64_t h, uint64_t x)
 
 static uint64_t node_hash(const fg_node *n)
 {
-    uint64_t h = mix((uint64_t)(uintptr_t)n->op, (uint64_t)n->pass);
+    uint64_t h = mix((uint64_t)(uintptr_t)n->op, 0);
     for (int i = 0; i < n->n_in; i++) h = mix(h, n->in[i]);
     for (size_t i = 0; i < n->op->attr_size; i++) h = mix(h, ((const unsigned char *)n->attr)[i]);
     return h ^ (h >> 31);
 }
 
-static bool node_equal(const fg_node *a, const fg_node *b)
+/* What is made of weights alone may be shared by the passes: that prolongs no activation's life. */
+static bool of_weights(const fg_graph *g, const fg_node *n, int depth)
 {
-    return a->op == b->op && a->pass == b->pass && a->n_in == b->n_in &&
+    for (int i = 0; i < n->n_in; i++) {
+        const fg_value *v = &g->values[n->in[i]];
+        if (!n->in[i] || v->kind == FG_OF_PARAM) continue;
+        if (v->kind != FG_OF_NODE || depth > 2 * FG_MAX_IN) return false;
+        if (!of_weights(g, &g->nodes[v->node], depth + 1)) return false;
+    }
+    return true;
+}
+
+static bool node_equal(const fg_graph *g, const fg_node *a, const fg_node *b)
+{
+    return a->op == b->op && (a->pass == b->pass || of_weights(g, a, 0)) && a->n_in == b->n_in &&
            a->recomputed == b->recomputed &&
            !memcmp(a->in, b->in, sizeof *a->in * (size_t)a->n_in) &&
            !memcmp(a->attr, b->attr, a->op->attr_size);
@@ -96,6 +115,92 @@ static bool inputs_there(lowering *w, const fg_node *n)
     return true;
 }
 
+/* What is built until leave_node belongs to node n of `from`. */
+static void enter_node(lowering *w, const fg_node *n)
+{
+    fg_graph *h = w->to;
+    h->scope = n->scope;
+    h->pass = n->pass;
+    h->forward_at = n->at;
+    h->pair = n->pair == FG_NO_NODE ? FG_NO_NODE : w->node[n->pair];
+}
+
+static void leave_node(lowering *w, const fg_node *n, uint32_t first)
+{
+    fg_graph *h = w->to;
+    for (uint32_t i = first; i < h->n_nodes; i++) {
+        h->nodes[i].at = n->at;
+        h->nodes[i].recomputed = n->recomputed;
+    }
+    h->scope = 0;
+    h->pass = FG_PASS_FORWARD;
+    h->pair = FG_NO_NODE;
+}
+
+static uint32_t cast_to(lowering *w, uint32_t v, fg_dtype t)
+{
+    const fg_dtype is = w->to->values[v].type;
+    return is == t || is == FG_I32 ? v : fg__cast((fg_tensor){ w->to, v }, t).id;
+}
+
+/* The same, once for every value: what is cast in the forward pass serves the backward pass too. */
+static uint32_t cast_once(lowering *w, uint32_t v, fg_dtype t)
+{
+    const fg_dtype is = w->to->values[v].type;
+    if (is == t || is == FG_I32) return v;
+    if (v < w->cap_casts && w->casts[v]) return w->casts[v];
+    const uint32_t cast = cast_to(w, v, t), n = w->to->n_values + w->to->n_values / 4;
+    if (v >= w->cap_casts) {
+        uint32_t *more = realloc(w->casts, n * sizeof *more);
+        if (!more) { fg__out_of_memory(w->to); return v; }
+        memset(more + w->cap_casts, 0, (n - w->cap_casts) * sizeof *more);
+        w->casts = more;
+        w->cap_casts = n;
+    }
+    return w->casts[v] = cast;
+}
+
+/* n has its inputs in `to`: casts those that its op wants in another dtype. */
+static void cast_inputs(lowering *w, fg_node *n)
+{
+    const fg_bf16_rule *r = &n->op->code->bf16;
+    const uint32_t first = w->to->n_nodes;
+    enter_node(w, n);
+    for (int i = 0; i < n->n_in; i++) {
+        if (!n->in[i]) continue;
+        if (r->narrow_in >> i & 1) n->in[i] = cast_once(w, n->in[i], FG_BF16);
+        if (r->wide_in >> i & 1) n->in[i] = cast_once(w, n->in[i], FG_F32);
+    }
+    leave_node(w, n, first);
+}
+
+static fg_dtype widest(const fg_graph *h, const fg_node *n, fg_dtype otherwise)
+{
+    fg_dtype t = FG_I32;
+    for (int i = 0; i < n->n_in; i++) {
+        const fg_dtype is = n->in[i] ? h->values[n->in[i]].type : FG_I32;
+        if (is == FG_F32 || (is == FG_BF16 && t == FG_I32)) t = is;
+    }
+    return t == FG_I32 ? otherwise : t;
+}
+
+/* The dtype of output o in bf16; n has its inputs in `to`, `was` is the dtype in f32. */
+static fg_dtype narrowed(lowering *w, const fg_node *n, int o, fg_dtype was)
+{
+    const fg_bf16_rule *r = &n->op->code->bf16;
+    fg_value *values = w->to->values;
+    if (was == FG_I32 || r->as_inferred) return was;
+    if (o < fg__overwritten(n)) {
+        fg_value *state = &values[n->in[o]];
+        if (r->like[o] && state->kind == FG_OF_STATE)
+            state->type = values[n->in[r->like[o] - 1]].type;
+        return state->type;
+    }
+    if (r->like[o] && n->in[r->like[o] - 1]) return values[n->in[r->like[o] - 1]].type;
+    return r->narrow_out >> o & 1 ? FG_BF16 : r->wide_out >> o & 1 ? FG_F32
+         : widest(w->to, n, was);
+}
+
 static bool keep_node(lowering *w, uint32_t k)
 {
     fg_graph *h = w->to;
@@ -103,13 +208,14 @@ static bool keep_node(lowering *w, uint32_t k)
     const bool fresh = n.op->code->memory != FG_MUTATE && !n.recomputed;
     if (!inputs_there(w, &n)) return false;
     for (int i = 0; i < n.n_in; i++) n.in[i] = n.in[i] ? w->value[n.in[i]] : 0;
+    if (w->stage == NARROW) cast_inputs(w, &n);
     n.attr = fg__copy_attr(h, n.op, n.attr);
-    if (!n.attr) return false;
+    if (!n.attr || h->status) return false;
     n.pair = n.pair == FG_NO_NODE ? FG_NO_NODE : w->node[n.pair];
     uint32_t at = (uint32_t)node_hash(&n) & (w->cap - 1);
     for (; fresh && w->table[at]; at = (at + 1) & (w->cap - 1)) {
         const uint32_t twin = w->table[at] - 1;
-        if (!node_equal(&h->nodes[twin], &n)) continue;
+        if (!node_equal(h, &h->nodes[twin], &n)) continue;
         for (int o = 0; o < n.n_out; o++) w->value[n.out[o]] = h->nodes[twin].out[o];
         w->node[k] = twin;
         return true;
@@ -117,6 +223,7 @@ static bool keep_node(lowering *w, uint32_t k)
     for (int o = 0; o < n.n_out; o++) {
         fg_value v = w->from->values[n.out[o]];
         v.node = h->n_nodes;
+        if (w->stage == NARROW) v.type = narrowed(w, &n, o, v.type);
         const uint32_t id = fg__new_value(h, v);
         if (!id) return false;
         w->value[n.out[o]] = id;
@@ -135,19 +242,12 @@ static bool define_node(lowering *w, uint32_t k)
     if (!inputs_there(w, n)) return false;
     for (int i = 0; i < n->n_in; i++)
         if (n->in[i]) in[i] = (fg_tensor){ h, w->value[n->in[i]] };
-    h->scope = n->scope;
-    h->pass = n->pass;
-    h->forward_at = n->at;
-    h->pair = n->pair == FG_NO_NODE ? FG_NO_NODE : w->node[n->pair];
     const uint32_t first = h->n_nodes;
+    enter_node(w, n);
     n->op->code->decompose(in, n->attr, out);
-    for (uint32_t i = first; i < h->n_nodes; i++) {
-        h->nodes[i].at = n->at;
-        h->nodes[i].recomputed = n->recomputed;
-    }
-    h->scope = 0;
-    h->pass = FG_PASS_FORWARD;
-    h->pair = FG_NO_NODE;
+    for (int o = 0; o < n->n_out; o++)       /* a definition may end in another dtype than its op */
+        if (fg_ok(out[o])) out[o].id = cast_to(w, out[o].id, w->from->values[n->out[o]].type);
+    leave_node(w, n, first);
     for (int o = 0; o < n->n_out; o++) w->value[n->out[o]] = fg_ok(out[o]) ? out[o].id : 0;
     w->node[k] = h->n_nodes > first ? h->n_nodes - 1 : FG_NO_NODE;
     w->again = true;
@@ -174,7 +274,7 @@ static int list_roots(const fg_graph *g, uint32_t *roots)
         if (g->values[g->outputs[i].id].node != FG_NO_NODE)
             roots[n_roots++] = g->values[g->outputs[i].id].node;
     for (uint32_t k = 0; k < g->n_nodes; k++)
-        if (g->nodes[k].op->code->memory == FG_MUTATE)
+        if (g->nodes[k].op->code->memory == FG_MUTATE && !g->nodes[k].dropped)
             marks[n++] = (fg_mark){ overwritten(g, k), k };
     if (n) qsort(marks, n, sizeof *marks, by_name);
     for (uint32_t i = 0; i < n; i++) roots[n_roots++] = marks[i].id;
@@ -194,7 +294,7 @@ static bool lower_nodes(lowering *w, fg_backend *b)
         fg_infer c;
         const fg_node *node = &g->nodes[order[i]];
         fg__infer_of(g, node, &c);
-        const char *why = b->ops->unfit(b, node->op, &c);
+        const char *why = w->stage != DEFINE ? NULL : b->ops->unfit(b, node->op, &c);
         ok = why && node->op->code->decompose ? define_node(w, order[i]) : keep_node(w, order[i]);
     }
     free(roots);
@@ -202,9 +302,10 @@ static bool lower_nodes(lowering *w, fg_backend *b)
     return ok;
 }
 
-static fg_graph *lower_once(const fg_graph *g, fg_backend *b, uint32_t *value, bool *again)
+static fg_graph *lower_once(const fg_graph *g, fg_backend *b, uint32_t *value, int stage,
+                            bool *again)
 {
-    lowering w = { .from = g, .to = fg_graph_new(), .value = value, .cap = 64 };
+    lowering w = { .from = g, .to = fg_graph_new(), .value = value, .cap = 64, .stage = stage };
     while (w.cap < 2 * g->n_nodes + 2) w.cap *= 2;
     w.table = calloc(w.cap, sizeof *w.table);
     w.node = malloc(((size_t)g->n_nodes + 1) * sizeof *w.node);
@@ -218,13 +319,30 @@ static fg_graph *lower_once(const fg_graph *g, fg_backend *b, uint32_t *value, b
     }
     free(w.table);
     free(w.node);
+    free(w.casts);
     *again = w.again;
     if (!ok && w.to && w.to->status != FG_OK && w.to->status != FG_ERR_MEMORY) return w.to;
     if (!ok) { fg_graph_free(w.to); return NULL; }
     return w.to;
 }
 
-fg_graph *fg__lower(const fg_graph *g, fg_backend *b, uint32_t **map)
+static bool fuse(fg_graph *g, uint32_t *map, uint32_t n_map)
+{
+    fg_rewrite r;
+    const bool ok = fg__rewrite_open(&r, g);
+    if (ok) {
+        fg__fuse(&r);
+        fg__rewrite_close(&r);
+        for (uint32_t v = 0; v < n_map; v++) map[v] = fg__now(&r, map[v]);
+    }
+    free(r.now);
+    free(r.uses);
+    return ok && g->status != FG_ERR_MEMORY;
+}
+
+/* First dtypes, if the graph is to be narrowed; then fused ops, on a device that has them; then
+ * definitions, until every node has a kernel. */
+fg_graph *fg__lower(const fg_graph *g, fg_backend *b, fg_dtype precision, uint32_t **map)
 {
     *map = malloc(g->n_values * sizeof **map);
     if (!*map) return NULL;
@@ -232,13 +350,17 @@ fg_graph *fg__lower(const fg_graph *g, fg_backend *b, uint32_t **map)
     const fg_graph *from = g;
     fg_graph *to = NULL;
     bool again = true;
-    for (int depth = 0; again && depth < 8; depth++) {
+    int stage = precision == FG_BF16 ? NARROW : b->fuses ? FUSE : DEFINE;
+    for (int depth = 0; again && depth < 10; depth++) {
         uint32_t *value = malloc(from->n_values * sizeof *value);
-        to = value ? lower_once(from, b, value, &again) : NULL;
+        to = value ? lower_once(from, b, value, stage, &again) : NULL;
         for (uint32_t v = 0; to && v < g->n_values; v++) (*map)[v] = value[(*map)[v]];
         free(value);
         if (from != g) fg_graph_free((fg_graph *)(uintptr_t)from);
         if (!to || to->status) return to;
+        if (stage == FUSE && !fuse(to, *map, g->n_values)) { fg_graph_free(to); return NULL; }
+        again = again || stage != DEFINE;
+        stage = stage == NARROW && b->fuses ? FUSE : DEFINE;
         from = to;
     }
     return to;

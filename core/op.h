@@ -14,8 +14,8 @@ extern "C" {
 #endif
 typedef FG_REAL fg_real;                 /* what the CPU backend stores f32 and bf16 tensors in */
 
-#define FG_MAX_IN  10
-#define FG_MAX_OUT 4
+#define FG_MAX_IN  18
+#define FG_MAX_OUT 8
 
 typedef struct { double flops, bytes; } fg_cost;
 
@@ -59,8 +59,23 @@ typedef struct fg_vjp {                  /* gin[i] stays {0} where no gradient f
 typedef enum {
     FG_FRESH,                            /* outputs are new values */
     FG_VIEW,                             /* output 0 is input 0's memory seen with another shape */
-    FG_MUTATE                            /* output i overwrites input i, a parameter or state */
+    FG_PART,                             /* output 0 is a span of input 0 along one axis: a view
+                                            where its readers can read it in place, else a copy */
+    FG_JOIN,                             /* output 0 is its inputs, one behind the other along one
+                                            axis: in place where their makers can, else copied */
+    FG_MUTATE                            /* output i overwrites input i, a parameter or state; the
+                                            last `fresh` outputs are new values */
 } fg_memory_use;
+
+/* Dtypes when a graph is lowered to bf16 (fg_store_precision).  An output takes the widest dtype of
+ * the op's real inputs unless one of these says otherwise. */
+typedef struct fg_bf16_rule {
+    unsigned      narrow_in, wide_in;    /* bit i: input i is cast to bf16, to f32 */
+    unsigned      narrow_out, wide_out;  /* bit o: output o is bf16, f32 */
+    unsigned char like[FG_MAX_OUT];      /* 1 + the input whose dtype output o takes.  Of an op that
+                                            overwrites: a state in its place takes it too */
+    bool          as_inferred;           /* outputs keep the dtypes that infer gave them */
+} fg_bf16_rule;
 
 typedef struct fg_op_code {
     fg_status (*infer)(fg_infer *c);                                /* required */
@@ -71,9 +86,12 @@ typedef struct fg_op_code {
     fg_tensor (*example)(fg_graph *g, int i);                /* i-th test case, {0} past the last */
     size_t    (*scratch)(const fg_infer *c, int threads);   /* bytes a cpu call needs; NULL: none */
     fg_memory_use memory;
+    int       fresh;                  /* of FG_MUTATE */
     unsigned  reuse;       /* bit i: output 0 may take input i's memory, even where another input
                               whose bit is set is the same value */
+    void      (*span)(const void *attr, int *axis, int64_t *start);   /* of FG_PART and FG_JOIN */
     bool      no_grad;                /* not differentiable by nature (argmax, optimizer updates) */
+    fg_bf16_rule bf16;
 } fg_op_code;
 
 typedef struct { const char *name, *type; size_t size, align; } fg_attr_field;
@@ -98,6 +116,13 @@ FG_API fg_status fg__fail(fg_infer *c, fg_status s, const char *fmt, ...) FG_PRI
 FG_API bool      fg__is_suffix(const fg_shape *tail, const fg_shape *of);
 FG_API int64_t   fg__last(const fg_shape *s);            /* extent of the last axis; 1 for rank 0 */
 FG_API int64_t   fg__rows(const fg_shape *s);               /* elements / extent of the last axis */
+
+/* What lowering needs of ops/: the cast that it puts in, and the rules by which nodes are replaced
+ * by fused ones (ops/fuse.c, core/rewrite.h). */
+struct fg_rewrite;
+fg_tensor fg__cast(fg_tensor x, fg_dtype to);
+void      fg__fuse(struct fg_rewrite *r);
+void      fg__fuse_few(struct fg_rewrite *r);                  /* ops/fuse_few.c, called by fg__fuse */
 
 /* Test inputs: parameters with N(0,1) entries, named random0, random1, ... in order of creation,
  * and integers drawn from [lo, hi).  Make them in statements of their own, one per line. */

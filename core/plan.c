@@ -21,15 +21,9 @@ fg_status fg__plan_fail(fg_plan *p, fg_status s, const char *fmt, ...)
 
 static size_t round_up(size_t n) { return (n + 63) & ~(size_t)63; }
 
-static uint32_t root_of(const fg_plan *p, uint32_t v)
-{
-    while (p->slots[v].root != v) v = p->slots[v].root;
-    return v;
-}
-
 static void share(fg_plan *p, uint32_t v, uint32_t with, const char *why)
 {
-    p->slots[v].root = root_of(p, with);
+    p->slots[v].root = fg__root_of(p, with);
     p->slots[v].reused = why;
 }
 
@@ -37,25 +31,6 @@ static bool is_output(const fg_graph *g, uint32_t v)
 {
     for (uint32_t i = 0; i < g->n_outputs; i++) if (g->outputs[i].id == v) return true;
     return false;
-}
-
-static fg_status find_views(fg_plan *p)
-{
-    const fg_graph *g = p->low;
-    for (uint32_t k = 0; k < g->n_nodes; k++) {
-        const fg_node *n = &g->nodes[k];
-        if (n->op->code->memory == FG_VIEW) share(p, n->out[0], n->in[0], "view");
-        if (n->op->code->memory != FG_MUTATE) continue;
-        for (int o = 0; o < n->n_out; o++) {
-            if (p->slots[root_of(p, n->in[o])].place != FG_IN_STORE)
-                return fg__plan_fail(p, FG_ERR_USAGE,
-                                     "%s:%d: %s: overwrites its input %d, which is neither a "
-                                     "parameter nor a state", fg__base(n->at.file), n->at.line,
-                                     n->op->name, o);
-            share(p, n->out[o], n->in[o], "overwrites");
-        }
-    }
-    return FG_OK;
 }
 
 /* Memory is overwritten at one step, so whoever reads the value before must come before that. */
@@ -75,19 +50,62 @@ static fg_status find_late_readers(fg_plan *p)
         for (int i = 0; i < n->n_in && n->op->code->memory != FG_VIEW; i++) {
             const fg_node *before = by[base[n->in[i]]] == FG_NO_NODE ? NULL
                                   : &g->nodes[by[base[n->in[i]]]];
-            const char *name = g->values[root_of(p, n->in[i])].name;
+            const char *name = g->values[fg__root_of(p, n->in[i])].name;
             if (before)
                 fg__plan_fail(p, FG_ERR_USAGE, "%s:%d: %s: reads %s as it was before %s at %s:%d "
                               "overwrote it, yet must run after that", fg__base(n->at.file),
                               n->at.line, n->op->name, name ? name : "a value", before->op->name,
                               fg__base(before->at.file), before->at.line);
         }
-        for (int o = 0; o < n->n_out && n->op->code->memory == FG_MUTATE; o++)
+        for (int o = 0; o < fg__overwritten(n); o++)
             by[base[n->in[o]]] = k;
     }
     free(base);
     free(by);
     return p->status;
+}
+
+static bool is_parameter(const fg_plan *p, uint32_t v)
+{
+    return p->low->values[fg__root_of(p, v)].kind == FG_OF_PARAM;
+}
+
+/* All that node k reads is fixed, and no other node's memory is where it writes. */
+static bool stays_fixed(const fg_plan *p, uint32_t k)
+{
+    const fg_graph *g = p->low;
+    const fg_node *n = &g->nodes[k];
+    for (int i = 0; i < n->n_in; i++) {
+        const fg_value *v = &g->values[n->in[i]];
+        if (!n->in[i] || v->kind == FG_OF_PARAM) continue;
+        if (v->kind != FG_OF_NODE || !p->fixed[v->node]) return false;
+    }
+    for (int o = 0; o < n->n_out; o++) {
+        const uint32_t by = g->values[fg__root_of(p, n->out[o])].node;
+        if (by != FG_NO_NODE && !p->fixed[by]) return false;
+    }
+    return true;
+}
+
+/* Casts and joins of weights, and what else depends on parameters alone, run again only when these
+ * have changed: in no step of decoding, once in several micro batches. */
+static void find_fixed(fg_plan *p)
+{
+    const fg_graph *g = p->low;
+    for (uint32_t k = 0; k < g->n_nodes; k++)
+        for (int o = 0; o < fg__overwritten(&g->nodes[k]); o++)
+            p->changes_params |= is_parameter(p, g->nodes[k].out[o]);
+    if (p->changes_params || !p->store->backend->fuses) return;
+    for (uint32_t k = 0; k < g->n_nodes; k++)
+        p->fixed[k] = g->nodes[k].op->code->memory != FG_MUTATE;
+    for (bool changed = true; changed; ) {
+        changed = false;
+        for (uint32_t k = 0; k < g->n_nodes; k++) {
+            if (!p->fixed[k] || stays_fixed(p, k)) continue;
+            p->fixed[k] = false;
+            changed = true;
+        }
+    }
 }
 
 static void find_lives(fg_plan *p)
@@ -96,29 +114,37 @@ static void find_lives(fg_plan *p)
     for (uint32_t k = 0; k < g->n_nodes; k++) {
         const fg_node *n = &g->nodes[k];
         for (int o = 0; o < n->n_out; o++) {
-            fg_slot *s = &p->slots[root_of(p, n->out[o])];
+            fg_slot *s = &p->slots[fg__root_of(p, n->out[o])];
             if (s->from < 0) s->from = k;
             if (s->to < (int64_t)k) s->to = k;
         }
         for (int i = 0; i < n->n_in; i++)
-            if (n->in[i]) p->slots[root_of(p, n->in[i])].to = k;
+            if (n->in[i]) p->slots[fg__root_of(p, n->in[i])].to = k;
     }
     for (uint32_t i = 0; i < g->n_outputs; i++)
-        p->slots[root_of(p, g->outputs[i].id)].to = g->n_nodes;
+        p->slots[fg__root_of(p, g->outputs[i].id)].to = g->n_nodes;
+    for (uint32_t k = 0; k < g->n_nodes; k++)
+        for (int o = 0; o < g->nodes[k].n_out && p->fixed[k]; o++) {
+            fg_slot *s = &p->slots[fg__root_of(p, g->nodes[k].out[o])];
+            s->from = 0;
+            s->to = g->n_nodes;
+        }
 }
 
 /* May node k's output 0 take the memory of its input i? */
 static bool fits_in_place(const fg_plan *p, uint32_t k, int i)
 {
     const fg_node *n = &p->low->nodes[k];
-    const uint32_t v = n->in[i], r = v ? root_of(p, v) : 0;
+    const uint32_t v = n->in[i], r = v ? fg__root_of(p, v) : 0;
     if (!v || p->slots[r].place != FG_IN_ARENA || p->slots[r].to != (int64_t)k) return false;
     const fg_value *from = &p->low->values[v], *to = &p->low->values[n->out[0]];
     const size_t *size = p->store->backend->size_of;
     if (fg_shape_count(from->shape) != fg_shape_count(to->shape)) return false;   /* broadcast */
     if (size[from->type] != size[to->type]) return false;
+    if (p->slots[v].rows.width || p->slots[v].shift || p->slots[v].bytes != p->slots[r].bytes)
+        return false;                                                      /* a part of something */
     for (int j = 0; j < n->n_in; j++) {
-        if (!n->in[j] || root_of(p, n->in[j]) != r) continue;
+        if (!n->in[j] || fg__root_of(p, n->in[j]) != r) continue;
         if (n->in[j] != v || !(n->op->code->reuse >> j & 1)) return false;
     }
     return true;
@@ -224,9 +250,10 @@ static fg_status count_costs(fg_plan *p)
     for (uint32_t k = 0; k < g->n_nodes; k++) {
         fg_infer c;
         fg__infer_of(g, &g->nodes[k], &c);
+        if (p->quiet[k]) continue;
         const fg_cost cost = fg__cost_of(g, &g->nodes[k]);
-        p->info.flops += cost.flops;
-        p->info.bytes += cost.bytes;
+        if (!p->fixed[k]) p->info.flops += cost.flops;
+        if (!p->fixed[k]) p->info.bytes += cost.bytes;
         const size_t need = round_up(b->ops->scratch(b, g->nodes[k].op, &c));
         if (need > p->scratch_bytes) p->scratch_bytes = need;
     }
@@ -276,7 +303,10 @@ fg_status fg__lay_out(fg_plan *p)
         if (x->kind == FG_OF_STATE) p->info.states += s->bytes;
     }
     fg_status st;
-    if ((st = check_total(p)) || (st = find_views(p)) || (st = find_late_readers(p))) return st;
+    if ((st = check_total(p)) || (st = fg__find_views(p)) || (st = find_late_readers(p))) return st;
+    p->fixed = calloc((size_t)g->n_nodes + 1, sizeof *p->fixed);
+    if (!p->fixed) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory");
+    find_fixed(p);
     find_lives(p);
     reuse_in_place(p);
     if ((st = place_arena(p)) || (st = find_peak(p)) || (st = count_costs(p))) return st;
@@ -291,14 +321,22 @@ fg_status fg__lay_out(fg_plan *p)
 
 static void *place_of(const fg_plan *p, uint32_t v)
 {
+    size_t shift = 0;
     if (!v) return NULL;
-    const fg_slot *s = &p->slots[root_of(p, v)];
+    for (; p->slots[v].root != v; v = p->slots[v].root) shift += p->slots[v].shift;
+    const fg_slot *s = &p->slots[v];
     switch (s->place) {
-    case FG_IN_ARENA: return p->arena ? p->arena + s->offset : NULL;
-    case FG_IN_IO:    return p->io ? p->io + s->offset : NULL;
-    case FG_IN_STORE: return s->entry ? s->entry->data : NULL;
+    case FG_IN_ARENA: return p->arena ? p->arena + s->offset + shift : NULL;
+    case FG_IN_IO:    return p->io ? p->io + s->offset + shift : NULL;
+    case FG_IN_STORE: return s->entry ? (char *)s->entry->data + shift : NULL;
     default:          return NULL;
     }
+}
+
+static fg_rows rows_of(const fg_plan *p, uint32_t v)
+{
+    const int64_t n = fg_shape_count(p->low->values[v].shape);
+    return p->slots[v].rows.width ? p->slots[v].rows : (fg_rows){ n, n };
 }
 
 static fg_status take_memory(fg_plan *p)
@@ -350,25 +388,30 @@ fg_status fg__prepare(fg_plan *p)
     if (!p->execs) p->execs = calloc((size_t)g->n_nodes + 1, sizeof *p->execs);
     if (!p->shapes) p->shapes = calloc((size_t)g->n_nodes * per + 1, sizeof *p->shapes);
     if (!p->types) p->types = calloc((size_t)g->n_nodes * per + 1, sizeof *p->types);
-    if (!p->execs || !p->shapes || !p->types)
+    if (!p->rows) p->rows = calloc((size_t)g->n_nodes * per + 1, sizeof *p->rows);
+    if (!p->execs || !p->shapes || !p->types || !p->rows)
         return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory");
     for (uint32_t k = 0; k < g->n_nodes; k++) {
         const fg_node *n = &g->nodes[k];
         fg_shape *shape = p->shapes + k * per;
         fg_dtype *type = p->types + k * per;
+        fg_rows *rows = p->rows + k * per;
         fg_exec *e = &p->execs[k];
         *e = (fg_exec){ .attr = n->attr, .n_in = n->n_in, .n_out = n->n_out, .threads = b->threads,
                         .in_shape = shape, .out_shape = shape + FG_MAX_IN, .in_type = type,
-                        .out_type = type + FG_MAX_IN, .scratch = p->scratch };
+                        .out_type = type + FG_MAX_IN, .in_rows = rows,
+                        .out_rows = rows + FG_MAX_IN, .scratch = p->scratch };
         for (int i = 0; i < n->n_in; i++) {
             e->in[i] = place_of(p, n->in[i]);
             shape[i] = g->values[n->in[i]].shape;
             type[i] = g->values[n->in[i]].type;
+            rows[i] = rows_of(p, n->in[i]);
         }
         for (int o = 0; o < n->n_out; o++) {
             e->out[o] = place_of(p, n->out[o]);
             shape[FG_MAX_IN + o] = g->values[n->out[o]].shape;
             type[FG_MAX_IN + o] = g->values[n->out[o]].type;
+            rows[FG_MAX_IN + o] = rows_of(p, n->out[o]);
         }
     }
     for (uint32_t v = 1; v < g->n_values; v++) {
@@ -391,6 +434,6 @@ void *fg__plan_data(fg_plan *p, fg_tensor t)
 bool fg__plan_keeps(const fg_plan *p, uint32_t low_id)
 {
     if (!low_id) return false;
-    const fg_slot *s = &p->slots[root_of(p, low_id)];
+    const fg_slot *s = &p->slots[fg__root_of(p, low_id)];
     return s->place != FG_IN_ARENA || is_output(p->low, low_id);
 }

@@ -15,6 +15,8 @@ struct fg_store {
     fg_backend *backend;
     fg_entry  **entries;                 /* sorted by name */
     uint32_t    n, cap;
+    fg_dtype    precision;               /* of plans, FG_F32 or FG_BF16 */
+    uint64_t    version;                 /* counts changes of parameters */
     fg_status   status;
     char        message[1000];
 };

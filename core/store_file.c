@@ -192,6 +192,7 @@ fg_status fg_store_load(fg_store *s, const char *path, const char *prefix)
         return fg_store_status(s);
     if (strlen(prefix) >= 100)
         return fg__store_fail(s, FG_ERR_USAGE, "prefix of more than 99 bytes");
+    s->version++;
     fg_file *f = fg_file_open(path);
     fg_status status = fg_file_status(f);
     if (status)

@@ -64,7 +64,7 @@ static __device__ __forceinline__ double fg_warp_prefix(double x)    /* inclusiv
 /* One thread block per block of positions and sequence; a warp per head.  base holds the step to
  * the next block until fg_gate_bases sums it up. */
 static __global__ void __launch_bounds__(256)
-fg_gate_blocks(const float *log_f, int64_t pitch, int64_t N, int64_t H, fg_gates g)
+fg_gate_blocks(const float *log_f, int64_t pitch, int64_t N, int64_t H, fg_gates g, double unit)
 {
     const int lane = threadIdx.x % 32;
     const int64_t b = blockIdx.x / g.blocks, at = blockIdx.x % g.blocks, i0 = at * FG_GATE_BLOCK;
@@ -80,7 +80,7 @@ fg_gate_blocks(const float *log_f, int64_t pitch, int64_t N, int64_t H, fg_gates
             const uint32_t bad = __ballot_sync(~0u, fg_gate_is_bad(x));
             const double y = t ? (double)fg_gate_clamp(x) * FG_LOG2_E : 0;
             const double c = sum + fg_warp_prefix(y);
-            g.ell[row * g.padded + i0 + t] = (float)c;
+            g.ell[row * g.padded + i0 + t] = (float)(c * unit);
             sum = __shfl_sync(~0u, c, 31);
             if (lane == 0) block->bad[k] = bad;
         }
@@ -127,11 +127,11 @@ static __global__ void __launch_bounds__(32) fg_gate_bases(fg_gates g)
     }
 }
 
-/* log_f: f32[B,N,H], pitch elements from token to token. */
+/* log_f: f32[B,N,H], pitch elements from token to token.  ell is multiplied by `unit`. */
 static inline void fg_gates_scan(const float *log_f, int64_t pitch, int64_t B, int64_t N, int64_t H,
-                                 const fg_gates *g, cudaStream_t stream)
+                                 const fg_gates *g, cudaStream_t stream, double unit = 1)
 {
-    fg_gate_blocks<<<(unsigned)(B * g->blocks), 256, 0, stream>>>(log_f, pitch, N, H, *g);
+    fg_gate_blocks<<<(unsigned)(B * g->blocks), 256, 0, stream>>>(log_f, pitch, N, H, *g, unit);
     fg_gate_bases<<<(unsigned)(B * H), 32, 0, stream>>>(*g);
 }
 

@@ -30,6 +30,12 @@ enum {
     CLI_OPTION_COUNT
 };
 
+#ifdef FG_DOUBLE
+enum { CLI_DOUBLE = true };              /* the twin in double */
+#else
+enum { CLI_DOUBLE = false };
+#endif
+
 typedef struct { const char *name, *arguments, *summary, *text; } cli_command_info;
 typedef struct {
     const char *name;
@@ -150,10 +156,15 @@ fg_graph *cli_training(const cli *c, const cli_model *m, fg_graph **update, int 
 int64_t cli_vocab(const cli_model *m);
 /* By --device, --threads and the environment; NULL after printing why. */
 fg_backend *cli_backend(const cli *c, int *status);
+/* What plans on s compute in: --precision, else bf16 on a GPU. */
+void cli_precision(const cli *c, fg_store *s, const fg_backend *b);
 /* A store with g's parameters: from the model's weights, else from the seed; NULL after printing
  * why. */
 fg_store *cli_store(const cli *c, const cli_model *m, fg_backend *b, const fg_graph *g,
                     int *status);
+
+/* cmd_bench_decode.c: bench --decode-at; the status to end with. */
+int cli_bench_decoding(const cli *c, int64_t behind);
 
 /* ---- commands (cmd_*.c) ---------------------------------------------------------------------- */
 

@@ -446,16 +446,32 @@ int64_t cli_vocab(const cli_model *m)
 static int check_device(const cli *c, const char *device)
 {
     const char *precision = cli_text(c, OPT_precision);
-    const bool cuda = !strncmp(device, "cuda", 4) &&
+    const bool cuda = device && !strncmp(device, "cuda", 4) &&
                       (!device[4] || (device[4] == ':' && device[5] &&
                                       strspn(device + 5, "0123456789") == strlen(device + 5)));
-    if (strcmp(device, "cpu") && !cuda)
+    if (device && strcmp(device, "cpu") && !cuda)
         return cli_fail(c, CLI_USAGE, "the device is cpu, cuda or cuda:N, not '%s'", device);
     if (precision && strcmp(precision, "f32") && strcmp(precision, "bf16"))
         return cli_fail(c, CLI_USAGE, "the precision is f32 or bf16, not '%s'", precision);
-    if (precision && precision[0] == 'b' && !cuda)
+    if (precision && precision[0] == 'b' && device && !cuda)
         return cli_fail(c, CLI_USAGE, "the cpu computes in f32; bf16 needs a CUDA device");
     return CLI_OK;
+}
+
+/* The first GPU where there is one, else the CPU; the twin in double knows the CPU alone. */
+static fg_backend *open_best(int threads)
+{
+    fg_backend *b = CLI_DOUBLE ? NULL : fg_backend_open("cuda", threads);
+    if (b && !fg_backend_status(b)) return b;
+    fg_backend_close(b);
+    return fg_backend_open("cpu", threads);
+}
+
+void cli_precision(const cli *c, fg_store *s, const fg_backend *b)
+{
+    const char *precision = cli_text(c, OPT_precision);
+    const bool gpu = strcmp(fg_backend_name(b), "cpu") != 0;
+    fg_store_precision(s, gpu && !(precision && precision[0] == 'f') ? FG_BF16 : FG_F32);
 }
 
 fg_backend *cli_backend(const cli *c, int *status)
@@ -464,12 +480,12 @@ fg_backend *cli_backend(const cli *c, int *status)
     int64_t threads = omp ? atoi(omp) : 0;
     if (threads < 0 || threads > 4096) threads = 0;
     if (!device) device = getenv("FOX_DEVICE");
-    if (!device || !*device) device = "cpu";
+    if (device && !*device) device = NULL;
     *status = cli_int(c, OPT_threads, 1, 4096, &threads) ? check_device(c, device) : CLI_USAGE;
     if (*status) return NULL;
-    fg_backend *b = fg_backend_open(device, (int)threads);
+    fg_backend *b = device ? fg_backend_open(device, (int)threads) : open_best((int)threads);
     if (b && !fg_backend_status(b)) return b;
-    *status = cli_fail(c, CLI_DEVICE, "%s: %s", device,
+    *status = cli_fail(c, CLI_DEVICE, "%s: %s", device ? device : "cpu",
                        b ? fg_backend_message(b) : "out of memory");
     fg_backend_close(b);
     return NULL;
@@ -495,7 +511,12 @@ fg_store *cli_store(const cli *c, const cli_model *m, fg_backend *b, const fg_gr
 {
     fg_store *s = fg_store_new(b);
     fg_status e = s ? FG_OK : FG_ERR_MEMORY;
+    const char *precision = cli_text(c, OPT_precision);
+    cli_precision(c, s, b);
     *status = CLI_OK;
+    if (precision && precision[0] == 'b' && !strcmp(fg_backend_name(b), "cpu"))
+        *status = cli_fail(c, CLI_USAGE, "the cpu computes in f32; bf16 needs a CUDA device");
+    if (*status) { fg_store_free(s); return NULL; }
     if (!e && m->weights) e = fg_store_load(s, m->weights, "");
     if (!e && m->weights) *status = check_weights(c, m, s, g);
     if (!e && !*status) e = fg_store_init(s, g, (uint64_t)m->recipe.seed);

@@ -9,7 +9,7 @@ typedef struct {
     double update_flops;                 /* of the graph that applies several micro batches */
     double tokens;                       /* in one micro batch */
     const char *no_cuda;                 /* why there is none; NULL: there is */
-    char   no_cuda_text[300], device[64];
+    char   no_cuda_text[300], device[64], gpu[128];
     int    threads;
 } facts;
 
@@ -72,6 +72,7 @@ static void look_for_cuda(facts *f)
     snprintf(f->no_cuda_text, sizeof f->no_cuda_text, "%s",
              b ? fg_backend_message(b) : "out of memory");
     f->no_cuda = there ? NULL : f->no_cuda_text;
+    if (there) snprintf(f->gpu, sizeof f->gpu, "%s", fg_backend_device(b));
     fg_backend_close(b);
 }
 
@@ -83,6 +84,7 @@ static int gather(const cli *c, const cli_model *m, const fg_graph *forward, fac
     fg_backend *b = training ? cli_backend(c, &status) : NULL;
     fg_store *s = b ? fg_store_new(b) : NULL;
     fg_plan_info updating = { 0 };
+    if (s) cli_precision(c, s, b);
     if (b && !s) status = cli_fail(c, CLI_DEVICE, "out of memory");
     if (!status) status = plan(c, forward, s, &f->forward);
     if (!status) status = plan(c, training, s, &f->training);
@@ -193,7 +195,7 @@ static void print_text(const cli *c, const cli_model *m, const fg_graph *g, cons
     printf("memory of training, %s tokens a run\n", cli_amount(a, f->tokens));
     cli_print_plan(stdout, &f->training);
     printf("device\n  %s, %d threads\n  %s%s\n", f->device, f->threads,
-           f->no_cuda ? "no CUDA: " : "CUDA is there", f->no_cuda ? f->no_cuda : "");
+           f->no_cuda ? "" : "CUDA: ", f->no_cuda ? f->no_cuda : f->gpu);
     if (cli_has(c, OPT_params)) {
         printf("\n");
         print_params(g);

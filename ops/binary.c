@@ -34,9 +34,6 @@ static fg_status infer(fg_infer *c)
 {
     fg_shape y = c->in[0];
     for (int k = 0; k < c->n_in; k++) {
-        FG_REQUIRE(c, fg__is_real(c->in_type[k]) && c->in_type[k] == c->in_type[0], DTYPE,
-                   "input %d is %s and input 0 is %s; all must be f32 or all bf16", k,
-                   fg_dtype_name(c->in_type[k]), fg_dtype_name(c->in_type[0]));
         if (c->in[k].rank > y.rank) y.rank = c->in[k].rank;
     }
     for (int i = 1; i <= y.rank; i++) {
@@ -51,7 +48,7 @@ static fg_status infer(fg_infer *c)
         y.dim[y.rank - i] = extent;
     }
     c->out[0] = y;
-    return FG_OK;
+    return fg__need_reals(c, 0, c->n_in);
 }
 
 /* ---- cpu ------------------------------------------------------------------------------------ */

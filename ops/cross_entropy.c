@@ -235,7 +235,7 @@ static fg_tensor example(fg_graph *g, int i)
 
 const fg_op_code fg_code_cross_entropy = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
-    .example = example,
+    .example = example, .bf16 = { .wide_out = 3 },
 };
 
 /* ---- cross_entropy_grad --------------------------------------------------------------------- */
@@ -280,5 +280,5 @@ static fg_cost grad_cost(const fg_infer *c)
 
 const fg_op_code fg_code_cross_entropy_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
-    .reuse = 1u << 1,
+    .reuse = 1u << 1, .bf16 = { .like = { 2 } },
 };

@@ -149,4 +149,5 @@ static void grad_vjp(fg_vjp *v)
 
 const fg_op_code fg_code_embedding_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .vjp = grad_vjp, .scratch = grad_scratch,
+    .bf16 = { .wide_out = 1 },
 };

@@ -554,4 +554,5 @@ static fg_tensor example(fg_graph *g, int i)
 const fg_op_code fg_code_forget_attention = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
     .example = example, .scratch = scratch,
+    .bf16 = { .narrow_in = 7, .wide_in = 8, .narrow_out = 1, .wide_out = 2 },
 };

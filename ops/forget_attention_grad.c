@@ -306,4 +306,6 @@ static fg_cost cost(const fg_infer *c)
 
 const fg_op_code fg_code_forget_attention_grad = {
     .infer = infer, .cpu = cpu, .cost = cost, .scratch = scratch,
+    .bf16 = { .narrow_in = 1u << GO | 1u << Q | 1u << K | 1u << V | 1u << O,
+              .wide_in = 1u << GLSE | 1u << LOG_F | 1u << LSE, .narrow_out = 7, .wide_out = 8 },
 };

@@ -18,7 +18,7 @@ static fg_status infer(fg_infer *c)
 {
     const struct fg_attr_gated_norm *a = c->attr;
     FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[2]), SHAPE, "g must have x's shape");
-    FG_REQUIRE(c, c->in_type[2] == c->in_type[0], DTYPE, "g must be of x's dtype");
+    FG_REQUIRE(c, fg__is_real(c->in_type[2]), DTYPE, "g must be f32 or bf16");
     return norm_infer(c, a->eps, a->groups);
 }
 
@@ -101,6 +101,7 @@ static fg_tensor example(fg_graph *g, int i)
 const fg_op_code fg_code_gated_norm = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
     .example = example, .reuse = 1u << 0 | 1u << 2,
+    .bf16 = { .narrow_out = 1, .wide_out = 2 },
 };
 
 /* ---- gated_norm_grad ------------------------------------------------------------------------ */
@@ -227,4 +228,5 @@ static fg_tensor grad_example(fg_graph *g, int i)
 const fg_op_code fg_code_gated_norm_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
     .example = grad_example, .scratch = grad_scratch, .reuse = 1u << 0 | 1u << 3,
+    .bf16 = { .wide_in = 16, .like = { 2, 0, 4 }, .wide_out = 2 },
 };

@@ -23,17 +23,6 @@ fg_tensor fg__linear_dw(fg_loc at, fg_tensor gy, fg_tensor x)
     return FG_APPLY(linear_dw, at, ((const fg_tensor[]){ gy, x }), 0);
 }
 
-static fg_status same_real(fg_infer *c)
-{
-    FG_REQUIRE(c, fg__is_real(c->in_type[0]), DTYPE, "input 0 is %s; it must be f32 or bf16",
-               fg_dtype_name(c->in_type[0]));
-    for (int k = 1; k < c->n_in; k++)
-        FG_REQUIRE(c, !c->given[k] || c->in_type[k] == c->in_type[0], DTYPE,
-                   "input %d is %s and input 0 is %s; all must be f32 or all bf16", k,
-                   fg_dtype_name(c->in_type[k]), fg_dtype_name(c->in_type[0]));
-    return FG_OK;
-}
-
 static fg_status infer(fg_infer *c)
 {
     const fg_shape *x = &c->in[0], *w = &c->in[1], *b = &c->in[2];
@@ -45,7 +34,7 @@ static fg_status infer(fg_infer *c)
                "b must be [%lld], as many as w has rows", (long long)w->dim[0]);
     c->out[0] = *x;
     c->out[0].dim[x->rank - 1] = w->dim[0];
-    return same_real(c);
+    return fg__need_reals(c, 0, c->n_in);
 }
 
 static void cpu(const fg_exec *e)
@@ -118,7 +107,7 @@ static fg_tensor example(fg_graph *g, int i)
 
 const fg_op_code fg_code_linear = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
-    .example = example,
+    .example = example, .bf16 = { .narrow_in = 3, .narrow_out = 1 },
 };
 
 /* ---- linear_dx: gx = gy w ------------------------------------------------------------------- */
@@ -131,7 +120,7 @@ static fg_status dx_infer(fg_infer *c)
                (long long)fg__last(gy));
     c->out[0] = *gy;
     c->out[0].dim[gy->rank - 1] = w->dim[1];
-    return same_real(c);
+    return fg__need_reals(c, 0, c->n_in);
 }
 
 static void dx_cpu(const fg_exec *e)
@@ -157,6 +146,7 @@ static void dx_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
 
 const fg_op_code fg_code_linear_dx = {
     .infer = dx_infer, .cpu = dx_cpu, .vjp = dx_vjp, .cost = cost, .decompose = dx_decompose,
+    .bf16 = { .narrow_in = 3, .narrow_out = 1 },
 };
 
 /* ---- linear_dw: gw = gy^T x ----------------------------------------------------------------- */
@@ -167,7 +157,7 @@ static fg_status dw_infer(fg_infer *c)
     FG_REQUIRE(c, gy->rank >= 1 && x->rank >= 1 && fg__rows(gy) == fg__rows(x), SHAPE,
                "gy has %lld rows and x %lld", (long long)fg__rows(gy), (long long)fg__rows(x));
     c->out[0] = FG_DIMS(fg__last(gy), fg__last(x));
-    return same_real(c);
+    return fg__need_reals(c, 0, c->n_in);
 }
 
 static void dw_cpu(const fg_exec *e)
@@ -199,4 +189,5 @@ static fg_cost dw_cost(const fg_infer *c)
 
 const fg_op_code fg_code_linear_dw = {
     .infer = dw_infer, .cpu = dw_cpu, .vjp = dw_vjp, .cost = dw_cost, .decompose = dw_decompose,
+    .bf16 = { .narrow_in = 3, .wide_out = 1 },
 };

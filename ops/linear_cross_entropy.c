@@ -30,9 +30,7 @@ static int64_t slice_rows(int64_t rows, int64_t V)
 static fg_status need_product(fg_infer *c, int at)
 {
     const fg_shape *x = &c->in[at], *w = x + 1, *labels = x + 2;
-    FG_REQUIRE(c, fg__is_real(c->in_type[at]) && c->in_type[at] == c->in_type[at + 1], DTYPE,
-               "x is %s and w is %s; both must be f32 or both bf16", fg_dtype_name(c->in_type[at]),
-               fg_dtype_name(c->in_type[at + 1]));
+    if (fg__need_reals(c, at, at + 2)) return FG_ERR_DTYPE;
     FG_REQUIRE(c, x->rank == labels->rank + 1, SHAPE,
                "x must have the axes of labels (rank %d) and one more", labels->rank);
     FG_REQUIRE(c, w->rank == 2 && w->dim[0] > 0 && fg__last(x) == w->dim[1], SHAPE,
@@ -132,6 +130,7 @@ static fg_tensor example(fg_graph *g, int i)
 const fg_op_code fg_code_linear_cross_entropy = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
     .example = example, .scratch = scratch,
+    .bf16 = { .narrow_in = 3, .wide_out = 3 },
 };
 
 /* ---- linear_cross_entropy_grad -------------------------------------------------------------- */
@@ -193,5 +192,5 @@ static fg_cost grad_cost(const fg_infer *c)
 
 const fg_op_code fg_code_linear_cross_entropy_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
-    .scratch = grad_scratch,
+    .scratch = grad_scratch, .bf16 = { .narrow_in = 6, .narrow_out = 1, .wide_out = 2 },
 };

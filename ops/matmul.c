@@ -26,9 +26,6 @@ static fg_status infer(fg_infer *c)
 {
     const struct fg_attr_matmul *t = c->attr;
     const fg_shape *a = &c->in[0], *b = &c->in[1];
-    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && c->in_type[0] == c->in_type[1], DTYPE,
-               "a is %s and b is %s; both must be f32 or both bf16", fg_dtype_name(c->in_type[0]),
-               fg_dtype_name(c->in_type[1]));
     FG_REQUIRE(c, a->rank >= 2 && a->rank == b->rank, SHAPE,
                "a has rank %d and b %d; they must be equal and at least 2", a->rank, b->rank);
     for (int i = 0; i + 2 < a->rank; i++)
@@ -40,7 +37,7 @@ static fg_status infer(fg_infer *c)
     c->out[0] = *a;
     c->out[0].dim[a->rank - 2] = x.M;
     c->out[0].dim[a->rank - 1] = x.N;
-    return FG_OK;
+    return fg__need_reals(c, 0, 2);
 }
 
 static void one_product(const fg_exec *e, const extents *x, int64_t i, int threads)
@@ -104,4 +101,5 @@ static fg_tensor example(fg_graph *g, int i)
 
 const fg_op_code fg_code_matmul = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .example = example,
+    .bf16 = { .narrow_in = 3, .narrow_out = 1 },
 };

@@ -66,6 +66,18 @@ fg_status fg__check_shape(fg_infer *c, const fg_shape *s)
     return FG_OK;
 }
 
+fg_status fg__need_reals(fg_infer *c, int from, int to)
+{
+    bool wide = false;
+    for (int i = from; i < to; i++) {
+        FG_REQUIRE(c, !c->given[i] || fg__is_real(c->in_type[i]), DTYPE,
+                   "input %d is %s; it must be f32 or bf16", i, fg_dtype_name(c->in_type[i]));
+        wide = wide || (c->given[i] && c->in_type[i] == FG_F32);
+    }
+    c->out_type[0] = wide ? FG_F32 : FG_BF16;
+    return FG_OK;
+}
+
 static fg_status need_real(fg_infer *c)
 {
     FG_REQUIRE(c, fg__is_real(c->in_type[0]), DTYPE, "x is %s; it must be f32 or bf16",
@@ -120,8 +132,6 @@ static fg_status row_max_grad_infer(fg_infer *c)
 {
     const fg_shape *gy = &c->in[0], *x = &c->in[1];
     FG_REQUIRE(c, x->rank >= 1, SHAPE, "x has rank 0; a row needs at least one axis");
-    FG_REQUIRE(c, c->in_type[0] == c->in_type[1], DTYPE, "gy is %s and x is %s; they must be equal",
-               fg_dtype_name(c->in_type[0]), fg_dtype_name(c->in_type[1]));
     FG_REQUIRE(c, fg_shape_count(*gy) == fg__rows(x), SHAPE,
                "gy has %lld elements and x %lld rows; they must be equal",
                (long long)fg_shape_count(*gy), (long long)fg__rows(x));
@@ -533,7 +543,8 @@ static fg_tensor cumsum_example(fg_graph *g, int i)
 
 const fg_op_code fg_code_sum_to = {
     .infer = sum_to_infer, .cpu = sum_cpu, .vjp = spread_vjp, .cost = cost,
-    .example = sum_to_example, .scratch = scratch
+    .example = sum_to_example, .scratch = scratch,
+    .bf16 = { .wide_out = 1 }
 };
 const fg_op_code fg_code_broadcast_to = {
     .infer = broadcast_to_infer, .cpu = broadcast_to_cpu, .vjp = broadcast_to_vjp,
@@ -541,20 +552,23 @@ const fg_op_code fg_code_broadcast_to = {
 };
 const fg_op_code fg_code_row_sum = {
     .infer = row_infer, .cpu = sum_cpu, .vjp = spread_vjp, .cost = cost,
-    .decompose = row_sum_decompose, .example = row_sum_example, .scratch = scratch
+    .decompose = row_sum_decompose, .example = row_sum_example, .scratch = scratch,
+    .bf16 = { .wide_out = 1 }
 };
 const fg_op_code fg_code_row_mean = {
     .infer = row_infer, .cpu = row_mean_cpu, .vjp = row_mean_vjp, .cost = cost,
-    .decompose = row_mean_decompose, .example = row_mean_example, .scratch = scratch
+    .decompose = row_mean_decompose, .example = row_mean_example, .scratch = scratch,
+    .bf16 = { .wide_out = 1 }
 };
 const fg_op_code fg_code_row_max = {
     .infer = row_infer, .cpu = row_max_cpu, .vjp = row_max_vjp, .cost = cost,
     .example = row_max_example
 };
 const fg_op_code fg_code_row_max_grad = {
-    .infer = row_max_grad_infer, .cpu = row_max_grad_cpu, .cost = cost_copy
+    .infer = row_max_grad_infer, .cpu = row_max_grad_cpu, .cost = cost_copy,
+    .bf16 = { .like = { 2 } }
 };
 const fg_op_code fg_code_cumsum = {
     .infer = cumsum_infer, .cpu = cumsum_cpu, .vjp = cumsum_vjp, .cost = cost,
-    .example = cumsum_example, .reuse = 1
+    .example = cumsum_example, .reuse = 1, .bf16 = { .wide_out = 1 }
 };

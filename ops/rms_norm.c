@@ -5,6 +5,8 @@
  * x, y: [..., D], D = groups * n;  w: [D], or [n] shared by the groups;  rstd: f32[..., groups].
  * add_rms_norm does the same to sum = a + b, which is its second output: the residual sum and the
  * norm behind it in one pass over memory.
+ * rms_norm_grad_bf16 is rms_norm_grad with a copy of gx for the products that follow: lowering puts
+ * it in (fuse.c).
  * Sums are f32 (f64 in the double build).  Forward reads x once and writes y once; the gradient
  * reads gy and x once and writes gx once, which is the least possible.
  * Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4; groups as in the
@@ -57,7 +59,7 @@ static void vjp(fg_vjp *v)
     const struct fg_attr_rms_norm *a = v->attr;
     const fg_tensor x = v->in[0], w = v->in[1], rstd = v->out[1];
     if (!fg_absent(v->gout[0])) {
-        const fg_tensor in[] = { v->gout[0], x, w, rstd };
+        const fg_tensor in[] = { v->gout[0], x, w, rstd, { 0 } };
         v->gin[0] = FG_APPLY(rms_norm_grad, FG_HERE, in, a->groups);
         v->gin[1] = fg_result(v->gin[0], 1);
     }
@@ -104,15 +106,23 @@ static fg_tensor example(fg_graph *g, int i)
 const fg_op_code fg_code_rms_norm = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
     .example = example, .reuse = 1u << 0,
+    .bf16 = { .narrow_out = 1, .wide_out = 2 },
 };
 
 /* ---- rms_norm_grad -------------------------------------------------------------------------- */
 
+static fg_status check_grad(fg_infer *c, int64_t groups)
+{
+    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[1]), SHAPE, "gy must have x's shape");
+    FG_REQUIRE(c, !c->given[4] || fg_shape_equal(c->in[4], c->in[1]), SHAPE,
+               "more must have x's shape");
+    return norm_grad_infer(c, 3, groups);
+}
+
 static fg_status grad_infer(fg_infer *c)
 {
     const struct fg_attr_rms_norm_grad *a = c->attr;
-    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[1]), SHAPE, "gy must have x's shape");
-    return norm_grad_infer(c, 3, a->groups);
+    return check_grad(c, a->groups);
 }
 
 static size_t grad_scratch(const fg_infer *c, int threads)
@@ -156,6 +166,7 @@ static void grad_cpu(const fg_exec *e)
     const norm_size s = norm_size_of(&e->in_shape[1], &e->in_shape[2], a->groups);
     const int64_t blocks = norm_blocks(s.rows);
     const fg_real *gy = e->in[0], *x = e->in[1], *w = e->in[2], *rstd = e->in[3];
+    const fg_real *more = e->in[4];
     fg_real *gx = e->out[0], *part = e->scratch;
     const int threads = fg__threads(e, norm_elements(s));
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -166,6 +177,7 @@ static void grad_cpu(const fg_exec *e)
         for (int64_t k = norm_block_start(s.rows, blocks, b) * s.groups; k < end; k++) {
             const int64_t at = k * s.n, at_w = k % s.groups * s.step_w;
             grad_group(gy + at, x + at, w + at_w, rstd[k], gx + at, gw + at_w, s.n);
+            for (int64_t i = 0; more && i < s.n; i++) gx[at + i] += more[at + i];
         }
     }
     norm_add_blocks(part, blocks, e->out[1], s.n_w, fg__threads(e, blocks * s.n_w));
@@ -181,7 +193,8 @@ static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out
     const fg_tensor mean = fg_row_mean(mh);
     const fg_tensor along = fg_mul(h, mean), across = fg_sub(m, along), gx = fg_mul(across, rstd);
     const fg_tensor each = fg_mul(gy, h), gw = fg_sum_to(each, fg_shape_of(w));
-    out[0] = norm_join(gx, in[1]);
+    const fg_tensor joined = norm_join(gx, in[1]);
+    out[0] = fg_absent(in[4]) ? joined : fg_add(joined, in[4]);
     out[1] = norm_join(gw, in[2]);
 }
 
@@ -193,14 +206,16 @@ static fg_cost grad_cost(const fg_infer *c)
 static fg_tensor grad_example(fg_graph *g, int i)
 {
     static const struct { int64_t T, D, n_w, groups; } cases[] = {
-        { 3, 5, 5, 1 }, { 35, 6, 6, 2 }, { 5, 9, 3, 3 },
+        { 3, 5, 5, 1 }, { 35, 6, 6, 2 }, { 5, 9, 3, 3 }, { 4, 7, 7, 1 },
     };
     if (i >= (int)(sizeof cases / sizeof cases[0])) return (fg_tensor){ 0 };
     const fg_tensor gy = fg_random(g, cases[i].T, cases[i].D);
     const fg_tensor x = fg_random(g, cases[i].T, cases[i].D);
     const fg_tensor w = fg_random(g, cases[i].n_w);
     const fg_tensor rstd = fg_random(g, cases[i].T, cases[i].groups);
-    const fg_tensor in[] = { gy, x, w, rstd };
+    fg_tensor more = { 0 };
+    if (i == 3) more = fg_random(g, cases[i].T, cases[i].D);
+    const fg_tensor in[] = { gy, x, w, rstd, more };
     return FG_APPLY(rms_norm_grad, FG_HERE, in, cases[i].groups);
 }
 
@@ -208,6 +223,49 @@ static fg_tensor grad_example(fg_graph *g, int i)
 const fg_op_code fg_code_rms_norm_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
     .example = grad_example, .scratch = grad_scratch, .reuse = 1u << 0 | 1u << 1,
+    .bf16 = { .wide_in = 8, .like = { 2 }, .wide_out = 2 },
+};
+
+/* ---- rms_norm_grad_bf16 --------------------------------------------------------------------- */
+
+static fg_status both_infer(fg_infer *c)
+{
+    const struct fg_attr_rms_norm_grad_bf16 *a = c->attr;
+    c->out[2] = c->in[1];
+    c->out_type[2] = FG_BF16;
+    return check_grad(c, a->groups);
+}
+
+static void both_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
+{
+    const struct fg_attr_rms_norm_grad_bf16 *a = attr;
+    const fg_tensor all[] = { in[0], in[1], in[2], in[3], in[4] };
+    out[0] = FG_APPLY(rms_norm_grad, FG_HERE, all, a->groups);
+    out[1] = fg_result(out[0], 1);
+    out[2] = fg_cast(out[0], FG_BF16);
+}
+
+static fg_tensor both_example(fg_graph *g, int i)
+{
+    static const struct { int64_t T, D, groups; } cases[] = {
+        { 3, 5, 1 }, { 35, 16, 2 }, { 4, 7, 1 }, { 6, 1536, 1 },
+    };
+    if (i >= (int)(sizeof cases / sizeof cases[0])) return (fg_tensor){ 0 };
+    const fg_tensor gy = fg_random(g, cases[i].T, cases[i].D);
+    const fg_tensor x = fg_random(g, cases[i].T, cases[i].D);
+    const fg_tensor w = fg_random(g, cases[i].D);
+    const fg_tensor rstd = fg_random(g, cases[i].T, cases[i].groups);
+    fg_tensor more = { 0 };
+    if (i >= 2) more = fg_random(g, cases[i].T, cases[i].D);
+    const fg_tensor in[] = { gy, x, w, rstd, more };
+    return FG_APPLY(rms_norm_grad_bf16, FG_HERE, in, cases[i].groups);
+}
+
+/* Made by lowering alone, behind all gradients.  No CPU kernel: there, bf16 is not narrow. */
+const fg_op_code fg_code_rms_norm_grad_bf16 = {
+    .infer = both_infer, .cost = grad_cost, .decompose = both_decompose, .example = both_example,
+    .reuse = 1u << 0 | 1u << 1, .no_grad = true,
+    .bf16 = { .wide_in = 8, .like = { 2 }, .wide_out = 2, .narrow_out = 4 },
 };
 
 /* ---- add_rms_norm --------------------------------------------------------------------------- */
@@ -222,9 +280,8 @@ static fg_status add_infer(fg_infer *c)
     const struct fg_attr_add_rms_norm *at = c->attr;
     const fg_shape *a = &c->in[0], *w = &c->in[2];
     FG_REQUIRE(c, fg_shape_equal(*a, c->in[1]), SHAPE, "a and b must have one shape");
-    FG_REQUIRE(c, c->in_type[0] == c->in_type[1], DTYPE, "a and b must have one dtype");
-    FG_REQUIRE(c, fg__is_real(c->in_type[0]) && fg__is_real(c->in_type[2]), DTYPE,
-               "a, b and w must be f32 or bf16");
+    FG_REQUIRE(c, fg__is_real(c->in_type[2]), DTYPE, "w must be f32 or bf16");
+    if (fg__need_reals(c, 0, 2)) return FG_ERR_DTYPE;
     FG_REQUIRE(c, a->rank >= 1 && fg__last(a) > 0, SHAPE,
                "a needs at least one axis to normalize over");
     FG_REQUIRE(c, w->rank == 1 && w->dim[0] == fg__last(a), SHAPE,
@@ -232,7 +289,7 @@ static fg_status add_infer(fg_infer *c)
     FG_REQUIRE(c, at->eps >= 0, USAGE, "eps is %g and must not be negative", at->eps);
     c->out[0] = c->out[1] = c->out[2] = *a;
     c->out[2].dim[a->rank - 1] = 1;
-    c->out_type[0] = c->out_type[1] = c->in_type[0];
+    c->out_type[1] = c->out_type[0];
     c->out_type[2] = FG_F32;
     return FG_OK;
 }
@@ -317,4 +374,5 @@ static fg_tensor add_example(fg_graph *g, int i)
 const fg_op_code fg_code_add_rms_norm = {
     .infer = add_infer, .cpu = add_cpu, .vjp = add_vjp, .cost = add_cost,
     .decompose = add_decompose, .example = add_example,
+    .bf16 = { .narrow_out = 1, .wide_out = 4 },
 };

@@ -148,4 +148,5 @@ static fg_tensor example(fg_graph *g, int i)
 
 const fg_op_code fg_code_rope = {
     .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .example = example, .scratch = scratch,
+    .bf16 = { .like = { 1 } },
 };

@@ -197,4 +197,5 @@ static fg_tensor grad_example(fg_graph *g, int i)
 const fg_op_code fg_code_swiglu_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
     .example = grad_example, .reuse = 1u << 1,
+    .bf16 = { .like = { 2 } },
 };

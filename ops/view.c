@@ -107,6 +107,20 @@ static fg_status slice_grad_infer(fg_infer *c)
     return FG_OK;
 }
 
+static void slice_span(const void *attr, int *axis, int64_t *start)
+{
+    const struct fg_attr_slice *a = attr;
+    *axis = a->axis;
+    *start = a->start;
+}
+
+static void concat_span(const void *attr, int *axis, int64_t *start)
+{
+    const struct fg_attr_concat *a = attr;
+    *axis = a->axis;
+    *start = 0;
+}
+
 static fg_status concat_infer(fg_infer *c)
 {
     const struct fg_attr_concat *a = c->attr;
@@ -402,12 +416,14 @@ const fg_op_code fg_code_permute = {
     .infer = permute_infer, .cpu = permute_cpu, .vjp = permute_vjp, .example = permute_example
 };
 const fg_op_code fg_code_slice = {
-    .infer = slice_infer, .cpu = slice_cpu, .vjp = slice_vjp, .example = slice_example
+    .infer = slice_infer, .cpu = slice_cpu, .vjp = slice_vjp, .example = slice_example,
+    .memory = FG_PART, .span = slice_span
 };
 const fg_op_code fg_code_slice_grad = {
     .infer = slice_grad_infer, .cpu = slice_grad_cpu, .vjp = slice_grad_vjp,
     .example = slice_grad_example
 };
 const fg_op_code fg_code_concat = {
-    .infer = concat_infer, .cpu = concat_cpu, .vjp = concat_vjp, .example = concat_example
+    .infer = concat_infer, .cpu = concat_cpu, .vjp = concat_vjp, .example = concat_example,
+    .memory = FG_JOIN, .span = concat_span
 };

@@ -5,6 +5,7 @@
 #ifndef FG_PLAIN_CRITERION_H
 #define FG_PLAIN_CRITERION_H
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,35 +34,42 @@ static int plain_count, plain_suite_count, plain_failures;
     static void suite_##_##name_(void)
 #define Test(...) PLAIN_TEST(__VA_ARGS__, .init = NULL)
 
-static inline void plain_check(int ok, int end, const char *file, int line, const char *what)
+__attribute__((format(printf, 6, 7)))
+static inline void plain_check(int ok, int end, const char *file, int line, const char *what,
+                               const char *fmt, ...)
 {
+    va_list ap;
     if (ok) return;
     plain_failures++;
     fprintf(stderr, "%s:%d: failed: %s\n", file, line, what);
+    va_start(ap, fmt);
+    if (fmt[0]) { vfprintf(stderr, fmt, ap); fputc('\n', stderr); }
+    va_end(ap);
     if (end) exit(1);
 }
 
-#define PLAIN(end, ok, what) plain_check(!!(ok), end, __FILE__, __LINE__, what)
-#define cr_assert(c, ...)          PLAIN(1, c, #c)
-#define cr_expect(c, ...)          PLAIN(0, c, #c)
-#define cr_assert_not(c, ...)      PLAIN(1, !(c), "not " #c)
-#define cr_expect_not(c, ...)      PLAIN(0, !(c), "not " #c)
-#define cr_assert_eq(a, b, ...)    PLAIN(1, (a) == (b), #a " == " #b)
-#define cr_expect_eq(a, b, ...)    PLAIN(0, (a) == (b), #a " == " #b)
-#define cr_assert_neq(a, b, ...)   PLAIN(1, (a) != (b), #a " != " #b)
-#define cr_expect_neq(a, b, ...)   PLAIN(0, (a) != (b), #a " != " #b)
-#define cr_assert_lt(a, b, ...)    PLAIN(1, (a) < (b), #a " < " #b)
-#define cr_expect_lt(a, b, ...)    PLAIN(0, (a) < (b), #a " < " #b)
-#define cr_assert_leq(a, b, ...)   PLAIN(1, (a) <= (b), #a " <= " #b)
-#define cr_expect_leq(a, b, ...)   PLAIN(0, (a) <= (b), #a " <= " #b)
-#define cr_assert_gt(a, b, ...)    PLAIN(1, (a) > (b), #a " > " #b)
-#define cr_expect_gt(a, b, ...)    PLAIN(0, (a) > (b), #a " > " #b)
-#define cr_assert_geq(a, b, ...)   PLAIN(1, (a) >= (b), #a " >= " #b)
-#define cr_expect_null(p, ...)     PLAIN(0, (p) == NULL, #p " is NULL")
-#define cr_assert_str_eq(a, b, ...) PLAIN(1, !strcmp(a, b), #a " equals " #b)
-#define cr_expect_str_eq(a, b, ...) PLAIN(0, !strcmp(a, b), #a " equals " #b)
-#define cr_assert_float_eq(a, b, e, ...) PLAIN(1, fabs((double)(a) - (double)(b)) <= (e), #a)
-#define cr_expect_float_eq(a, b, e, ...) PLAIN(0, fabs((double)(a) - (double)(b)) <= (e), #a)
+#define PLAIN(end, ok, what, ...) plain_check(!!(ok), end, __FILE__, __LINE__, what, "" __VA_ARGS__)
+#define cr_assert(c, ...)          PLAIN(1, c, #c, __VA_ARGS__)
+#define cr_expect(c, ...)          PLAIN(0, c, #c, __VA_ARGS__)
+#define cr_assert_not(c, ...)      PLAIN(1, !(c), "not " #c, __VA_ARGS__)
+#define cr_expect_not(c, ...)      PLAIN(0, !(c), "not " #c, __VA_ARGS__)
+#define cr_assert_eq(a, b, ...)    PLAIN(1, (a) == (b), #a " == " #b, __VA_ARGS__)
+#define cr_expect_eq(a, b, ...)    PLAIN(0, (a) == (b), #a " == " #b, __VA_ARGS__)
+#define cr_assert_neq(a, b, ...)   PLAIN(1, (a) != (b), #a " != " #b, __VA_ARGS__)
+#define cr_expect_neq(a, b, ...)   PLAIN(0, (a) != (b), #a " != " #b, __VA_ARGS__)
+#define cr_assert_lt(a, b, ...)    PLAIN(1, (a) < (b), #a " < " #b, __VA_ARGS__)
+#define cr_expect_lt(a, b, ...)    PLAIN(0, (a) < (b), #a " < " #b, __VA_ARGS__)
+#define cr_assert_leq(a, b, ...)   PLAIN(1, (a) <= (b), #a " <= " #b, __VA_ARGS__)
+#define cr_expect_leq(a, b, ...)   PLAIN(0, (a) <= (b), #a " <= " #b, __VA_ARGS__)
+#define cr_assert_gt(a, b, ...)    PLAIN(1, (a) > (b), #a " > " #b, __VA_ARGS__)
+#define cr_expect_gt(a, b, ...)    PLAIN(0, (a) > (b), #a " > " #b, __VA_ARGS__)
+#define cr_assert_geq(a, b, ...)   PLAIN(1, (a) >= (b), #a " >= " #b, __VA_ARGS__)
+#define cr_expect_null(p, ...)     PLAIN(0, (p) == NULL, #p " is NULL", __VA_ARGS__)
+#define cr_assert_str_eq(a, b, ...) PLAIN(1, !strcmp(a, b), #a " equals " #b, __VA_ARGS__)
+#define cr_expect_str_eq(a, b, ...) PLAIN(0, !strcmp(a, b), #a " equals " #b, __VA_ARGS__)
+#define PLAIN_FAR(a, b) fabs((double)(a) - (double)(b))
+#define cr_assert_float_eq(a, b, e, ...) PLAIN(1, PLAIN_FAR(a, b) <= (e), #a, __VA_ARGS__)
+#define cr_expect_float_eq(a, b, e, ...) PLAIN(0, PLAIN_FAR(a, b) <= (e), #a, __VA_ARGS__)
 
 int main(void)
 {

@@ -1,0 +1,217 @@
+/* test_f64_lower.c - what lowering does for a GPU, run on the CPU in double: fused and merged
+ * nodes, parts and joins in place, bf16. */
+#include <criterion/criterion.h>
+#include <stdio.h>
+#include "device_cpu.h"
+#include "fox_autodiff.h"
+#include "fox_models.h"
+#include "graph.h"
+#include "plan.h"
+
+enum { B = 2, T = 12, V = 17, MOST = 100 };
+
+typedef struct {
+    fg_graph *g;
+    fg_backend *backend;
+    fg_store *store;
+    fg_plan *plan;
+    fg_tensor loss, grad[MOST];
+    int n;
+} trial;
+
+typedef enum { FOX_PRO, FOX_LLAMA, TRANSFORMER, RECOMPUTED, MODELS } kind;
+
+static fg_tensor build(kind k, fg_tensor tokens)
+{
+    fox_config c = k == FOX_LLAMA ? fox_llama_config(V, 32, 2, 2) : fox_pro_config(V, 32, 2, 2);
+    transformer_config t = transformer_llama_config(V, 32, 2, 2);
+    c.intermediate_size = t.intermediate_size = 24;
+    c.recompute = k == RECOMPUTED;
+    return k == TRANSFORMER ? transformer_lm(tokens, &t) : fox_lm(tokens, &c);
+}
+
+static trial start(kind k, bool device, fg_dtype precision)
+{
+    int32_t tokens[B * T], labels[B * T];
+    trial r = { .g = fg_graph_new(),
+                .backend = device ? fg__device_open() : fg_backend_open("cpu", 1) };
+    fg_tensor x = fg_input(r.g, "tokens", FG_I32, FG_DIMS(B, T));
+    fg_tensor y = fg_input(r.g, "labels", FG_I32, FG_DIMS(B, T));
+    fg_param_info p;
+    fg_tensor wrt[MOST];
+    fg_tensor logits = build(k, x);
+    r.loss = fg_output(fg_nn_loss(logits, y), "loss");
+    for (; fg_param_at(r.g, r.n, &p); r.n++) wrt[r.n] = p.tensor;
+    cr_assert_eq(fg_grad(r.loss, r.n, wrt, r.grad), FG_OK, "%s", fg_graph_message(r.g));
+    for (int i = 0; i < r.n; i++) fg_output(r.grad[i], fg_name(r.g, "grad%d", i));
+    r.store = fg_store_new(r.backend);
+    fg_store_precision(r.store, precision);
+    cr_assert_eq(fg_store_init(r.store, r.g, 3), FG_OK, "%s", fg_store_message(r.store));
+    r.plan = fg_plan_new(r.g, r.store);
+    for (int i = 0; i < B * T; i++) {
+        tokens[i] = (7 * i + i * i) % V;
+        labels[i] = (5 * i + 3) % V;
+    }
+    fg_write(r.plan, x, tokens, sizeof tokens);
+    fg_write(r.plan, y, labels, sizeof labels);
+    for (int i = 0; i < 2; i++)              /* the second run takes fixed nodes as they are */
+        cr_assert_eq(fg_run(r.plan), FG_OK, "%s", fg_plan_message(r.plan));
+    return r;
+}
+
+static void finish(trial *r)
+{
+    fg_plan_free(r->plan);
+    fg_store_free(r->store);
+    fg_backend_close(r->backend);
+    fg_graph_free(r->g);
+}
+
+static int count(const trial *r, const char *op)
+{
+    int n = 0;
+    for (uint32_t k = 0; k < r->plan->low->n_nodes; k++)
+        n += !strcmp(r->plan->low->nodes[k].op->name, op);
+    return n;
+}
+
+static int copies(const trial *r, const char *op)
+{
+    int n = 0;
+    for (uint32_t k = 0; k < r->plan->low->n_nodes; k++)
+        n += !strcmp(r->plan->low->nodes[k].op->name, op) && !r->plan->quiet[k];
+    return n;
+}
+
+static void put(void *to, const char *text) { (void)to; fputs(text, stderr); }
+
+/* 1 - cosine of the angle between all gradients of a and of b. */
+static double turned(const trial *a, const trial *b)
+{
+    double dot = 0, aa = 0, bb = 0;
+    for (int i = 0; i < a->n; i++) {
+        const double *x = fg__plan_data(a->plan, a->grad[i]),
+                     *y = fg__plan_data(b->plan, b->grad[i]);
+        for (int64_t k = 0; k < fg_count(a->grad[i]); k++) {
+            dot += x[k] * y[k];
+            aa += x[k] * x[k];
+            bb += y[k] * y[k];
+        }
+    }
+    return 1 - dot / sqrt(aa * bb);
+}
+
+static void same(const trial *a, const trial *b)
+{
+    const double *x = fg__plan_data(a->plan, a->loss), *y = fg__plan_data(b->plan, b->loss);
+    cr_expect_lt(fabs(x[0] - y[0]), 1e-12, "loss %.15g and %.15g", x[0], y[0]);
+    for (int i = 0; i < a->n; i++) {
+        x = fg__plan_data(a->plan, a->grad[i]);
+        y = fg__plan_data(b->plan, b->grad[i]);
+        for (int64_t k = 0; k < fg_count(a->grad[i]); k++)
+            cr_assert(fabs(x[k] - y[k]) <= 1e-12 * (1 + fabs(x[k])), "gradient %d, element %lld: "
+                      "%.15g and %.15g", i, (long long)k, x[k], y[k]);
+    }
+}
+
+Test(lower, a_device_that_fuses_computes_the_same)
+{
+    for (kind k = 0; k < MODELS; k++) {
+        trial a = start(k, false, FG_F32), b = start(k, true, FG_F32);
+        cr_expect_gt(count(&b, "add_rms_norm"), 0, "model %d", k);
+        cr_expect_eq(copies(&b, "slice"), 0, "model %d: %d slices are copied", k,
+                     copies(&b, "slice"));
+        same(&a, &b);
+        finish(&a);
+        finish(&b);
+    }
+}
+
+Test(lower, products_of_one_input_are_one)
+{
+    trial a = start(FOX_PRO, false, FG_F32), b = start(FOX_PRO, true, FG_F32);
+    /* a layer's q, k, v, shifts, gates; o; two of the MLP.  The head is in the loss */
+    cr_expect_eq(count(&a, "linear"), 2 * 10);
+    cr_expect_eq(count(&b, "linear"), 2 * 4);
+    cr_expect_eq(count(&b, "linear_dw"), 2 * 4);
+    cr_expect_eq(count(&b, "linear_dx"), 2 * 4);
+    finish(&a);
+    finish(&b);
+}
+
+Test(lower, bf16_keeps_the_loss_and_the_direction_of_the_gradient)
+{
+    for (kind k = 0; k < MODELS; k++) {
+        trial a = start(k, false, FG_F32), b = start(k, true, FG_BF16);
+        const double *x = fg__plan_data(a.plan, a.loss), *y = fg__plan_data(b.plan, b.loss);
+        cr_expect_lt(fabs(x[0] - y[0]), 1e-3, "model %d: loss %g and %g", k, x[0], y[0]);
+        cr_expect_lt(turned(&a, &b), 1e-3, "model %d: turned by %g", k, turned(&a, &b));
+        cr_expect_gt(turned(&a, &b), 0, "model %d: bf16 changed nothing", k);
+        cr_expect_eq(copies(&b, "slice"), 0, "model %d: %d slices are copied", k,
+                     copies(&b, "slice"));
+        cr_expect_eq(copies(&b, "concat"), 0, "model %d: %d joins are copied", k,
+                     copies(&b, "concat"));
+        if (getenv("FG_TEST_DUMP"))
+            fg_plan_dump(b.plan, FG_STAGE_PLANNED, FG_DUMP_TEXT, put, NULL);
+        finish(&a);
+        finish(&b);
+    }
+}
+
+/* ---- a device that has every kernel: what is fused stays whole ------------------------------- */
+
+static const char *fits(fg_backend *b, const fg_op *op, const fg_infer *c)
+{
+    (void)b; (void)op; (void)c;
+    return NULL;
+}
+
+/* Nodes of that op, on a device with every kernel, of the loss's and gradients' graph; -1: none. */
+static int fused(const trial *r, fg_dtype precision, const char *op)
+{
+    fg_backend *b = fg__device_open();
+    fg_backend_ops ops = *b->ops;
+    uint32_t *map = NULL;
+    int n = 0;
+    ops.unfit = fits;
+    b->ops = &ops;
+    fg_graph *low = fg__lower(r->g, b, precision, &map);
+    cr_assert(low && !low->status, "%s", low ? fg_graph_message(low) : "out of memory");
+    for (uint32_t k = 0; k < low->n_nodes; k++) n += !strcmp(low->nodes[k].op->name, op);
+    fg_graph_free(low);
+    free(map);
+    fg_backend_close(b);
+    return n;
+}
+
+Test(lower, shifts_take_their_gates_and_norms)
+{
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        trial a = start(FOX_PRO, true, bf16 ? FG_BF16 : FG_F32);
+        const fg_dtype t = bf16 ? FG_BF16 : FG_F32;
+        /* of a layer: keys are shifted and normed, values shifted, queries normed */
+        cr_expect_eq(fused(&a, t, "shift_norm"), 2);
+        cr_expect_eq(fused(&a, t, "shift_norm_grad"), 2);
+        cr_expect_eq(fused(&a, t, "shift_gate"), 2);
+        cr_expect_eq(fused(&a, t, "shift_gate_grad"), 2);
+        for (const char *const *op = (const char *const[]){ "sigmoid", "sigmoid_grad", "shift_mix",
+                                                            "shift_mix_grad", NULL }; *op; op++)
+            cr_expect_eq(fused(&a, t, *op), 0, "%s: %d", *op, fused(&a, t, *op));
+        finish(&a);
+    }
+    trial a = start(RECOMPUTED, true, FG_BF16);
+    cr_expect_eq(fused(&a, FG_BF16, "shift_norm"), 2 * 2);
+    cr_expect_eq(fused(&a, FG_BF16, "shift_norm_grad"), 2);
+    cr_expect_eq(fused(&a, FG_BF16, "shift_mix"), 0);
+    finish(&a);
+}
+
+Test(lower, the_residual_gradient_is_rounded_where_it_is_made)
+{
+    trial a = start(FOX_PRO, true, FG_BF16);
+    /* of a layer: behind both norms but the first, whose gradient goes into the table; the last */
+    cr_expect_eq(fused(&a, FG_BF16, "rms_norm_grad_bf16"), 2 * 2);
+    cr_expect_eq(fused(&a, FG_BF16, "rms_norm_grad"), 2 + 1);    /* of queries; of the first norm */
+    cr_expect_eq(fused(&a, FG_F32, "rms_norm_grad_bf16"), 0);
+    finish(&a);
+}
