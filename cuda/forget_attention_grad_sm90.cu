@@ -15,11 +15,10 @@
  * Measured on one H100 80GB HBM3, 2026-11-26, B = 1, T = 16384, gates, all kernels of the op:
  * 24 heads of 64 4.56 ms (452 TFLOP/s), 12 heads of 128 3.97 ms (519 TFLOP/s).
  *
- * Matrices in shared memory: panels of 64 columns, a row 128 bytes, chunk c of 16 bytes of row r at
- * c ^ r % 8; panels are 1024-byte aligned.  Source of shapes, layouts and descriptors: PTX ISA,
- * "Asynchronous warpgroup level matrix instructions". */
+ * Matrices lie in shared memory as wgmma.cuh says. */
 #include <cuda.h>
 #include "forget_attention_grad.cuh"
+#include "wgmma.cuh"
 
 #define KEYS 128
 
@@ -44,31 +43,12 @@ enum { KV_FULL, BLIND, FULL, EMPTY = FULL + 2, STAGED = EMPTY + 2, FREE = STAGED
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* ---- barriers and bulk copies --------------------------------------------------------------- */
+/* ---- bulk copies ---------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void barrier_init(unsigned bar, int count)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory");
-}
-static __device__ __forceinline__ void barrier_arrive(unsigned bar)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
-}
 static __device__ __forceinline__ void barrier_expect(unsigned bar, int bytes)
 {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;"
                  :: "r"(bar), "r"(bytes) : "memory");
-}
-static __device__ __forceinline__ void barrier_wait(unsigned bar, int phase)
-{
-    asm volatile("{\n .reg .pred p;\n again:\n"
-                 " mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 " @p bra done;\n bra again;\n done:\n}" :: "r"(bar), "r"(phase) : "memory");
-}
-/* What this thread wrote to shared memory is there for wgmma and bulk copies. */
-static __device__ __forceinline__ void proxy_fence()
-{
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 /* A box of 64 columns, from column d on, of tokens t ... of head h; what is not there is 0. */
 static __device__ __forceinline__ void box_load(unsigned to, const CUtensorMap *map, int d, int h,
@@ -95,10 +75,9 @@ static __device__ __forceinline__ void bulk_add(float4 *to, unsigned from, int b
                  :: "l"(to), "r"(from), "r"(bytes) : "memory");
 }
 
-/* ---- wgmma ---------------------------------------------------------------------------------- */
+/* ---- products ------------------------------------------------------------------------------- */
 
-/* Descriptor of a matrix in shared memory, 1024 bytes from 8 rows to the next; panel: bytes from 64
- * columns to the next, where its rows are the 16 of a product.  Further bytes are added to it. */
+/* A matrix_at to which bytes can be added: one instruction, where making it anew takes four. */
 struct matrix {
     unsigned low;
     __device__ matrix(unsigned at, unsigned panel = 16)
@@ -108,31 +87,14 @@ struct matrix {
         return (uint64_t)(1u << 30 | 1024 >> 4) << 32 | (low + (unsigned)(bytes >> 4));
     }
 };
-static __device__ __forceinline__ void wgmma_begin()
-{
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-static __device__ __forceinline__ void wgmma_commit()
-{
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int PENDING> static __device__ __forceinline__ void wgmma_wait()
-{
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
-}
-/* The compiler must not move uses of x to before here. */
 template <int N> static __device__ __forceinline__ void pin(float (&x)[N])
 {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i]) :: "memory");
 }
 
-#define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define F16(d, i) F4(d, i), F4(d, i + 4), F4(d, i + 8), F4(d, i + 12)
-#define N32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22," \
-    "%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define N64 N32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50," \
-    "%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D16(d, i) D4(d, i), D4(d, i + 4), D4(d, i + 8), D4(d, i + 12)
 
 /* d = a b, or d += a b: 64 x 64 or 64 x 128 over 16.  TA, TB: the matrix is stored with its 16 as
  * rows. */
@@ -142,7 +104,7 @@ static __device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint6
     asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, "
                  "%32, %33, p, 1, 1, %35, %36;\n}"
-                 : F16(d, 0), F16(d, 16) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+                 : D16(d, 0), D16(d, 16) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
 }
 template <int TA, int TB>
 static __device__ __forceinline__ void product(float (&d)[64], uint64_t a, uint64_t b, int add)
@@ -150,7 +112,7 @@ static __device__ __forceinline__ void product(float (&d)[64], uint64_t a, uint6
     asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, "
                  "%64, %65, p, 1, 1, %67, %68;\n}"
-                 : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48)
+                 : D16(d, 0), D16(d, 16), D16(d, 32), D16(d, 48)
                  : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
 }
 /* d += a b, a in registers, b stored with its 16 as rows */
@@ -158,13 +120,13 @@ static __device__ __forceinline__ void product(float (&d)[32], const unsigned *a
 {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, "
                  "{%32,%33,%34,%35}, %36, 1, 1, 1, 1;\n"
-                 : F16(d, 0), F16(d, 16) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                 : D16(d, 0), D16(d, 16) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 static __device__ __forceinline__ void product(float (&d)[64], const unsigned *a, uint64_t b)
 {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, "
                  "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;\n"
-                 : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48)
+                 : D16(d, 0), D16(d, 16), D16(d, 32), D16(d, 48)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
