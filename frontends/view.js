@@ -341,6 +341,7 @@ function drawForward(k, x, y, s) {
     text(bad ? 'does not type-check' : (dtype === 'f32' ? '' : dtype + ' ') + shape, x, y + 12, 10,
          a > 0.6 ? ink : colors.soft, 'center');
   }
+  if (!sign && state.k > 0.85) text(at(k), left + 3, top - 3, 7, colors.soft, 'left');
   if (D.firstBad === k) { g.beginPath(); g.arc(left + w, top, 5, 0, 7); g.fillStyle = rgba('x', 1); g.fill(); }
   hit('node', k, 0, left, top, w, h);
   ring('node', k, left, top, w, h, sign ? 15 : 6);
