@@ -273,6 +273,7 @@ function layout() {
 
 const canvas = $('canvas'), g = canvas.getContext('2d');
 let colors = {}, hits = [], width = 0, height = 0, frameTime = 0, marks = new Map();
+let hovered = -1;                          /* the node whose twins are shown while the pointer is there */
 const rgba = (hue, a) => `rgba(${colors[hue]},${a})`;
 function readColors() {
   const css = getComputedStyle(document.documentElement);
@@ -303,11 +304,12 @@ function hit(kind, ref, lane, x, y, w, h, more) {
               h: h * state.k, ...more });
 }
 function ring(kind, ref, x, y, w, h, r) {
-  const mark = marks.get(kind + ref);
+  const twin = kind === 'node' && hovered >= 0 && N.home[ref] === hovered;
+  const mark = marks.get(kind + ref) || (twin ? 3 : 0);
   if (!mark) return;
   g.save();
-  g.lineWidth = (mark === 2 ? 3 : 2) / Math.min(1, Math.max(state.k, 0.3));
-  g.strokeStyle = mark === 2 ? colors.mark : rgba('k', 0.95);
+  g.lineWidth = (mark === 2 ? 3 : mark === 1 ? 2 : 1.5) / Math.min(1, Math.max(state.k, 0.3));
+  g.strokeStyle = mark === 1 ? rgba('k', 0.95) : colors.mark;
   if (mark === 1) g.setLineDash([5, 3]);
   round(x - 3, y - 3, w + 6, h + 6, r + 3);
   g.stroke();
@@ -341,6 +343,7 @@ function drawForward(k, x, y, s) {
     text(bad ? 'does not type-check' : (dtype === 'f32' ? '' : dtype + ' ') + shape, x, y + 12, 10,
          a > 0.6 ? ink : colors.soft, 'center');
   }
+  if (!sign && state.k > 0.85) text(at(k), left + 3, top - 3, 7, colors.soft, 'left');
   if (D.firstBad === k) { g.beginPath(); g.arc(left + w, top, 5, 0, 7); g.fillStyle = rgba('x', 1); g.fill(); }
   hit('node', k, 0, left, top, w, h);
   ring('node', k, left, top, w, h, sign ? 15 : 6);
@@ -475,7 +478,7 @@ function drawSaved(b, f, c, x, y) {
       const kept = item[0] === NODE ? sumBytes(saved(item[1])) : inner >= 0 ? B.saved[inner] * item[2] : 0;
       if (!kept) continue;
       const my = middle(f, c, i, y) + 5 * n++ - 4;
-      g.strokeStyle = marks.get((item[0] === NODE ? 'node' : 'box') + (item[0] === NODE ? item[1] : inner))
+      g.strokeStyle = (item[0] === NODE && item[1] === hovered) || marks.get((item[0] === NODE ? 'node' : 'box') + (item[0] === NODE ? item[1] : inner))
         ? colors.mark : colors.edge;
       g.beginPath();
       g.moveTo(x[0] + f.x[0][i] + s.w[0] / 2, my);
@@ -1245,7 +1248,7 @@ canvas.addEventListener('pointerup', e => {
   drag = null;
 });
 canvas.addEventListener('pointercancel', e => { fingers.delete(e.pointerId); });
-canvas.addEventListener('pointerleave', () => { $('tip').hidden = true; });
+canvas.addEventListener('pointerleave', () => { $('tip').hidden = true; hovered = -1; draw(); });
 function click(e) {
   const q = under(e);
   if (!q) { select(null); tree(); return; }
@@ -1262,6 +1265,8 @@ function click(e) {
 }
 function hover(e) {
   const q = under(e), tip = $('tip');
+  const home = q && q.kind === 'node' ? N.home[q.ref] : -1;
+  if (home !== hovered) { hovered = home; draw(); }
   canvas.classList.toggle('over', Boolean(q));
   tip.hidden = !q;
   if (!q) return;
@@ -1493,7 +1498,7 @@ window.addEventListener('hashchange', () => {
 /* For tests and for the console. */
 window.fox = {
   data: D, state, ready: performance.now(), frame: () => frameTime, redraw: () => { drawNow(); return frameTime; },
-  hits: () => hits.map(q => ({ ...q })), rects: () => mem.rects, range: () => range, heat, boxHeat, isOpen, differs,
+  hits: () => hits.map(q => ({ ...q })), rects: () => mem.rects, range: () => range, heat, boxHeat, isOpen, differs, hovered: () => hovered,
   box: path => paths.get(path), toggle, select, openAll, findPath, marks: () => [...marks.keys()]
 };
 document.documentElement.dataset.ready = '1';

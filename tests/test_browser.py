@@ -265,6 +265,13 @@ def test_search_and_path(b):
     twins = b.js('''const N = fox.data.nodes; return N.home.map((h, i) => h === arguments[0] && N.pass[i] === 1 ? i : -1)
                     .filter(i => i >= 0)''', k)
     check(twins and all('node%d' % t in marks for t in twins), 'its backward twins light up')
+    at = b.js('''const h = fox.hits().find(q => q.kind === 'node' && q.ref === arguments[0]);
+        const r = document.getElementById('canvas').getBoundingClientRect(); return [r.left + h.x + 8, r.top + h.y + 8]''', k)
+    b.call('POST', '/actions', {'actions': [{'type': 'pointer', 'id': 'mouse', 'parameters': {'pointerType': 'mouse'},
+        'actions': [{'type': 'pointerMove', 'duration': 0, 'x': int(at[0]), 'y': int(at[1])}]}]})
+    time.sleep(0.2)
+    tip = b.js("const t = document.getElementById('tip'); return t.hidden ? '' : t.textContent")
+    check(b.js('return fox.hovered()') == k and 'forget_attention' in tip, 'under the pointer, twins light up, with a word')
     b.js("document.getElementById('canvas').focus()")
     b.press('b')
     check(b.js('return fox.data.nodes.pass[fox.state.sel.ref]') == 1, 'b goes to the backward twin')
