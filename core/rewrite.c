@@ -113,3 +113,5 @@ void fg__unread(fg_rewrite *r, uint32_t k)
         n->in[i] = 0;
     }
 }
+
+void fg__drop(fg_rewrite *r, uint32_t k) { r->g->nodes[k].dropped = true; }

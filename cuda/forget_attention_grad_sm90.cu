@@ -17,7 +17,6 @@
 #include "forget_attention_grad.cuh"
 
 #define KEYS 128
-#define AHEAD 4                          /* values of rows are read so many columns of 8 ahead */
 
 /* [B,N,H,D] as the copy engine sees it */
 struct maps { CUtensorMap q, go, k, v; };
@@ -28,12 +27,13 @@ template <int D_> struct layout {
     static constexpr int K_AT = 0, V_AT = K_AT + KEYS * D * 2, Q_AT = V_AT + KEYS * D * 2;
     static constexpr int TILE = QT * D * 2, GO_AT = Q_AT + 2 * TILE, DS_AT = GO_AT + 2 * TILE;
     static constexpr int DS = KEYS * QT * 2, GQ_AT = DS_AT + 2 * DS, GQ = QT * D * 4;
-    static constexpr int ROW_AT = GQ_AT + GQ, LOW_AT = ROW_AT + 4 * QT * 4;
-    static constexpr int BASE_AT = LOW_AT + 2 * QT * 4, PART_AT = BASE_AT + 16;
-    static constexpr int BAR_AT = PART_AT + QT / SOME * 8 * 4, SHARED = BAR_AT + 16 * 8 + 1024;
+    static constexpr int ROW_AT = GQ_AT + 2 * GQ, BASE_AT = ROW_AT + 4 * QT * 4;
+    static constexpr int PART_AT = BASE_AT + 16, PART = QT / SOME * 8 * 4;
+    static constexpr int BAR_AT = PART_AT + 2 * PART, GIVEN_AT = BAR_AT + 16 * 8;
+    static constexpr int SHARED = GIVEN_AT + 16;
     static constexpr int ZN = QT / 2, GN = D / 2;          /* sums of a thread: z, gk or gv */
 };
-enum { KV_FULL, FULL, EMPTY = FULL + 2, STAGED = EMPTY + 2, FREE = STAGED + 2, BLIND = FREE + 2 };
+enum { KV_FULL, BLIND, FULL, EMPTY = FULL + 2, STAGED = EMPTY + 2, FREE = STAGED + 4 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -225,7 +225,7 @@ template <class S> static __device__ __forceinline__ void load_role(const args &
             const int64_t head = w.b * a.H + w.h, at = head * a.np + t0;
             const unsigned row = w.memory + S::ROW_AT + stage * S::QT * 4;
             barrier_wait(w.template bar<S>(EMPTY + stage), w.phase() ^ 1);
-            barrier_expect(bar, S::TILE + 3 * S::QT * 4);
+            barrier_expect(bar, S::TILE + 2 * S::QT * 4);
             barrier_expect(go_bar, S::TILE);
             for (int p = 0; p < S::P; p++) {
                 const int to = p * S::QT * 128;
@@ -234,7 +234,6 @@ template <class S> static __device__ __forceinline__ void load_role(const args &
             }
             bulk_load(row, a.level + at, S::QT * 4, bar);
             bulk_load(row + 2 * S::QT * 4, a.delta + at, S::QT * 4, bar);
-            bulk_load(row + 4 * S::QT * 4, a.low + w.b * a.np + t0, S::QT * 4, bar);
             const fg_gate_block *block = a.gates.block + head * a.gates.blocks;
             float d = 0;
             if (a.gates.block) d = (float)(block[t0 / FG_GATE_BLOCK].base - block[w.j].base);
@@ -249,13 +248,16 @@ template <class S> static __device__ __forceinline__ void load_role(const args &
     }
 }
 
-/* One warp: adds the two halves of gq and the sums of ds of each step, in turn. */
+/* Two warps, every other step is a warp's: add the two halves of gq and the sums of ds, in turn.
+ * One waits for its turn while the other's sums are on their way. */
 template <class S> static __device__ __forceinline__ void add_role(const args &a, steps w)
 {
     constexpr int HALF = S::GQ / 2;
     const int lane = (int)threadIdx.x % 32;
-    const unsigned from = w.memory + S::GQ_AT, part = w.memory + S::PART_AT + lane * 32;
     for (; w.more(); w.advance(a), w.count++) {
+        const unsigned from = w.memory + S::GQ_AT + w.stage() * S::GQ;
+        const unsigned part = w.memory + S::PART_AT + w.stage() * S::PART + lane * 32;
+        if (w.stage() != (int)threadIdx.x / 32 % 2) continue;
         const int64_t tile = w.tile(a);
         const int rank = w.rank(a);
         float4 *to = a.sum_q + tile * (S::GQ / 16);
@@ -263,7 +265,7 @@ template <class S> static __device__ __forceinline__ void add_role(const args &a
             while (rank > 0 && turn_now(a.turn + tile) < rank) { }
             asm volatile("fence.proxy.async;" ::: "memory");
             for (int g = 0; g < 2; g++) {
-                barrier_wait(w.template bar<S>(STAGED + g), w.count & 1);
+                barrier_wait(w.template bar<S>(STAGED + 2 * w.stage() + g), w.phase());
                 if (rank == 0) bulk_store(to + g * (HALF / 16), from + g * HALF, HALF);
                 else bulk_add(to + g * (HALF / 16), from + g * HALF, HALF);
             }
@@ -279,10 +281,8 @@ template <class S> static __device__ __forceinline__ void add_role(const args &a
         __syncwarp();
         if (lane == 0) {
             asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-            barrier_arrive(w.template bar<S>(FREE));
-            barrier_arrive(w.template bar<S>(FREE + 1));
+            barrier_arrive(w.template bar<S>(FREE + w.stage()));
             asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-            asm volatile("fence.proxy.async;" ::: "memory");
             turn_set(a.turn + tile, rank + 1);
         }
     }
@@ -339,12 +339,10 @@ static __device__ __forceinline__ void mask(const args &a, const steps &w, const
     for (int e = 0; e < S::ZN; e++)
         if (ahead < (e >> 1 & 1) * 8 - (e >> 2) * 8 - (e & 1)) x[e] = 0;
     if (a.plain) return;
-    const unsigned low = w.memory + S::LOW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
+    const int *low = a.low + w.b * a.np + w.i * S::QT + s.lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
-        int l[2];
-        asm volatile("ld.shared.v2.s32 {%0,%1}, [%2];" : "=r"(l[0]), "=r"(l[1]) : "r"(low + n * 32)
-                     : "memory");
+        const int l[2] = { low[n * 8], low[n * 8 + 1] };
 #pragma unroll
         for (int e = 0; e < 4; e++)
             if (key < l[e & 1] - (e >> 1) * 8) x[n * 4 + e] = 0;
@@ -358,20 +356,16 @@ static __device__ __forceinline__ void weights(const args &a, const steps &w, co
 {
     const unsigned rows = w.memory + S::ROW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
     const float d = shared_get(w.memory + S::BASE_AT + w.stage() * 4);
-    const float less[2] = { s.ell[0] - d, s.ell[1] - d };
-    float2 level[AHEAD];
-#pragma unroll
-    for (int n = 0; n < AHEAD; n++) level[n] = shared_float2(rows + n * 32);
     wgmma_wait<1>();
     pin(z);
+    const float less[2] = { s.ell[0] - d, s.ell[1] - d };
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
-        const float2 l = level[n % AHEAD];
-        if (n + AHEAD < S::QT / 8) level[n % AHEAD] = shared_float2(rows + (n + AHEAD) * 32);
+        const float2 level = shared_float2(rows + n * 32);
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            z[n * 4 + e] =
-                fg_exp2(fmaf(z[n * 4 + e], a.scale2, e & 1 ? -l.y : -l.x) - less[e >> 1]);
+            z[n * 4 + e] = fg_exp2(fmaf(z[n * 4 + e], a.scale2, e & 1 ? -level.y : -level.x)
+                                   - less[e >> 1]);
     }
     if (MASKED) mask<S>(a, w, s, z);
 }
@@ -383,18 +377,14 @@ static __device__ __forceinline__ void slopes(const steps &w, worker<S> &s,
                                               float (&part)[S::QT / SOME])
 {
     const unsigned rows = w.memory + S::ROW_AT + (2 + w.stage()) * S::QT * 4 + s.lane % 4 * 8;
-    float2 delta[AHEAD];
-#pragma unroll
-    for (int n = 0; n < AHEAD; n++) delta[n] = shared_float2(rows + n * 32);
     wgmma_wait<0>();
     pin(dp);
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
-        const float2 d = delta[n % AHEAD];
-        if (n + AHEAD < S::QT / 8) delta[n % AHEAD] = shared_float2(rows + (n + AHEAD) * 32);
+        const float2 delta = shared_float2(rows + n * 32);
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? d.y : d.x));
+            dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? delta.y : delta.x));
     }
     if (MASKED)                          /* whatever go, v and delta hold */
 #pragma unroll
@@ -475,11 +465,13 @@ template <int N> static __device__ __forceinline__ float sums_of_many(float (&x)
 
 template <class S>
 static __device__ __forceinline__ void stage_put(const steps &w, const worker<S> &s,
-                                                 const float (&gq)[32], float sum)
+                                                 const float (&gq)[32],
+                                                 float (&part)[S::QT / SOME])
 {
     const int x = s.warp * 32 + s.lane;
-    barrier_wait(w.template bar<S>(FREE + s.group), (w.count & 1) ^ 1);
-    const unsigned to = w.memory + S::GQ_AT + s.group * (S::GQ / 2) + x * 16;
+    const float sum = sums_of_many(part, s.lane);
+    barrier_wait(w.template bar<S>(FREE + w.stage()), w.phase() ^ 1);
+    const unsigned to = w.memory + S::GQ_AT + w.stage() * S::GQ + s.group * (S::GQ / 2) + x * 16;
 #pragma unroll
     for (int n = 0; n < 8; n++)
         asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};"
@@ -487,9 +479,9 @@ static __device__ __forceinline__ void stage_put(const steps &w, const worker<S>
                         "f"(gq[4 * n + 3]) : "memory");
     constexpr int LANES = 32 / (S::QT / SOME);
     if (s.lane % LANES == 0)
-        shared_put(w.memory + S::PART_AT + (s.lane / LANES * 8 + s.group * 4 + s.warp) * 4, sum);
+        shared_put(w.memory + S::PART_AT + w.stage() * S::PART + (s.lane / LANES * 8 + s.group * 4 + s.warp) * 4, sum);
     proxy_fence();
-    barrier_arrive(w.template bar<S>(STAGED + s.group));
+    barrier_arrive(w.template bar<S>(STAGED + 2 * w.stage() + s.group));
 }
 
 template <class S>
@@ -535,10 +527,9 @@ static __device__ __forceinline__ void step(const args &a, const steps &w, worke
     wgmma_begin();
     queries_product<S>(w, s, at, gq);
     keys_product<S>(s.gk, ds, q);
-    const float sum = sums_of_many(part, s.lane);
     wgmma_wait<1>();
     pin(gq);
-    stage_put<S>(w, s, gq, sum);
+    stage_put<S>(w, s, gq, part);
     wgmma_wait<0>();
     pin(s.gk), pin(s.gv);
     if (s.lane == 0) barrier_arrive(w.template bar<S>(EMPTY + w.stage()));
@@ -576,28 +567,29 @@ template <class S> static __global__ void __launch_bounds__(384, 1) tile_of_keys
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char memory[];
-    __shared__ int given;
+    int *given = (int *)(memory + S::GIVEN_AT);
     steps w;
-    w.memory = (fg_shared(memory) + 1023) / 1024 * 1024;
+    w.memory = fg_shared(memory);
     if (threadIdx.x == 0) {
-        given = atomicAdd(a.next, 1);
+        *given = atomicAdd(a.next, 1);
         barrier_init(w.template bar<S>(KV_FULL), 1);
         barrier_init(w.template bar<S>(BLIND), 1);
         for (int e = 0; e < 2; e++) {
             barrier_init(w.template bar<S>(FULL + e), 1);
             barrier_init(w.template bar<S>(EMPTY + e), 8);
             barrier_init(w.template bar<S>(STAGED + e), 128);
+            barrier_init(w.template bar<S>(STAGED + 2 + e), 128);
             barrier_init(w.template bar<S>(FREE + e), 1);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    w.begin(a, given);
+    w.begin(a, *given);
     w.count = 0;
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x < 32) load_role<S>(a, m, w);
-        else if (threadIdx.x < 64) add_role<S>(a, w);
+        else if (threadIdx.x < 96) add_role<S>(a, w);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         multiply_role<S>(a, w);

@@ -9,6 +9,7 @@
  *   shift_mix(x, sigmoid(z))                   shift_gate(x, z), and behind rms_norm of every head
  *                                              shift_norm(x, z, w); the same for their gradients
  *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
+ *   what one token goes through                fuse_few.c
  *
  * Rules compute the same sums, in another order at most: what a plan shows is what it runs. */
 #include <stdlib.h>
@@ -507,7 +508,7 @@ static void fuse_shift_grad(fg_rewrite *r, uint32_t k)
 
 typedef struct { fg_tensor gy; int axis; int64_t start, stop, extent; } part;
 
-/* The slice_grads that node k, an add, sums up, also through other adds; -1: there is more. */
+/* The slice_grads that node k, an add, sums up by way of other adds; -1: there is more. */
 static int list_parts(const fg_rewrite *r, uint32_t v, part *parts, int n, bool top)
 {
     const fg_node *m = maker(r, v);
@@ -566,6 +567,7 @@ void fg__fuse(fg_rewrite *r)
         if (is_op(&g->nodes[k], FG_OP_linear)) merge_linears(r, k, done);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_rms_norm)) fuse_add_norm(r, k);
+    if (!g->status) fg__fuse_few(r);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_add)) fuse_norm_grad_add(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
