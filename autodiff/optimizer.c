@@ -14,13 +14,18 @@ typedef struct { int n; fg_param_info *info; fg_tensor *param, *grad; } group;
 
 static bool trained(const fg_param_info *p) { return !p->init.frozen; }
 
-/* Sums are added pairwise in the order of names. */
+/* Gradients in the order of names, ten to a node, whose sums are added in order. */
 static fg_tensor global_squares(fg_graph *g, const group *all)
 {
+    enum { TEN = 10 };                   /* inputs of sum_squares */
     fg_tensor sum = { 0 };
-    for (int i = 0; i < all->n; i++) {
-        if (!fg_ok(all->grad[i])) continue;
-        fg_tensor part = FG_APPLY(sum_squares, FG_HERE, ((const fg_tensor[]){ all->grad[i] }), 0);
+    for (int i = 0; i < all->n; ) {
+        fg_tensor in[TEN] = { { 0 } };
+        int n = 0;
+        for (; i < all->n && n < TEN; i++)
+            if (fg_ok(all->grad[i])) in[n++] = all->grad[i];
+        if (!n) break;
+        fg_tensor part = FG_APPLY(sum_squares, FG_HERE, in, 0);
         sum = fg_absent(sum) ? part : fg_add(sum, part);
     }
     return fg_absent(sum) ? fg_fill(g, FG_DIMS(1), 0) : sum;

@@ -18,12 +18,15 @@ typedef struct fg_backend_ops {
     void         (*close)(fg_backend *b);
     /* The rest may be NULL.  May input (output) i of op be columns of a wider matrix? */
     bool         (*pitched)(fg_backend *b, const fg_op *op, int i, bool output);
+    /* download, done by the time sync returns. */
+    fg_status    (*download_later)(fg_backend *b, void *to, const void *from, int64_t count,
+                                   fg_dtype t);
     /* Launches between record and recorded are kept instead of run; replay runs them all. */
     fg_status    (*record)(fg_backend *b);
     fg_status    (*recorded)(fg_backend *b, void **recording);
     fg_status    (*replay)(fg_backend *b, void *recording);
     void         (*forget)(fg_backend *b, void *recording);
-    /* Puts the i-th mark between two launches; after sync, elapsed gives seconds between i and j. */
+    /* Puts the i-th mark between two launches; after sync, elapsed gives seconds from i to j. */
     fg_status    (*mark)(fg_backend *b, int i);
     double       (*elapsed)(fg_backend *b, int i, int j);
     size_t       (*memory)(fg_backend *b, size_t *total);     /* bytes free, and in all */

@@ -207,7 +207,7 @@ FG_API void        fg_backend_close(fg_backend *b);
 FG_API fg_status   fg_backend_status(const fg_backend *b);
 FG_API const char *fg_backend_message(const fg_backend *b);
 FG_API const char *fg_backend_name(const fg_backend *b);
-FG_API const char *fg_backend_device(const fg_backend *b);  /* what the device calls itself, or "" */
+FG_API const char *fg_backend_device(const fg_backend *b); /* what the device calls itself, or "" */
 FG_API size_t      fg_backend_memory(fg_backend *b, size_t *total);   /* bytes free; 0: not known */
 FG_API int         fg_backend_threads(const fg_backend *b);
 
@@ -280,6 +280,9 @@ FG_API fg_plan_info fg_plan_describe(const fg_plan *p);
 /* Data are float or int32_t. */
 FG_API fg_status   fg_write(fg_plan *p, fg_tensor input, const void *data, size_t bytes);
 FG_API fg_status   fg_read(fg_plan *p, fg_tensor output, void *data, size_t bytes);
+/* The same in order with the runs, without waiting for them: data are there after the next call
+ * that waits (fg_run, fg_read of any plan on that device) and must stay valid until then. */
+FG_API fg_status   fg_read_later(fg_plan *p, fg_tensor output, void *data, size_t bytes);
 FG_API fg_status   fg_run(fg_plan *p);
 /* The same without waiting for the device: errors of the run may show in a later call.  What is
  * written next, and what is read, waits for it. */
@@ -290,11 +293,32 @@ FG_API bool        fg_plan_profile_at(const fg_plan *p, int i, const char **op, 
                                       int64_t *calls, double *flops, double *bytes);
 
 typedef enum { FG_STAGE_BUILT, FG_STAGE_LOWERED, FG_STAGE_PLANNED } fg_stage;
-typedef enum { FG_DUMP_TEXT, FG_DUMP_DOT, FG_DUMP_JSON } fg_dump_format;
+typedef enum { FG_DUMP_TEXT, FG_DUMP_JSON } fg_dump_format;
 typedef void (*fg_put)(void *to, const char *text);        /* receives pieces of text in order */
 FG_API fg_status   fg_graph_dump(const fg_graph *g, fg_dump_format f, fg_put put, void *to);
 FG_API fg_status   fg_plan_dump(const fg_plan *p, fg_stage stage, fg_dump_format f, fg_put put,
                                 void *to);
+
+/* graph.json (docs/graph.schema.json) of several graphs that run one after another, such as a
+ * training step in micro batches and its update: parameters and states of one name are one. */
+typedef struct {
+    const fg_graph *graph;               /* as it was built; or NULL, and */
+    const fg_plan  *plan;                /* the plan whose graph is meant, at this stage */
+    fg_stage        stage;
+} fg_json_part;
+typedef struct {
+    const char *model, *device;          /* for the reader; or NULL */
+    unsigned    passes;                  /* 1 forward + 2 backward + 4 update; 0: all */
+    bool        stable;                  /* nothing that was measured */
+} fg_json_options;
+FG_API fg_status   fg_graph_json(int n, const fg_json_part *parts, const fg_json_options *o,
+                                 fg_put put, void *to);
+/* What later runs note for graph.json: seconds of every node (the least of all runs), and the
+ * values that it made (of the last run: least, greatest, mean, root of the mean square, not
+ * finite).  Noting values waits for every node and copies what it made. */
+enum { FG_RECORD_TIMES = 1, FG_RECORD_VALUES = 2 };
+FG_API fg_status   fg_plan_record(fg_plan *p, unsigned what);
+FG_API bool        fg_plan_recorded(const fg_plan *p);     /* is anything noted? FG_RECORD=1: times */
 
 #ifdef __cplusplus
 }

@@ -25,6 +25,12 @@ typedef struct {
     int64_t calls;
 } fg_timing;
 
+typedef struct {                         /* what runs noted of one value; seconds of its maker */
+    double  seconds, least, greatest, mean, rms;
+    int64_t not_finite;
+    bool    timed, seen;
+} fg_record;
+
 struct fg_plan {
     const fg_graph *graph;               /* as given */
     fg_graph  *low;                      /* lowered, its nodes in running order */
@@ -46,6 +52,8 @@ struct fg_plan {
     size_t     arena_bytes, io_bytes, scratch_bytes;
     fg_timing *timings;                  /* one for each op that occurs */
     uint32_t   n_timings;
+    unsigned   record;                   /* FG_RECORD_TIMES, FG_RECORD_VALUES */
+    fg_record *records;                  /* per value of low, or NULL */
     bool       profile, check, ready;
     bool       sync, plain;             /* FG_SYNC, FG_NO_GRAPHS */
     fg_plan_info info;
@@ -66,5 +74,9 @@ fg_status fg__prepare(fg_plan *p);                                         /* me
 void     *fg__plan_data(fg_plan *p, fg_tensor t);
 bool      fg__plan_keeps(const fg_plan *p, uint32_t low_id);              /* readable after a run */
 fg_cost   fg__cost_of(const fg_graph *g, const fg_node *n);
+/* Output o of node k as floats, for the caller to free; NULL with the plan's error. */
+float    *fg__copy_output(fg_plan *p, uint32_t k, int o);
+/* Notes what node k, started so many seconds ago, took and made. */
+fg_status fg__record_node(fg_plan *p, uint32_t k, double seconds);
 fg_status fg__plan_fail(fg_plan *p, fg_status s, const char *fmt, ...) FG_PRINTF(3, 4);
 #endif

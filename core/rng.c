@@ -42,10 +42,16 @@ double fg__random_uniform(uint64_t key, uint64_t index)
     return unit(b[0], b[1]);
 }
 
-/* Box and Muller 1958; 1 - u is in (0, 1]. */
-double fg__random_normal(uint64_t key, uint64_t index)
+/* Box and Muller 1958, twice: the radius of the 32-bit u1 = (b + 1/2) / 2^32, at most 6.8, and an
+ * angle of 32 bits give two numbers each. */
+void fg__random_normals(uint64_t key, uint64_t block, float out[4])
 {
     uint32_t b[4];
-    fg__random_bits(key, index, b);
-    return sqrt(-2 * log(1 - unit(b[0], b[1]))) * cos(6.283185307179586476925 * unit(b[2], b[3]));
+    fg__random_bits(key, block, b);
+    for (int i = 0; i < 4; i += 2) {
+        const float r = sqrtf(-2 * logf(((float)b[i] + 0.5f) * 0x1p-32f));
+        const float angle = (float)(int32_t)b[i + 1] * (3.14159265358979f * 0x1p-31f);
+        out[i] = r * cosf(angle);
+        out[i + 1] = r * sinf(angle);
+    }
 }

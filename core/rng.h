@@ -10,5 +10,6 @@ uint64_t fg__hash(const char *text);                             /* FNV-1a, 64 b
 uint64_t fg__random_key(uint64_t seed, const char *name);
 void     fg__random_bits(uint64_t key, uint64_t index, uint32_t out[4]);
 double   fg__random_uniform(uint64_t key, uint64_t index);       /* [0, 1) */
-double   fg__random_normal(uint64_t key, uint64_t index);        /* mean 0, deviation 1 */
+/* Numbers 4 block .. 4 block + 3, of mean 0 and deviation 1. */
+void     fg__random_normals(uint64_t key, uint64_t block, float out[4]);
 #endif

@@ -44,6 +44,7 @@ fg_plan *fg_plan_new(const fg_graph *g, fg_store *s)
                           n->op->name, why);
     }
     if (!p->status) fg__lay_out(p);
+    if (!p->status && asked("FG_RECORD")) fg_plan_record(p, FG_RECORD_TIMES);
     return p;
 }
 
@@ -59,7 +60,7 @@ void fg_plan_free(fg_plan *p)
     }
     fg_graph_free(p->low);
     free(p->map); free(p->slots); free(p->execs); free(p->shapes); free(p->types); free(p->timings);
-    free(p->rows); free(p->quiet); free(p->fixed);
+    free(p->rows); free(p->quiet); free(p->fixed); free(p->records);
     free(p);
 }
 
@@ -102,7 +103,7 @@ fg_status fg_write(fg_plan *p, fg_tensor t, const void *data, size_t bytes)
     return s ? fg__plan_fail(p, s, "write: %s: %s", v->name, fg_backend_message(b)) : FG_OK;
 }
 
-fg_status fg_read(fg_plan *p, fg_tensor t, void *data, size_t bytes)
+static fg_status read_value(fg_plan *p, fg_tensor t, void *data, size_t bytes, bool later)
 {
     if (!p) return FG_ERR_MEMORY;
     if (p->status || fg__prepare(p)) return p->status;
@@ -113,9 +114,21 @@ fg_status fg_read(fg_plan *p, fg_tensor t, void *data, size_t bytes)
                              "read: the tensor is not an output (fg_output keeps it)");
     const fg_value *v = &p->graph->values[id];
     fg_backend *b = p->store->backend;
-    const fg_status s = b->ops->download(b, data, fg__plan_data(p, t), fg_shape_count(v->shape),
-                                         p->low->values[p->map[id]].type);
+    const fg_dtype type = p->low->values[p->map[id]].type;
+    const fg_status s = (later && b->ops->download_later ? b->ops->download_later
+                                                         : b->ops->download)(
+        b, data, fg__plan_data(p, t), fg_shape_count(v->shape), type);
     return s ? fg__plan_fail(p, s, "read: %s", fg_backend_message(b)) : FG_OK;
+}
+
+fg_status fg_read(fg_plan *p, fg_tensor t, void *data, size_t bytes)
+{
+    return read_value(p, t, data, bytes, false);
+}
+
+fg_status fg_read_later(fg_plan *p, fg_tensor t, void *data, size_t bytes)
+{
+    return read_value(p, t, data, bytes, true);
 }
 
 static double now(void)
@@ -145,21 +158,20 @@ static void add_timing(fg_plan *p, const fg_node *n, double seconds)
 
 /* NaN and infinity stop the run and name their node.  -infinity does not: it is what a masked score
  * and the log-sum-exp of nothing are. */
-static fg_status check_values(fg_plan *p, const fg_node *n, const fg_exec *e)
+static fg_status check_values(fg_plan *p, uint32_t k)
 {
-    fg_backend *b = p->store->backend;
+    const fg_node *n = &p->low->nodes[k];
     for (int o = 0; o < n->n_out; o++) {
         const fg_value *v = &p->low->values[n->out[o]];
         const int64_t count = fg_shape_count(v->shape);
         if (v->type == FG_I32 || !count) continue;
-        float *x = malloc((size_t)count * sizeof *x);
-        if (!x) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory while checking values");
-        fg_status s = b->ops->download(b, x, e->out[o], count, v->type);
+        float *x = fg__copy_output(p, k, o);
+        if (!x) return p->status;
         int64_t bad = 0;
-        while (!s && bad < count && x[bad] < INFINITY) bad++;
+        while (bad < count && x[bad] < INFINITY) bad++;
         const float value = bad < count ? x[bad] : 0;
         free(x);
-        if (s || bad == count) continue;
+        if (bad == count) continue;
         char path[200], shape[160];
         fg__scope_path(p->low, n->scope, path, sizeof path);
         fg__value_text(v, shape, sizeof shape);
@@ -184,36 +196,92 @@ static fg_status launch(fg_plan *p, uint32_t k)
                          fg_backend_message(b));
 }
 
+/* What node k, started then, took and made. */
+static fg_status note(fg_plan *p, uint32_t k, double start)
+{
+    fg_backend *b = p->store->backend;
+    const fg_status s = b->ops->sync(b);
+    if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
+    return fg__record_node(p, k, now() - start);
+}
+
 static fg_status launch_all(fg_plan *p, bool fixed)
 {
     for (uint32_t k = 0; k < p->low->n_nodes; k++) {
         if (p->quiet[k] || p->fixed[k] != fixed) continue;
+        const double start = p->record ? now() : 0;
         if (launch(p, k)) return p->status;
-        if (p->check && check_values(p, &p->low->nodes[k], &p->execs[k])) return p->status;
+        if (p->record && note(p, k, start)) return p->status;
+        if (p->check && check_values(p, k)) return p->status;
     }
     return FG_OK;
 }
 
-/* One node at a time, each between two marks of the device's own clock where it has one. */
-static fg_status launch_timed(fg_plan *p)
+/* The first of the nodes from k on that is launched; n_nodes if none is. */
+static uint32_t next_launched(const fg_plan *p, uint32_t k)
+{
+    while (k < p->low->n_nodes && (p->quiet[k] || p->fixed[k])) k++;
+    return k;
+}
+
+/* Nodes of one op that follow each other, between two marks of the device's own clock: a device may
+ * launch them together. */
+static fg_status launch_marked(fg_plan *p)
+{
+    fg_backend *b = p->store->backend;
+    const uint32_t n = p->low->n_nodes;
+    const fg_op *last = NULL;
+    fg_status s = FG_OK;
+    for (uint32_t k = next_launched(p, 0); k < n && !s; k = next_launched(p, k + 1)) {
+        if (p->low->nodes[k].op != last) s = b->ops->mark(b, (int)k);
+        last = p->low->nodes[k].op;
+        if (!s && launch(p, k)) return p->status;
+    }
+    if (!s) s = b->ops->mark(b, (int)n);
+    if (!s) s = b->ops->sync(b);
+    if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
+    for (uint32_t k = next_launched(p, 0), end; k < n; k = end) {
+        const fg_op *op = p->low->nodes[k].op;
+        for (end = k; end < n && p->low->nodes[end].op == op; end = next_launched(p, end + 1)) { }
+        const double seconds = b->ops->elapsed(b, (int)k, (int)end);
+        for (uint32_t i = k; i < end; i = next_launched(p, i + 1))
+            add_timing(p, &p->low->nodes[i], i == k ? seconds : 0);
+    }
+    return FG_OK;
+}
+
+/* The time of every node, between two marks of the device's own clock. */
+static fg_status note_marked(fg_plan *p)
 {
     fg_backend *b = p->store->backend;
     const uint32_t n = p->low->n_nodes;
     fg_status s = FG_OK;
-    for (uint32_t k = 0; k < n && !s; k++) {
-        const double start = now();
-        if (b->ops->mark) s = b->ops->mark(b, (int)k);
-        const bool runs = !p->quiet[k] && !p->fixed[k];
-        if (!s && runs && launch(p, k)) return p->status;
-        if (!s && !b->ops->mark && runs && !(s = b->ops->sync(b)))
-            add_timing(p, &p->low->nodes[k], now() - start);
+    for (uint32_t k = next_launched(p, 0); k < n && !s; k = next_launched(p, k + 1)) {
+        s = b->ops->mark(b, (int)k);
+        if (!s && launch(p, k)) return p->status;
     }
-    if (!s && b->ops->mark) s = b->ops->mark(b, (int)n);
+    if (!s) s = b->ops->mark(b, (int)n);
     if (!s) s = b->ops->sync(b);
-    for (uint32_t k = 0; k < n && !s && b->ops->mark; k++)
-        if (!p->quiet[k] && !p->fixed[k])
-            add_timing(p, &p->low->nodes[k], b->ops->elapsed(b, (int)k, (int)k + 1));
-    return s ? fg__plan_fail(p, s, "%s", fg_backend_message(b)) : FG_OK;
+    if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
+    for (uint32_t k = next_launched(p, 0), next; k < n; k = next) {
+        next = next_launched(p, k + 1);
+        if (fg__record_node(p, k, b->ops->elapsed(b, (int)k, (int)next))) return p->status;
+    }
+    return FG_OK;
+}
+
+static fg_status launch_timed(fg_plan *p)
+{
+    fg_backend *b = p->store->backend;
+    if (b->ops->mark) return launch_marked(p);
+    for (uint32_t k = next_launched(p, 0); k < p->low->n_nodes; k = next_launched(p, k + 1)) {
+        const double start = now();
+        if (launch(p, k)) return p->status;
+        const fg_status s = b->ops->sync(b);
+        if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
+        add_timing(p, &p->low->nodes[k], now() - start);
+    }
+    return FG_OK;
 }
 
 /* The first run launches node by node, so that kernels can make their choices; the second is
@@ -237,7 +305,8 @@ fg_status fg_run_later(fg_plan *p)
     if (!p) return FG_ERR_MEMORY;
     if (p->status || fg__prepare(p)) return p->status;
     fg_backend *b = p->store->backend;
-    const bool whole = b->ops->record && p->runs > 0 && !p->check && !p->sync && !p->plain;
+    const bool whole = b->ops->record && p->runs > 0 && !p->check && !p->sync && !p->plain &&
+                       !p->record;
     p->runs++;
     if (!p->fixed_ran || p->version != p->store->version) {
         if (launch_all(p, true)) return p->status;
@@ -245,7 +314,8 @@ fg_status fg_run_later(fg_plan *p)
         p->fixed_ran = true;
     }
     if (p->changes_params) p->store->version++;
-    if (p->profile) return launch_timed(p);
+    if (p->record == FG_RECORD_TIMES && b->ops->mark) return note_marked(p);
+    if (p->profile && !p->record) return launch_timed(p);
     return whole ? launch_recorded(p) : launch_all(p, false);
 }
 

@@ -86,8 +86,11 @@ void fg__error(fg_graph *g, fg_status s, const char *op, const char *names, fg_l
     }
     if (!g->status) g->status = s;
     if (!fg__grow((void **)&g->errors, &g->cap_errors, g->n_errors, sizeof *g->errors)) return;
-    const char *text = fg__strdup(g, p.text);
-    if (text) g->errors[g->n_errors++] = (fg_error){ s, text };
+    fg_error e = { .status = s, .text = fg__strdup(g, p.text), .op = fg__strdup(g, op), .at = at,
+                   .scope = g->scope, .pass = g->pass, .n_in = n_in };
+    for (int i = 0; i < n_in; i++)
+        if (in[i].graph == g && in[i].id < g->n_values) e.in[i] = in[i].id;
+    if (e.text && e.op) g->errors[g->n_errors++] = e;
 }
 
 fg_tensor (fg_fail)(fg_loc at, fg_tensor x, fg_status s, const char *fmt, ...)

@@ -11,9 +11,15 @@
 #include "gemm.cuh"
 #include "kernel.cuh"
 
-enum { RING = 2, SLOT = 8 << 20, MAP = 512, LEAST = 80 };   /* LEAST: compute capability 8.0 */
+enum {
+    RING = 2, SLOT = 8 << 20,            /* staging buffers, bytes of one */
+    MAP = 512, LEAST = 80,               /* LEAST: compute capability 8.0 */
+    WAITING = 512,                       /* nodes that are launched at once, at most */
+    LETTERS = 256, MAIL = 1024           /* small values on their way to the host; floats of them */
+};
 
 typedef struct { const fg_op *op; const fg_kernel *kernel; } entry;
+typedef struct { void *to; int64_t first, count; } letter;
 
 typedef struct {
     int           device;
@@ -24,6 +30,12 @@ typedef struct {
     cudaEvent_t  *marks;
     int           n_marks;
     entry         map[MAP];              /* hash table: op -> kernel */
+    float        *mail;                  /* pinned: what download_later copies to first */
+    letter        letters[LETTERS];
+    int           n_letters;
+    const fg_kernel *many;               /* of the nodes that wait */
+    const fg_exec *waiting[WAITING];
+    int           n_waiting;
 } cuda;
 
 const fg_kernel *fg_kernel_of(const char *op);       /* table.cu */
@@ -49,6 +61,9 @@ static fg_status check(fg_backend *b, cudaError_t e, const char *act)
 
 static cuda *of(fg_backend *b) { return (cuda *)b->impl; }
 
+static fg_status cuda_sync(fg_backend *b);
+static fg_status send_waiting(fg_backend *b);
+
 /* ---- memory --------------------------------------------------------------------------------- */
 
 static void *cuda_alloc(fg_backend *b, size_t bytes)
@@ -64,7 +79,7 @@ static void cuda_free(fg_backend *b, void *p)
 {
     if (!p) return;
     cudaSetDevice(of(b)->device);
-    cudaStreamSynchronize(of(b)->stream);
+    cuda_sync(b);
     cudaFree(p);
 }
 
@@ -93,6 +108,7 @@ static fg_status cuda_upload(fg_backend *b, void *to, const void *from, int64_t 
     cuda *c = of(b);
     const int64_t size = (int64_t)b->size_of[t], most = SLOT / size;
     cudaSetDevice(c->device);
+    if (send_waiting(b)) return b->status;
     for (int64_t at = 0; at < count; at += most) {
         const int64_t n = count - at < most ? count - at : most;
         char *slot = c->slot[c->next];
@@ -110,11 +126,20 @@ static fg_status cuda_upload(fg_backend *b, void *to, const void *from, int64_t 
     return FG_OK;
 }
 
+static void deliver(cuda *c)
+{
+    for (int i = 0; i < c->n_letters; i++)
+        memcpy(c->letters[i].to, c->mail + c->letters[i].first,
+               (size_t)c->letters[i].count * sizeof(float));
+    c->n_letters = 0;
+}
+
 static fg_status cuda_download(fg_backend *b, void *to, const void *from, int64_t count, fg_dtype t)
 {
     cuda *c = of(b);
     const int64_t size = (int64_t)b->size_of[t], most = SLOT / size;
     cudaSetDevice(c->device);
+    if (send_waiting(b)) return b->status;
     for (int64_t at = 0; at < count; at += most) {
         const int64_t n = count - at < most ? count - at : most;
         char *slot = c->slot[c->next];
@@ -124,6 +149,7 @@ static fg_status cuda_download(fg_backend *b, void *to, const void *from, int64_
                                     cudaMemcpyDeviceToHost, c->stream);
         if (!e) e = cudaStreamSynchronize(c->stream);
         if (e) return check(b, e, "copy from the GPU");
+        deliver(c);
         if (t != FG_BF16) memcpy(y, slot, (size_t)(n * 4));
         else
             for (int64_t i = 0; i < n; i++) {
@@ -134,9 +160,25 @@ static fg_status cuda_download(fg_backend *b, void *to, const void *from, int64_
     return FG_OK;
 }
 
+static fg_status cuda_download_later(fg_backend *b, void *to, const void *from, int64_t count,
+                                     fg_dtype t)
+{
+    cuda *c = of(b);
+    const letter *last = c->n_letters ? &c->letters[c->n_letters - 1] : NULL;
+    const int64_t first = last ? last->first + last->count : 0;
+    if (t == FG_BF16 || first + count > MAIL || c->n_letters == LETTERS)
+        return cuda_download(b, to, from, count, t);
+    c->letters[c->n_letters++] = { to, first, count };
+    cudaSetDevice(c->device);
+    if (send_waiting(b)) return b->status;
+    return check(b, cudaMemcpyAsync(c->mail + first, from, (size_t)count * sizeof(float),
+                                    cudaMemcpyDeviceToHost, c->stream), "copy from the GPU");
+}
+
 static fg_status cuda_clear(fg_backend *b, void *to, size_t bytes)
 {
     cudaSetDevice(of(b)->device);
+    if (send_waiting(b)) return b->status;
     return check(b, cudaMemsetAsync(to, 0, bytes, of(b)->stream), "clear");
 }
 
@@ -172,23 +214,51 @@ static size_t cuda_scratch(fg_backend *b, const fg_op *op, const fg_infer *c)
     return k && k->scratch && op->code->memory != FG_VIEW ? k->scratch(c) : 0;
 }
 
-static fg_status cuda_launch(fg_backend *b, const fg_op *op, const fg_exec *e)
+static fg_status launched(fg_backend *b)
 {
-    cudaSetDevice(of(b)->device);
-    kernel_of(b, op)->launch(e, of(b)->stream);
     const char *refused = fg_gemm_failure();
     if (refused) return fail(b, FG_ERR_DEVICE, "%s", refused);
     return check(b, cudaGetLastError(), "launch");
 }
 
+/* Nodes that can go together wait here for more of their kind. */
+static fg_status send_waiting(fg_backend *b)
+{
+    cuda *c = of(b);
+    if (!c->n_waiting) return FG_OK;
+    c->many->launch_many(c->waiting, c->n_waiting, c->stream);
+    c->n_waiting = 0;
+    return launched(b);
+}
+
+static fg_status cuda_launch(fg_backend *b, const fg_op *op, const fg_exec *e)
+{
+    cuda *c = of(b);
+    const fg_kernel *k = kernel_of(b, op);
+    cudaSetDevice(c->device);
+    if (c->n_waiting && (k != c->many || c->n_waiting == WAITING) && send_waiting(b))
+        return b->status;
+    if (k->launch_many) {
+        c->many = k;
+        c->waiting[c->n_waiting++] = e;
+        return FG_OK;
+    }
+    k->launch(e, c->stream);
+    return launched(b);
+}
+
 static fg_status cuda_sync(fg_backend *b)
 {
+    if (send_waiting(b)) return b->status;
     cudaSetDevice(of(b)->device);
-    return check(b, cudaStreamSynchronize(of(b)->stream), "run");
+    const fg_status s = check(b, cudaStreamSynchronize(of(b)->stream), "run");
+    if (!s) deliver(of(b));
+    return s;
 }
 
 static fg_status cuda_record(fg_backend *b)
 {
+    if (send_waiting(b)) return b->status;
     cudaSetDevice(of(b)->device);
     return check(b, cudaStreamBeginCapture(of(b)->stream, cudaStreamCaptureModeThreadLocal),
                  "record");
@@ -198,6 +268,7 @@ static fg_status cuda_recorded(fg_backend *b, void **recording)
 {
     cudaGraph_t graph = NULL;
     cudaGraphExec_t whole = NULL;
+    send_waiting(b);
     cudaError_t e = cudaStreamEndCapture(of(b)->stream, &graph);
     if (!e && !b->status) e = cudaGraphInstantiate(&whole, graph, 0);
     if (!e && whole) e = cudaGraphUpload(whole, of(b)->stream);
@@ -209,6 +280,7 @@ static fg_status cuda_recorded(fg_backend *b, void **recording)
 static fg_status cuda_replay(fg_backend *b, void *recording)
 {
     cudaSetDevice(of(b)->device);
+    if (send_waiting(b)) return b->status;
     return check(b, cudaGraphLaunch((cudaGraphExec_t)recording, of(b)->stream), "replay");
 }
 
@@ -232,6 +304,7 @@ static fg_status cuda_mark(fg_backend *b, int i)
             if (e) return check(b, e, "mark");
         }
     }
+    if (send_waiting(b)) return b->status;
     return check(b, cudaEventRecord(c->marks[i], c->stream), "mark");
 }
 
@@ -255,6 +328,7 @@ static void cuda_close(fg_backend *b)
         if (c->free_slot[i]) cudaEventDestroy(c->free_slot[i]);
         if (c->slot[i]) cudaFreeHost(c->slot[i]);
     }
+    if (c->mail) cudaFreeHost(c->mail);
     for (int i = 0; i < c->n_marks; i++) cudaEventDestroy(c->marks[i]);
     if (c->stream) cudaStreamDestroy(c->stream);
     (void)cudaGetLastError();
@@ -303,6 +377,7 @@ static fg_status open_device(fg_backend *b, cuda *c)
         e = cudaMallocHost((void **)&c->slot[i], SLOT);
         if (!e) e = cudaEventCreateWithFlags(&c->free_slot[i], cudaEventDisableTiming);
     }
+    if (!e) e = cudaMallocHost((void **)&c->mail, MAIL * sizeof(float));
     if (e) return check(b, e, "open the GPU");
     if (fg_gemm_open()) return fail(b, FG_ERR_DEVICE, "cuBLASLt could not be started");
     return FG_OK;
@@ -313,7 +388,8 @@ extern "C" __attribute__((visibility("default"))) void fg__cuda_open(fg_backend 
     static const fg_backend_ops ops = {
         .alloc = cuda_alloc, .free = cuda_free, .upload = cuda_upload, .download = cuda_download,
         .clear = cuda_clear, .unfit = cuda_unfit, .scratch = cuda_scratch, .launch = cuda_launch,
-        .sync = cuda_sync, .close = cuda_close, .pitched = cuda_pitched, .record = cuda_record,
+        .sync = cuda_sync, .close = cuda_close, .pitched = cuda_pitched,
+        .download_later = cuda_download_later, .record = cuda_record,
         .recorded = cuda_recorded, .replay = cuda_replay, .forget = cuda_forget, .mark = cuda_mark,
         .elapsed = cuda_elapsed, .memory = cuda_memory,
     };

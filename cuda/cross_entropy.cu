@@ -36,6 +36,8 @@ static void loss_launch(const fg_exec *e, cudaStream_t stream)
     else if (V <= 2048)
         losses<32><<<fg_blocks(rows, fg_team_rows<32>), fg_team_block<32>, 0, stream>>>(
             x, labels, loss, lse, rows, V);
+    else if (rows < 132)                         /* an H100 has more processors than that */
+        losses<1024><<<(unsigned)rows, 1024, 0, stream>>>(x, labels, loss, lse, rows, V);
     else
         losses<256><<<(unsigned)rows, 256, 0, stream>>>(x, labels, loss, lse, rows, V);
 }

@@ -10,7 +10,8 @@
 #include "elementwise.cuh"
 
 #define THREADS 256
-#define CHUNK   64
+#define CHUNK   64                               /* sorted places added up on their own */
+#define ROWS    4                                /* tokens a thread; H100: 8 and 16 are no faster */
 
 /* ---- embedding ------------------------------------------------------------------------------ */
 
@@ -18,37 +19,19 @@ template <int V>
 static __global__ void __launch_bounds__(THREADS)
 pick_rows(const int32_t *tokens, fg_in w, fg_out y, fg_divisor D, int64_t vocab, int64_t n)
 {
-    constexpr int U = 2;
-    const int64_t first = (int64_t)blockIdx.x * THREADS * U + threadIdx.x;
-    fg_raw8 raw[U];
-    float one[U];
-    bool there[U];
+    const int64_t i = V * ((int64_t)blockIdx.x * THREADS + threadIdx.x);
+    if (i >= n) return;
+    const int64_t t = fg_divide(i, D), c = tokens[t];
+    float v[V];
+    if (c >= 0 && c < vocab) {
+        fg_some<V> some;
+        some.load(w, c * D.d + i - t * D.d);
+        some.floats(w, v);
+    } else {
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-        const int64_t i = V * (first + u * THREADS);
-        there[u] = false;
-        if (i >= n) continue;
-        const int64_t t = fg_divide(i, D), c = tokens[t];
-        there[u] = c >= 0 && c < vocab;
-        if (!there[u]) continue;
-        if (V == 8) raw[u] = fg_load_raw8(w, c * D.d + i - t * D.d);
-        else one[u] = w[c * D.d + i - t * D.d];
+        for (int j = 0; j < V; j++) v[j] = NAN;
     }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-        const int64_t i = V * (first + u * THREADS);
-        if (i >= n) continue;
-        if constexpr (V == 8) {
-            fg_vec8 v;
-            if (there[u]) v = fg_floats(w, raw[u]);
-            else
-#pragma unroll
-                for (int j = 0; j < 8; j++) v[j] = NAN;
-            fg_store8(y, i, v);
-        } else {
-            y.put(i, there[u] ? one[u] : NAN);
-        }
-    }
+    fg_store_some<V>(y, i, v);
 }
 
 static void launch(const fg_exec *e, cudaStream_t stream)
@@ -58,11 +41,13 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     const int32_t *tokens = (const int32_t *)e->in[0];
     const fg_in w = fg_input_of(e, 1);
     const fg_out y = fg_output_of(e, 0);
-    const fg_divisor d = fg_divisor_of(D);
-    if (D % 8 == 0)
-        pick_rows<8><<<fg_blocks(n, 16 * THREADS), THREADS, 0, stream>>>(tokens, w, y, d, vocab, n);
+    const fg_divisor d = fg_divisor_of(D, n);
+    if (D % 8)
+        pick_rows<1><<<fg_blocks(n, THREADS), THREADS, 0, stream>>>(tokens, w, y, d, vocab, n);
+    else if (y.narrow)
+        pick_rows<8><<<fg_blocks(n, 8 * THREADS), THREADS, 0, stream>>>(tokens, w, y, d, vocab, n);
     else
-        pick_rows<1><<<fg_blocks(n, 2 * THREADS), THREADS, 0, stream>>>(tokens, w, y, d, vocab, n);
+        pick_rows<4><<<fg_blocks(n, 4 * THREADS), THREADS, 0, stream>>>(tokens, w, y, d, vocab, n);
 }
 FG_KERNEL(embedding) = { .launch = launch };
 
@@ -143,32 +128,24 @@ static __global__ void __launch_bounds__(THREADS) find_runs(layout l)
     if (k == l.T - 1 || l.token[k + 1] != c) l.end[c] = (int32_t)k + 1;
 }
 
-/* sum += rows [from, to) of the sorted order, V columns from `column`; a fixed order. */
+/* sum += rows [from, to) of x in order, V columns from `column`; place NULL: rows as they lie. */
 template <int V>
-static __device__ __forceinline__ void add_rows(const layout &l, const fg_in &gy, int64_t from,
-                                                int64_t to, int64_t column, float *sum)
+static __device__ __forceinline__ void add_rows(const fg_in &x, const int32_t *place, int64_t from,
+                                                int64_t to, int64_t D, int64_t column, float *sum)
 {
     constexpr int U = 4;
     for (int64_t k = from; k < to; k += U) {
-        fg_raw8 raw[U];
-        float one[U];
+        fg_some<V> some[U];
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            if (k + u < to) some[u].load(x, (place ? place[k + u] : k + u) * D + column);
 #pragma unroll
         for (int u = 0; u < U; u++) {
             if (k + u >= to) continue;
-            const int64_t i = l.place[k + u] * l.D + column;
-            if (V == 8) raw[u] = fg_load_raw8(gy, i);
-            else one[u] = gy[i];
-        }
+            float v[V];
+            some[u].floats(x, v);
 #pragma unroll
-        for (int u = 0; u < U; u++) {
-            if (k + u >= to) continue;
-            if constexpr (V == 8) {
-                const fg_vec8 v = fg_floats(gy, raw[u]);
-#pragma unroll
-                for (int j = 0; j < V; j++) sum[j] += v[j];
-            } else {
-                sum[0] += one[u];
-            }
+            for (int j = 0; j < V; j++) sum[j] += v[j];
         }
     }
 }
@@ -182,44 +159,53 @@ static __global__ void __launch_bounds__(THREADS) sum_chunks(layout l, fg_in gy,
     const int64_t from = chunk * CHUNK;
     if (l.token[from] != l.token[from + CHUNK - 1] || l.token[from] == l.vocab) return;
     float sum[V] = { 0 };
-    add_rows<V>(l, gy, from, from + CHUNK, column, sum);
-#pragma unroll
-    for (int j = 0; j < V; j++) l.sums[chunk * l.D + column + j] = sum[j];
+    add_rows<V>(gy, l.place, from, from + CHUNK, l.D, column, sum);
+    fg_store_some<V>(fg_out{ l.sums, false }, chunk * l.D + column, sum);
 }
 
+/* Most tokens do not occur: a thread takes V columns of ROWS of them, so that their zeros do not
+ * wait for one load after the other. */
 template <int V>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, V == 8 ? 4 : 5)
 sum_tokens(layout l, fg_in gy, fg_out gw, fg_divisor width)
 {
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= l.vocab * width.d) return;
-    const int64_t c = fg_divide(i, width), column = V * (i - c * width.d);
-    const int64_t from = l.begin[c], to = l.end[c];
-    const int64_t low = (from + CHUNK - 1) / CHUNK, high = to / CHUNK;   /* its whole chunks */
-    fg_vec8 sum;
+    const int64_t q = fg_divide(i, width), c0 = q * ROWS, column = V * (i - q * width.d);
+    if (c0 >= l.vocab) return;
+    const float zeros[V] = { 0 };
+    unsigned there = 0;                          /* bit r: token c0 + r occurs */
 #pragma unroll
-    for (int j = 0; j < 8; j++) sum[j] = 0;
-    if (low >= high) {
-        add_rows<V>(l, gy, from, to, column, sum.v);
-    } else {
-        add_rows<V>(l, gy, from, low * CHUNK, column, sum.v);
-        for (int64_t k = low; k < high; k++)
+    for (int r = 0; r < ROWS; r++)
+        if (c0 + r < l.vocab && l.begin[c0 + r] < l.end[c0 + r]) there |= 1u << r;
 #pragma unroll
-            for (int j = 0; j < V; j++) sum[j] += l.sums[k * l.D + column + j];
-        add_rows<V>(l, gy, high * CHUNK, to, column, sum.v);
+    for (int r = 0; r < ROWS; r++)
+        if (c0 + r < l.vocab && !(there >> r & 1))
+            fg_store_some<V>(gw, (c0 + r) * l.D + column, zeros);
+    for (; there; there &= there - 1) {
+        const int64_t c = c0 + __ffs((int)there) - 1, from = l.begin[c], to = l.end[c];
+        const int64_t low = (from + CHUNK - 1) / CHUNK, high = to / CHUNK;   /* its whole chunks */
+        float sum[V] = { 0 };
+        const bool chunks = low < high;
+#pragma unroll 1
+        for (int part = 0; part < (chunks ? 3 : 1); part++) {
+            const int64_t start = part == 0 ? from : part == 1 ? low : high * CHUNK;
+            const int64_t stop = part == 0 && chunks ? low * CHUNK : part == 1 ? high : to;
+            add_rows<V>(part == 1 ? fg_in{ l.sums, false } : gy, part == 1 ? nullptr : l.place,
+                        start, stop, l.D, column, sum);
+        }
+        fg_store_some<V>(gw, c * l.D + column, sum);
     }
-    if (V == 8) fg_store8(gw, c * l.D + column, sum);
-    else gw.put(c * l.D + column, sum[0]);
 }
 
 template <int V> static void launch_sums(const fg_exec *e, const layout &l, cudaStream_t stream)
 {
     const fg_in gy = fg_input_of(e, 0);
-    const fg_divisor width = fg_divisor_of(l.D / V);
-    const int64_t chunks = l.T / CHUNK;
+    const int64_t chunks = l.T / CHUNK, most = (l.vocab + chunks + 8) * l.D;
+    const fg_divisor width = fg_divisor_of(l.D / V, most);
     if (chunks > 0)
         sum_chunks<V><<<fg_blocks(chunks * width.d, THREADS), THREADS, 0, stream>>>(l, gy, width);
-    sum_tokens<V><<<fg_blocks(l.vocab * width.d, THREADS), THREADS, 0, stream>>>(
+    const int64_t groups = (l.vocab + ROWS - 1) / ROWS;
+    sum_tokens<V><<<fg_blocks(groups * width.d, THREADS), THREADS, 0, stream>>>(
         l, gy, fg_output_of(e, 0), width);
 }
 
@@ -234,7 +220,8 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     list_tokens<<<fg_blocks(most, THREADS), THREADS, 0, stream>>>(l, (const int32_t *)e->in[1]);
     sort(l.sort, &bytes, &l, stream);
     find_runs<<<fg_blocks(l.T, THREADS), THREADS, 0, stream>>>(l);
-    if (l.D % 8 == 0) launch_sums<8>(e, l, stream);
+    if (l.D % 8 == 0 && e->out_type[0] == FG_BF16) launch_sums<8>(e, l, stream);
+    else if (l.D % 4 == 0) launch_sums<4>(e, l, stream);
     else launch_sums<1>(e, l, stream);
 }
 

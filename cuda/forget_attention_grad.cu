@@ -7,28 +7,29 @@
  *
  * Gates: C_i - C_j = ell_i + (base_I - base_J) - ell_j, as attention.cuh says.
  *
- * bf16, D <= 128: a block of threads keeps one tile of keys and walks the tiles of queries below
- * the diagonal.  A warp owns 16 or 32 keys: it makes S^T = K Q^T and dP^T = V dO^T for 16 queries at
- * a time, so that P^T and dS^T are, in registers, the left operands of gV += P^T dO and
- * gK += dS^T Q.  Only dS goes through shared memory, for gQ = dS K, which is added up in f32 in
- * device memory.  The tiles of keys add in one fixed order, from the diagonal to the left: a turn
- * per tile of queries says who is next.  A tile of keys starts at its own diagonal, so those that
- * run side by side reach a tile of queries one after the other, and hardly wait.
+ * bf16, D <= 128: five products.  A block of threads keeps one tile of keys and walks the tiles of
+ * queries below the diagonal.  On Hopper that is forget_attention_grad_sm90.cu; here, a warp owns
+ * 16 or 32 keys and makes S^T = K Q^T and dP^T = V dO^T for 16 queries at a time, so that P^T and
+ * dS^T are, in registers, the left operands of gV += P^T dO and gK += dS^T Q.  Only dS goes through
+ * shared memory, for gQ = dS K.  That is added up in f32 in device memory by one tile of keys after
+ * the other: a turn per tile of queries says who is next (walk, in forget_attention_grad.cuh).
  *
- * The gate's gradient takes column sums in f32 before rounding, and the sum of each tile of
- * queries, added under the same turn and spread over its rows: rows sum to 0 but for rounding, and
- * without that residue the long sum over m would be a random walk of roundings.  Sums over tokens
- * are in double.
+ * The gate's gradient takes column sums in f32 before rounding, and the sum of every 16 queries,
+ * added under the same turn and spread over them: rows sum to 0 but for rounding, and without that
+ * residue the long sum over m would be a random walk of roundings.  Sums over tokens are in double.
  *
  * All else (f32, or any D up to 256): two kernels, one per tile of keys and one per tile of
  * queries, in f32 throughout, with exact sums over rows.
  *
- * Bytes at the least, bf16: q, k, v, o, go, gq, gk, gv once, 16 B N H D; moved besides: gq in f32,
- * through the L2 cache, 256 / 128 bytes a pair and 128 keys.
- * Source: as ops/forget_attention_grad.c; tiles and order as in Dao 2023, "FlashAttention-2". */
+ * Bytes at the least, bf16, H = Hkv: q, k, v, o, go, gq, gk, gv once and go twice, 18 B N H D.
+ * Moved besides: gq in f32 once to and from device memory, 8 B N H D, and through the L2 cache
+ * for every 128 keys; go and q for every 128 keys, from the L2 cache.
+ * Source: as ops/forget_attention_grad.c; tiles and order as in Dao 2023, "FlashAttention-2:
+ * Faster Attention with Better Parallelism and Work Partitioning", 3.1-3.2. */
 #include "forget_attention_grad.cuh"
 
 enum { GO, GLSE, Q, K, V, LOG_F, O, LSE, FIRST };
+static constexpr int ROWS = 64;          /* queries of a tile */
 
 /* ---- gates and rows ------------------------------------------------------------------------- */
 
@@ -122,21 +123,22 @@ static __device__ __forceinline__ void add_float4(float4 *to, float4 x)
     atomicAdd(p, x.x), atomicAdd(p + 1, x.y), atomicAdd(p + 2, x.z), atomicAdd(p + 3, x.w);
 #endif
 }
+
 /* Sizes of a tile and where its parts lie in shared memory.  Rows of 16-byte chunks; chunk c of row
  * r lies at c ^ r % 8, so that eight rows of a matrix never meet in a bank. */
 template <int D_, int WARPS_, int MT_, int PER_SM_, int KEEP_> struct shape {
     static constexpr int D = D_, WARPS = WARPS_, MT = MT_, PER_SM = PER_SM_;
     static constexpr bool KEEP_K = KEEP_ & 1, KEEP_V = KEEP_ & 2;   /* in registers */
     static constexpr int THREADS = WARPS * 32, OWN = MT * 16, KEYS = WARPS * OWN;
-    static constexpr int CH = 16;                          /* queries at a time */
+    static constexpr int CH = SOME;                        /* queries at a time */
     static constexpr int KS = D / 16, NT = D / 8;          /* steps of 16, columns of 8 */
-    static constexpr int WIDE = D / (WARPS / 2), WT = WIDE / 8;    /* a warp's part of gq: 32 rows */
+    static constexpr int WIDE = D / (WARPS / 2), WT = WIDE / 8;   /* a warp's part of gq: 32 rows */
     static constexpr int BYTES = D * 2;                    /* of a row */
     static constexpr int K_AT = 0, V_AT = K_AT + KEYS * BYTES, Q_AT = V_AT + KEYS * BYTES;
     static constexpr int GO_AT = Q_AT + 2 * ROWS * BYTES, DS_AT = GO_AT + 2 * ROWS * BYTES;
     static constexpr int ROW_AT = DS_AT + KEYS * ROWS * 2, LOW_AT = ROW_AT + 4 * ROWS * 4;
     static constexpr int BASE_AT = LOW_AT + 2 * ROWS * 4, PART_AT = BASE_AT + 16;
-    static constexpr int SHARED = PART_AT + 2 * WARPS * 4;
+    static constexpr int SHARED = PART_AT + 2 * (ROWS / SOME) * WARPS * 4;
     static constexpr int TILE4 = ROWS * D / 4;             /* float4 of a tile of gq */
 };
 
@@ -157,9 +159,10 @@ struct step {
     bool masked;
 };
 
-/* Offset of a lane's row in the 16 x 16 that an ldmatrix reads.  OUTER: matrices 1 and 3 are the
- * rows' second half, otherwise the second half of columns. */
-template <bool ROWS_FIRST> static __device__ __forceinline__ unsigned lane_offset(int lane, int bytes)
+/* Offset of a lane's row in the 16 x 16 that an ldmatrix reads.  ROWS_FIRST: matrices 1 and 3 are
+ * the rows' second half, otherwise the columns'. */
+template <bool ROWS_FIRST>
+static __device__ __forceinline__ unsigned lane_offset(int lane, int bytes)
 {
     const int m = lane / 8, row = lane % 8 + 8 * (ROWS_FIRST ? m & 1 : m >> 1);
     const int half = ROWS_FIRST ? m >> 1 : m & 1;
@@ -212,7 +215,8 @@ static __device__ __forceinline__ void queries_load(const args &a, const share<S
 
 /* Where the warp's 16 keys m and columns 16 k lie, as a left operand. */
 template <class S>
-static __device__ __forceinline__ unsigned keys_at(unsigned memory, int lane, int warp, int m, int k)
+static __device__ __forceinline__ unsigned keys_at(unsigned memory, int lane, int warp, int m,
+                                                   int k)
 {
     const unsigned at = memory + lane_offset<true>(lane, S::BYTES) + warp * S::OWN * S::BYTES;
     return (at ^ (32 * (k & 3))) + m * 16 * S::BYTES + (k >> 2) * 128;
@@ -261,12 +265,12 @@ static __device__ __forceinline__ void mask(const share<S> &s, step p, int n,
             }
 }
 
-/* z to p and dp to ds; sums of ds per key. */
+/* z to p and dp to ds; ds is summed per key, and over all to sum. */
 template <class S>
 static __device__ __forceinline__ void weights(const args &a, const share<S> &s, step p, int n,
                                                float d, const float2 (&level)[2],
                                                float (&z)[S::MT][2][4], float (&dp)[S::MT][2][4],
-                                               float (&sum)[S::MT][2])
+                                               float (&column)[S::MT][2], float &sum)
 {
 #pragma unroll
     for (int t = 0; t < 2; t++) {
@@ -284,9 +288,12 @@ static __device__ __forceinline__ void weights(const args &a, const share<S> &s,
 #pragma unroll
     for (int m = 0; m < S::MT; m++)
 #pragma unroll
-        for (int r = 0; r < 2; r++)
-            sum[m][r] += (dp[m][0][2 * r] + dp[m][0][2 * r + 1])
-                       + (dp[m][1][2 * r] + dp[m][1][2 * r + 1]);
+        for (int r = 0; r < 2; r++) {
+            const float x = (dp[m][0][2 * r] + dp[m][0][2 * r + 1])
+                          + (dp[m][1][2 * r] + dp[m][1][2 * r + 1]);
+            column[m][r] += x;
+            sum += x;
+        }
 }
 
 /* x of two columns of 8 as the left operand of a product over these 16. */
@@ -334,15 +341,26 @@ static __device__ __forceinline__ void accumulate(share<S> &s, unsigned q, unsig
     }
 }
 
-/* All of a step but gq; returns the warp's sum of ds. */
+/* The warps' sums of ds over SOME queries */
 template <class S>
-static __device__ __forceinline__ float step_keys(const args &a, share<S> &s, step p)
+static __device__ __forceinline__ unsigned part_at(const share<S> &s, int stage, int some)
+{
+    return s.memory + S::PART_AT + (stage * (ROWS / SOME) + some) * S::WARPS * 4;
+}
+static __device__ __forceinline__ void part_put(unsigned at, float x)
+{
+    asm volatile("st.shared.f32 [%0], %1;" :: "r"(at), "f"(x) : "memory");
+}
+
+/* All of a step but gq; the warp's sums of ds go to shared memory. */
+template <class S>
+static __device__ __forceinline__ void step_keys(const args &a, share<S> &s, step p)
 {
     const unsigned rows = s.memory + S::ROW_AT + p.stage * ROWS * 4 + s.lane % 4 * 8;
     const unsigned q = s.memory + S::Q_AT + p.stage * ROWS * S::BYTES, go = q + S::GO_AT - S::Q_AT;
     const unsigned plain = lane_offset<false>(s.lane, S::BYTES);
     const unsigned turned = lane_offset<true>(s.lane, S::BYTES);
-    float d = 0, sum[S::MT][2] = {};
+    float d = 0, column[S::MT][2] = {};
     if (a.gates.block) {
         double base;
         asm volatile("ld.shared.f64 %0, [%1];"
@@ -352,10 +370,11 @@ static __device__ __forceinline__ float step_keys(const args &a, share<S> &s, st
 #pragma unroll 1
     for (int n = 0; n < ROWS; n += S::CH) {
         unsigned w[S::MT][4] = {}, u[S::MT][4] = {};
+        float sum = 0;
         const bool any = p.i * ROWS + n + S::CH > s.key0 + s.warp * S::OWN;
         if (any) {
-            const float2 level[2] = { shared_float2(rows + n * 4), shared_float2(rows + n * 4 + 32) };
-            const unsigned deltas = rows + 2 * ROWS * 4 + n * 4;
+            const unsigned levels = rows + n * 4, deltas = levels + 2 * ROWS * 4;
+            const float2 level[2] = { shared_float2(levels), shared_float2(levels + 32) };
             const float2 delta[2] = { shared_float2(deltas), shared_float2(deltas + 32) };
             float z[S::MT][2][4] = {}, dp[S::MT][2][4];
 #pragma unroll
@@ -364,20 +383,20 @@ static __device__ __forceinline__ float step_keys(const args &a, share<S> &s, st
                 for (int e = 0; e < 8; e++)
                     dp[m][e >> 2][e & 3] = e & 1 ? -delta[e >> 2].y : -delta[e >> 2].x;
             scores(s, q + n * S::BYTES + plain, go + n * S::BYTES + plain, z, dp);
-            weights(a, s, p, n, d, level, z, dp, sum);
+            weights(a, s, p, n, d, level, z, dp, column, sum);
 #pragma unroll
             for (int m = 0; m < S::MT; m++) pack(z[m], w[m]), pack(dp[m], u[m]);
         }
 #pragma unroll
         for (int m = 0; m < S::MT; m++) ds_put(s, m, n, u[m]);
         if (any) accumulate(s, q + n * S::BYTES + turned, go + n * S::BYTES + turned, w, u);
+        sum = fg_warp_sum(sum);
+        if (s.lane == 0) part_put(part_at(s, p.stage, n / SOME) + s.warp * 4, sum);
     }
-    float total = 0;
 #pragma unroll
     for (int m = 0; m < S::MT; m++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) s.column[m][r] += sum[m][r], total += sum[m][r];
-    return fg_warp_sum(total);
+        for (int r = 0; r < 2; r++) s.column[m][r] += column[m][r];
 }
 
 /* gQ / scale of the step: 32 rows and WIDE columns are the warp's. */
@@ -434,21 +453,25 @@ static __device__ __forceinline__ void queries_add(const args &a, const share<S>
         }
 }
 
-/* The tile's sum of ds, then the turn of the next; by one thread, after a barrier. */
+/* The tile's sums of ds, then the turn of the next; by one warp, after a barrier. */
 template <class S>
 static __device__ __forceinline__ void turn_pass(const args &a, const share<S> &s, int stage,
                                                  int64_t tile, int rank)
 {
-    float sum = 0;
-    for (int w = 0; w < S::WARPS; w++) {
-        float x;
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x)
-                     : "r"(s.memory + S::PART_AT + (stage * S::WARPS + w) * 4) : "memory");
-        sum += x;
+    if (s.lane < ROWS / SOME) {
+        float sum = 0, *row = a.rows + tile * (ROWS / SOME) + s.lane;
+#pragma unroll
+        for (int w = 0; w < S::WARPS; w++) {
+            float x;
+            asm volatile("ld.shared.f32 %0, [%1];"
+                         : "=f"(x) : "r"(part_at(s, stage, s.lane) + w * 4) : "memory");
+            sum += x;
+        }
+        if (rank == 0) *row = sum;
+        else atomicAdd(row, sum);        /* one adder at a time, in the order of turns */
     }
-    if (rank == 0) a.rows[tile] = sum;
-    else atomicAdd(a.rows + tile, sum);          /* one adder at a time, in the order of turns */
-    turn_set(a.turn + tile, rank + 1);
+    __syncwarp();
+    if (s.lane == 0) turn_set(a.turn + tile, rank + 1);
 }
 
 template <class S>
@@ -512,8 +535,7 @@ template <class S> static __device__ __forceinline__ void keys_keep(share<S> &s)
         }
 }
 
-/* One tile of keys of one key head.  Tiles are given out from the last to the first, so whoever
- * waits for a turn waits for a tile that has been given out: no deadlock. */
+/* One tile of keys of one key head. */
 template <class S> static __global__ void __launch_bounds__(S::THREADS, S::PER_SM)
 tile_of_keys(const args a)
 {
@@ -521,57 +543,51 @@ tile_of_keys(const args a)
     __shared__ int given;
     if (threadIdx.x == 0) given = atomicAdd(a.next, 1);
     __syncthreads();
-    const int j = a.n_k - 1 - given % a.n_k;
-    const int64_t head = given / a.n_k, kv = head % a.Hkv, group = a.H / a.Hkv;
+    walk w;
+    w.begin(a, given);
+    const int h0 = w.h, kv = h0 / (int)(a.H / a.Hkv);
     share<S> s;
     s.memory = fg_shared(memory), s.lane = (int)threadIdx.x % 32, s.warp = (int)threadIdx.x / 32;
-    s.key0 = j * S::KEYS, s.b = head / a.Hkv;
+    s.key0 = w.j * S::KEYS, s.b = w.b;
 #pragma unroll
-    for (int e = 0; e < S::MT * S::NT * 4; e++)
-        s.gk[e / (4 * S::NT)][e / 4 % S::NT][e % 4] = s.gv[e / (4 * S::NT)][e / 4 % S::NT][e % 4] = 0;
-    const int last = a.plain ? a.n_q - 1 : a.last[s.b * a.n_k + j];
-    const int first = seen_from(a, s.b, s.key0 / ROWS, last, j);
-    step p = { first, 0, kv * group, false };
+    for (int e = 0; e < S::MT * S::NT * 4; e++) {
+        const int m = e / (4 * S::NT), n = e / 4 % S::NT;
+        s.gk[m][n][e % 4] = s.gv[m][n][e % 4] = 0;
+    }
+    step p = { w.i, 0, w.h, false };
     columns_begin(a, s, p.h);
     keys_load(a, s, kv);
-    if (first <= last) queries_load(a, s, p);
+    if (w.more()) queries_load(a, s, p);
     fg_copy_commit();
     fg_copy_wait<0>();
     __syncthreads();
     keys_keep(s);
     int64_t before = -1;                 /* the tile of queries whose turn is still to be passed */
     int rank = 0;
-    while (p.i <= last) {
+    while (w.more()) {
         fg_copy_wait<0>();
         __syncthreads();
-        if (before >= 0 && threadIdx.x == 0) turn_pass(a, s, p.stage ^ 1, before, rank);
-        step next = { seen_from(a, s.b, p.i + 1, last, j), p.stage ^ 1, p.h, false };
-        if (next.i > last && p.h + 1 < (kv + 1) * group) next.i = first, next.h++;
-        if (next.i <= last) queries_load(a, s, next);
+        if (before >= 0 && s.warp == 0) turn_pass(a, s, p.stage ^ 1, before, rank);
+        before = w.tile(a), rank = w.rank(a), p.masked = w.masked(a);
+        w.advance(a);
+        const step next = { w.i, p.stage ^ 1, w.h, false };
+        if (w.more()) queries_load(a, s, next);
         fg_copy_commit();
-        p.masked = p.i * ROWS < s.key0 + S::KEYS - 1
-                || (!a.plain && a.span[s.b * a.n_q + p.i].y > s.key0);
-        const float sum = step_keys(a, s, p);
-        if (s.lane == 0)
-            asm volatile("st.shared.f32 [%0], %1;"
-                         :: "r"(s.memory + S::PART_AT + (p.stage * S::WARPS + s.warp) * 4), "f"(sum)
-                         : "memory");
+        step_keys(a, s, p);
         __syncthreads();
         float c[2][S::WT][4];
         step_queries(s, p, c);
-        before = (s.b * a.H + p.h) * a.n_q + p.i;
-        rank = min((p.i * ROWS + ROWS - 1) / S::KEYS, a.n_k - 1) - j;
         queries_add(a, s, before, rank, c);
-        if (next.h != p.h || next.i > last) {
+        if (next.h != p.h || !w.more()) {
             columns_end(a, s, p.h);
-            if (next.i <= last) columns_begin(a, s, next.h);
+            if (w.more()) columns_begin(a, s, next.h);
         }
         p = next;
     }
     __syncthreads();
-    if (before >= 0 && threadIdx.x == 0) turn_pass(a, s, p.stage ^ 1, before, rank);
+    if (before >= 0 && s.warp == 0) turn_pass(a, s, p.stage ^ 1, before, rank);
     if (before < 0)
-        for (int64_t h = kv * group; h < (kv + 1) * group; h++) columns_end(a, s, h);
+        for (int h = h0; h < w.h_end; h++) columns_end(a, s, h);
     keys_store(a, s, kv);
 }
 
@@ -584,7 +600,7 @@ template <class S> static __global__ void __launch_bounds__(S::THREADS) queries_
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const float4 *from = a.sum_q + tile * S::TILE4 + warp * (2 * S::WT * 32) + lane;
     const bool any = a.turn[tile] > 0;
-    if (!any && threadIdx.x == 0) a.rows[tile] = 0;
+    if (!any && threadIdx.x < ROWS / SOME) a.rows[tile * (ROWS / SOME) + threadIdx.x] = 0;
 #pragma unroll
     for (int e = 0; e < 2 * S::WT; e++) {
         const float4 x = any ? from[e * 32] : make_float4(0, 0, 0, 0);
@@ -771,13 +787,13 @@ template <int W> static __global__ void __launch_bounds__(256) plain_queries(con
 
 /* ---- the gate's gradient -------------------------------------------------------------------- */
 
-/* The sum over keys of a row's ds.  per_tile: its own is glse, and an equal part of what else its
- * tile's sum holds; a group of 16 threads has the tile, 4 rows each. */
-static __device__ __forceinline__ void row_sums(const args &a, bool per_tile, int64_t b, int64_t h,
+/* The sums over keys of 4 rows' ds.  some: those of SOME rows together are known; a row's own is
+ * glse, and an equal part of what else that sum holds. */
+static __device__ __forceinline__ void row_sums(const args &a, bool some, int64_t b, int64_t h,
                                                 int64_t t, float (&row)[4])
 {
-    const int64_t head = b * a.H + h, tile = t / ROWS;
-    if (!per_tile) {
+    const int64_t head = b * a.H + h, from = t / SOME * SOME;
+    if (!some) {
 #pragma unroll
         for (int e = 0; e < 4; e++) row[e] = t + e < a.N ? a.rows[head * a.np + t + e] : 0;
         return;
@@ -788,16 +804,16 @@ static __device__ __forceinline__ void row_sums(const args &a, bool per_tile, in
         const bool sees = a.glse && t + e < a.N && a.low[b * a.np + t + e] != UNSEEN;
         sum += row[e] = sees ? a.glse[(b * a.N + t + e) * a.H + h] : 0;
     }
-    sum = fg_warp_sum<16>(sum);
-    const int64_t rows = a.N - tile * ROWS < ROWS ? a.N - tile * ROWS : ROWS;
-    const int64_t at = head * a.n_q * (a.tile / ROWS) + tile;
+    sum = fg_warp_sum<SOME / 4>(sum);
+    const int64_t rows = a.N - from < SOME ? a.N - from : SOME;
+    const int64_t at = head * a.n_q * (a.tile / SOME) + from / SOME;
     const float rest = t < a.N ? (a.rows[at] - sum) / (float)rows : 0;
 #pragma unroll
     for (int e = 0; e < 4; e++) row[e] = t + e < a.N ? row[e] + rest : 0;
 }
 
 /* One block per head, from the last token to the first, 4 tokens a thread. */
-static __global__ void __launch_bounds__(1024) gates_gradient(const args a, bool per_tile)
+static __global__ void __launch_bounds__(1024) gates_gradient(const args a, bool some)
 {
     __shared__ double part[32];
     const int64_t h = blockIdx.x, b = blockIdx.y, head = b * a.H + h;
@@ -807,7 +823,7 @@ static __global__ void __launch_bounds__(1024) gates_gradient(const args a, bool
         const int64_t t = t0 + (int64_t)threadIdx.x * 4;
         float row[4];
         double sum[4], x = 0;
-        row_sums(a, per_tile, b, h, t, row);
+        row_sums(a, some, b, h, t, row);
 #pragma unroll
         for (int e = 3; e >= 0; e--) {
             if (t + e < a.N) x += (double)row[e] - (double)a.column[head * a.np + t + e];
@@ -842,15 +858,11 @@ static __global__ void __launch_bounds__(256) gates_zero(const args a)
 
 /* ---- host side ------------------------------------------------------------------------------ */
 
-/* Measured on: see the commit. */
-#ifndef KEEP64
-#define KEEP64 1
-#endif
-#ifndef KEEP128
-#define KEEP128 1
-#endif
-using shape64 = shape<64, 4, 2, 2, KEEP64>;
-using shape128 = shape<128, 8, 1, 1, KEEP128>;
+/* D, warps, 16s of keys of a warp, blocks of a processor, whether k and v stay in registers.
+ * Measured on one H100 80GB HBM3, 2026-11-26, 1 x 16384 with gates, all kernels of the op, before
+ * sums of ds went from 64 queries to 16: 24 heads of 64 9.0 ms, 12 heads of 128 10.6 ms. */
+using shape64 = shape<64, 4, 2, 2, 1>;
+using shape128 = shape<128, 8, 1, 1, 0>;
 
 static bool on_tensor_cores(fg_dtype type, int64_t D, double scale)
 {

@@ -6,53 +6,63 @@
  *     S^T = K Q^T,  dP^T = V dO^T,  gV += P^T dO,  gK += dS^T Q         P^T and dS^T in registers,
  *     gQ = dS K     dS through shared memory: 64 queries each for D <= 64, else 64 columns each,
  *
- * and a third moves memory: two of its warps load tiles of queries, one adds gQ to what device
- * memory holds, as bulk reductions in the order of turns (forget_attention_grad.cu), so that nobody
- * who multiplies waits for a turn.
+ * and a third moves memory.  One warp loads by the copy engine.  Two take turns in adding gQ to
+ * what device memory holds, as bulk reductions in the order that forget_attention_grad.cuh gives:
+ * one waits for its turn while the sums of the other are on their way, so nobody who multiplies
+ * waits.
+ * That made a fixed order free: 4.56 ms with turns, 4.58 ms without, at the first shape below.
  *
- * Matrices in shared memory: panels of 64 columns, a row 128 bytes, chunk c of 16 bytes of row r at
- * c ^ r % 8; panels are 1024-byte aligned.  Source of shapes, layouts and descriptors: PTX ISA,
- * "Asynchronous warpgroup level matrix instructions". */
+ * Measured on one H100 80GB HBM3, 2026-11-26, B = 1, T = 16384, gates, all kernels of the op:
+ * 24 heads of 64 4.56 ms (452 TFLOP/s), 12 heads of 128 3.97 ms (519 TFLOP/s).
+ *
+ * Matrices lie in shared memory as wgmma.cuh says. */
+#include <cuda.h>
 #include "forget_attention_grad.cuh"
+#include "wgmma.cuh"
 
 #define KEYS 128
-#define LOADERS 64                       /* threads that load */
 
-/* D columns; queries of a tile, panels of D columns; bytes of a tile; where things lie. */
+/* [B,N,H,D] as the copy engine sees it */
+struct maps { CUtensorMap q, go, k, v; };
+
+/* D columns; QT queries of a tile; P panels of 64 columns; where things lie, of Q, GO, DS, GQ,
+ * level and delta (ROW) and PART two each; bytes of one. */
 template <int D_> struct layout {
     static constexpr int D = D_, QT = D == 64 ? 128 : 64, P = D / 64;
     static constexpr int K_AT = 0, V_AT = K_AT + KEYS * D * 2, Q_AT = V_AT + KEYS * D * 2;
     static constexpr int TILE = QT * D * 2, GO_AT = Q_AT + 2 * TILE, DS_AT = GO_AT + 2 * TILE;
     static constexpr int DS = KEYS * QT * 2, GQ_AT = DS_AT + 2 * DS, GQ = QT * D * 4;
-    static constexpr int ROW_AT = GQ_AT + GQ, LOW_AT = ROW_AT + 4 * QT * 4;
-    static constexpr int BASE_AT = LOW_AT + 2 * QT * 4, PART_AT = BASE_AT + 16;
-    static constexpr int BAR_AT = PART_AT + 2 * 2 * 4 * 4, SHARED = BAR_AT + 16 * 8 + 1024;
+    static constexpr int ROW_AT = GQ_AT + 2 * GQ, BASE_AT = ROW_AT + 4 * QT * 4;
+    static constexpr int PART_AT = BASE_AT + 16, PART = QT / SOME * 8 * 4;
+    static constexpr int BAR_AT = PART_AT + 2 * PART, GIVEN_AT = BAR_AT + 16 * 8;
+    static constexpr int SHARED = GIVEN_AT + 16;
     static constexpr int ZN = QT / 2, GN = D / 2;          /* sums of a thread: z, gk or gv */
 };
-enum { KV_FULL, FULL, EMPTY = FULL + 2, STAGED = EMPTY + 2, FREE = STAGED + 2 };
+/* Barriers; of those with a distance two, or two times two, one for each stage. */
+enum { KV_FULL, BLIND, FULL, EMPTY = FULL + 2, STAGED = EMPTY + 2, FREE = STAGED + 4 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* ---- barriers and bulk copies --------------------------------------------------------------- */
+/* ---- bulk copies ---------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void barrier_init(unsigned bar, int count)
+static __device__ __forceinline__ void barrier_expect(unsigned bar, int bytes)
 {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory");
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;"
+                 :: "r"(bar), "r"(bytes) : "memory");
 }
-static __device__ __forceinline__ void barrier_arrive(unsigned bar)
+/* A box of 64 columns, from column d on, of tokens t ... of head h; what is not there is 0. */
+static __device__ __forceinline__ void box_load(unsigned to, const CUtensorMap *map, int d, int h,
+                                                int t, int b, unsigned bar)
 {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 :: "r"(to), "l"(map), "r"(d), "r"(h), "r"(t), "r"(b), "r"(bar) : "memory");
 }
-static __device__ __forceinline__ void barrier_wait(unsigned bar, int phase)
+static __device__ __forceinline__ void bulk_load(unsigned to, const void *from, int bytes,
+                                                 unsigned bar)
 {
-    asm volatile("{\n .reg .pred p;\n again:\n"
-                 " mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 " @p bra done;\n bra again;\n done:\n}" :: "r"(bar), "r"(phase) : "memory");
-}
-/* What this thread wrote to shared memory is there for wgmma and bulk copies. */
-static __device__ __forceinline__ void proxy_fence()
-{
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" :: "r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
 }
 static __device__ __forceinline__ void bulk_store(float4 *to, unsigned from, int bytes)
 {
@@ -65,39 +75,26 @@ static __device__ __forceinline__ void bulk_add(float4 *to, unsigned from, int b
                  :: "l"(to), "r"(from), "r"(bytes) : "memory");
 }
 
-/* ---- wgmma ---------------------------------------------------------------------------------- */
+/* ---- products ------------------------------------------------------------------------------- */
 
-/* Descriptor: address, bytes from 64 columns to the next 64 (MN-major), from 8 rows to the next. */
-static __device__ __forceinline__ uint64_t matrix_at(unsigned at, unsigned panel)
-{
-    return (uint64_t)((at & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32
-         | (uint64_t)1 << 62;
-}
-static __device__ __forceinline__ void wgmma_begin()
-{
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-static __device__ __forceinline__ void wgmma_commit()
-{
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int PENDING> static __device__ __forceinline__ void wgmma_wait()
-{
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
-}
-/* The compiler must not move uses of x to before here. */
+/* A matrix_at to which bytes can be added: one instruction, where making it anew takes four. */
+struct matrix {
+    unsigned low;
+    __device__ matrix(unsigned at, unsigned panel = 16)
+        : low((at & 0x3ffff) >> 4 | panel >> 4 << 16) { }
+    __device__ uint64_t operator+(int bytes) const
+    {
+        return (uint64_t)(1u << 30 | 1024 >> 4) << 32 | (low + (unsigned)(bytes >> 4));
+    }
+};
 template <int N> static __device__ __forceinline__ void pin(float (&x)[N])
 {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i]) :: "memory");
 }
 
-#define F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define F16(d, i) F4(d, i), F4(d, i + 4), F4(d, i + 8), F4(d, i + 12)
-#define N32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22," \
-    "%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define N64 N32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50," \
-    "%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D16(d, i) D4(d, i), D4(d, i + 4), D4(d, i + 8), D4(d, i + 12)
 
 /* d = a b, or d += a b: 64 x 64 or 64 x 128 over 16.  TA, TB: the matrix is stored with its 16 as
  * rows. */
@@ -105,17 +102,17 @@ template <int TA, int TB>
 static __device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint64_t b, int add)
 {
     asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, 1, 1,"
-                 " %35, %36;\n}"
-                 : F16(d, 0), F16(d, 16) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, "
+                 "%32, %33, p, 1, 1, %35, %36;\n}"
+                 : D16(d, 0), D16(d, 16) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
 }
 template <int TA, int TB>
 static __device__ __forceinline__ void product(float (&d)[64], uint64_t a, uint64_t b, int add)
 {
     asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, %64, %65, p, 1, 1,"
-                 " %67, %68;\n}"
-                 : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48)
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, "
+                 "%64, %65, p, 1, 1, %67, %68;\n}"
+                 : D16(d, 0), D16(d, 16), D16(d, 32), D16(d, 48)
                  : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
 }
 /* d += a b, a in registers, b stored with its 16 as rows */
@@ -123,135 +120,142 @@ static __device__ __forceinline__ void product(float (&d)[32], const unsigned *a
 {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, "
                  "{%32,%33,%34,%35}, %36, 1, 1, 1, 1;\n"
-                 : F16(d, 0), F16(d, 16) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                 : D16(d, 0), D16(d, 16) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 static __device__ __forceinline__ void product(float (&d)[64], const unsigned *a, uint64_t b)
 {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, "
                  "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;\n"
-                 : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48)
+                 : D16(d, 0), D16(d, 16), D16(d, 32), D16(d, 48)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 /* ---- one block of threads ------------------------------------------------------------------- */
 
-/* Where a block stands; every role walks the same steps. */
-struct walk {
-    unsigned memory, bars;
-    int j, first, last, i, count;        /* tiles of queries; count: steps so far */
-    int b, kv, h, h_end;
-    __device__ bool more() const { return i <= last; }
-    __device__ int stage() const { return count & 1; }
-    __device__ int phase() const { return count >> 1 & 1; }
-    __device__ unsigned bar(int which) const { return bars + which * 8; }
-    __device__ void advance(const args &a)
-    {
-        count++;
-        i = seen_from(a, b, i + 1, last, j);
-        if (i > last && h + 1 < h_end) i = first, h++;
-    }
-    __device__ int64_t tile(const args &a) const { return (b * a.H + h) * a.n_q + i; }
-};
-
-/* ROWS_ rows of x, from token t0 on, to panels at `to`; what is not there, or unseen, is 0. */
-template <int D, int ROWS_>
-static __device__ __forceinline__ void tile_load(const args &a, unsigned to, const bf16 *x,
-                                                 int64_t pitch, int b, int t0, const int *low)
-{
-    constexpr int PER = D / 8, STEP = LOADERS / PER;
-    const int c = (int)threadIdx.x % PER, first = (int)threadIdx.x % LOADERS / PER;
-    const int end = c * 8 < a.D ? min(ROWS_, (int)a.N - t0) : 0;
-    const int64_t token = b * a.N + t0 + first, step = STEP * pitch;
-    const bf16 *from = end > first ? x + token * pitch + c * 8 : x;
-    to += (c / 8) * ROWS_ * 128 + first * 128 + (((c ^ first) & 7) << 4);
-#pragma unroll 4
-    for (int r = first; r < ROWS_; r += STEP) {
-        const bool there = r < end && !(low && low[b * a.np + t0 + r] == UNSEEN);
-        fg_copy_async(to ^ (unsigned)(((r - first) & 7) << 4), from, there);
-        if (r + STEP < end) from += step;
-        to += STEP * 128;
-    }
-}
-
-template <class S>
-static __device__ __forceinline__ void loads_done(unsigned bar)
-{
-    fg_copy_commit();
-    fg_copy_wait<0>();
-    proxy_fence();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(bar);
-}
-
-template <class S> static __device__ __forceinline__ void load_role(const args &a, walk w)
-{
-    const int x = (int)threadIdx.x % LOADERS;
-    const int key0 = w.j * KEYS;
-    tile_load<S::D, KEYS>(a, w.memory + S::K_AT, (const bf16 *)a.k + w.kv * a.D, a.k_row, w.b, key0,
-                          nullptr);
-    tile_load<S::D, KEYS>(a, w.memory + S::V_AT, (const bf16 *)a.v + w.kv * a.D, a.v_row, w.b, key0,
-                          nullptr);
-    loads_done<S>(w.bar(KV_FULL));
-    for (; w.more(); w.advance(a)) {
-        const int stage = w.stage(), t0 = w.i * S::QT;
-        const int64_t at = (w.b * a.H + w.h) * a.np + t0;
-        const bool blind = !a.plain && a.span[w.b * a.n_q + w.i].z;
-        barrier_wait(w.bar(EMPTY + stage), w.phase() ^ 1);
-        tile_load<S::D, S::QT>(a, w.memory + S::Q_AT + stage * S::TILE, (const bf16 *)a.q + w.h * a.D,
-                               a.q_row, w.b, t0, nullptr);
-        tile_load<S::D, S::QT>(a, w.memory + S::GO_AT + stage * S::TILE,
-                               (const bf16 *)a.go + w.h * a.D, a.H * a.D, w.b, t0,
-                               blind ? a.low : nullptr);
-        const unsigned row = w.memory + S::ROW_AT + stage * S::QT * 4 + x * 16;
-        if (x < S::QT / 4) {
-            fg_copy_async(row, a.level + at + x * 4, true);
-            fg_copy_async(row + 2 * S::QT * 4, a.delta + at + x * 4, true);
-            fg_copy_async(row + 4 * S::QT * 4, a.low + w.b * a.np + t0 + x * 4, true);
-        }
-        if (x == 0 && a.gates.block)
-            copy8(w.memory + S::BASE_AT + stage * 8,
-                  &a.gates.block[(w.b * a.H + w.h) * a.gates.blocks + t0 / FG_GATE_BLOCK].base);
-        loads_done<S>(w.bar(FULL + stage));
-    }
-}
-
-static __device__ __forceinline__ float part_at(unsigned at)
+static __device__ __forceinline__ float shared_get(unsigned at)
 {
     float x;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
     return x;
 }
+static __device__ __forceinline__ void shared_put(unsigned at, float x)
+{
+    asm volatile("st.shared.f32 [%0], %1;" :: "r"(at), "f"(x) : "memory");
+}
 
-/* One thread: adds the two halves of gq and the sums of ds of each step, in turn. */
-template <class S> static __device__ __forceinline__ void add_role(const args &a, walk w)
+/* A walk with its place in shared memory; every role takes the same steps. */
+struct steps : walk {
+    unsigned memory;
+    int count;                           /* steps so far */
+    __device__ int stage() const { return count & 1; }
+    __device__ int phase() const { return count >> 1 & 1; }
+    template <class S> __device__ unsigned bar(int which) const
+    {
+        return memory + S::BAR_AT + which * 8;
+    }
+};
+
+/* Zeros for rows of go that see nothing, whatever they hold; by a warp. */
+template <class S> static __device__ __noinline__ void blind_rows(const int *low, unsigned go)
+{
+    for (int e = (int)threadIdx.x % 32; e < S::QT * S::P * 8; e += 32) {
+        const int row = e / 8 % S::QT;
+        if (low[row] == UNSEEN)
+            asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" :: "r"(go + e * 16), "r"(0)
+                         : "memory");
+    }
+    proxy_fence();
+    __syncwarp();
+}
+
+/* One warp; its first thread loads. */
+template <class S>
+static __device__ __forceinline__ void load_role(const args &a, const maps &m, steps w)
+{
+    const bool one = threadIdx.x == 0;
+    int blinds = 0;
+    if (one) {
+        const int kv = w.h / (int)(a.H / a.Hkv);
+        const unsigned bar = w.template bar<S>(KV_FULL);
+        barrier_expect(bar, 2 * KEYS * S::D * 2);
+        for (int p = 0; p < S::P; p++) {
+            const unsigned to = w.memory + p * KEYS * 128;
+            box_load(to + S::K_AT, &m.k, p * 64, kv, w.j * KEYS, w.b, bar);
+            box_load(to + S::V_AT, &m.v, p * 64, kv, w.j * KEYS, w.b, bar);
+        }
+        barrier_arrive(bar);
+    }
+    for (; w.more(); w.advance(a), w.count++) {
+        const int stage = w.stage(), t0 = w.i * S::QT;
+        const unsigned bar = w.template bar<S>(FULL + stage);
+        const unsigned go = w.memory + S::GO_AT + stage * S::TILE;
+        const bool blind = !a.plain && a.span[(int64_t)w.b * a.n_q + w.i].z;
+        const unsigned go_bar = blind ? w.template bar<S>(BLIND) : bar;
+        if (one) {
+            const int64_t head = w.b * a.H + w.h, at = head * a.np + t0;
+            const unsigned row = w.memory + S::ROW_AT + stage * S::QT * 4;
+            const unsigned q = w.memory + S::Q_AT + stage * S::TILE;
+            barrier_wait(w.template bar<S>(EMPTY + stage), w.phase() ^ 1);
+            barrier_expect(bar, S::TILE + 2 * S::QT * 4);
+            barrier_expect(go_bar, S::TILE);
+            for (int p = 0; p < S::P; p++) {
+                const int to = p * S::QT * 128;
+                box_load(q + to, &m.q, p * 64, w.h, t0, w.b, bar);
+                box_load(go + to, &m.go, p * 64, w.h, t0, w.b, go_bar);
+            }
+            bulk_load(row, a.level + at, S::QT * 4, bar);
+            bulk_load(row + 2 * S::QT * 4, a.delta + at, S::QT * 4, bar);
+            const fg_gate_block *block = a.gates.block + head * a.gates.blocks;
+            float d = 0;
+            if (a.gates.block) d = (float)(block[t0 / FG_GATE_BLOCK].base - block[w.j].base);
+            shared_put(w.memory + S::BASE_AT + stage * 4, d);
+            if (blind) barrier_arrive(go_bar);
+        }
+        if (blind) {
+            barrier_wait(go_bar, blinds++ & 1);
+            blind_rows<S>(a.low + w.b * a.np + t0, go);
+        }
+        if (one) barrier_arrive(bar);
+    }
+}
+
+/* Two warps, every other step is a warp's: add the two halves of gq and the sums of ds, in turn.
+ * One waits for its turn while the other's sums are on their way. */
+template <class S> static __device__ __forceinline__ void add_role(const args &a, steps w)
 {
     constexpr int HALF = S::GQ / 2;
-    for (; w.more(); w.advance(a)) {
+    const int lane = (int)threadIdx.x % 32;
+    for (; w.more(); w.advance(a), w.count++) {
+        const unsigned from = w.memory + S::GQ_AT + w.stage() * S::GQ;
+        const unsigned part = w.memory + S::PART_AT + w.stage() * S::PART + lane * 32;
+        if (w.stage() != (int)threadIdx.x / 32 % 2) continue;
         const int64_t tile = w.tile(a);
-        const int rank = min((w.i * S::QT + S::QT - 1) / KEYS, a.n_k - 1) - w.j;
+        const int rank = w.rank(a);
         float4 *to = a.sum_q + tile * (S::GQ / 16);
-        const unsigned from = w.memory + S::GQ_AT;
-        while (rank > 0 && turn_now(a.turn + tile) < rank) { }
-        asm volatile("fence.proxy.async;" ::: "memory");
-        for (int g = 0; g < 2; g++) {
-            barrier_wait(w.bar(STAGED + g), w.count & 1);
-            if (rank == 0) bulk_store(to + g * (HALF / 16), from + g * HALF, HALF);
-            else bulk_add(to + g * (HALF / 16), from + g * HALF, HALF);
+        if (lane == 0) {
+            while (rank > 0 && turn_now(a.turn + tile) < rank) { }
+            asm volatile("fence.proxy.async;" ::: "memory");
+            for (int g = 0; g < 2; g++) {
+                barrier_wait(w.template bar<S>(STAGED + 2 * w.stage() + g), w.phase());
+                if (rank == 0) bulk_store(to + g * (HALF / 16), from + g * HALF, HALF);
+                else bulk_add(to + g * (HALF / 16), from + g * HALF, HALF);
+            }
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        for (int e = 0; e < S::QT / 64; e++) {
-            float sum = 0;
-            for (int k = 0; k < 8; k++) sum += part_at(w.memory + S::PART_AT + (e * 8 + k) * 4);
-            float *row = a.rows + tile * (S::QT / 64) + e;
+        __syncwarp();
+        if (lane < S::QT / SOME) {
+            float sum = 0, *row = a.rows + tile * (S::QT / SOME) + lane;
+            for (int k = 0; k < 8; k++) sum += shared_get(part + k * 4);
             if (rank == 0) *row = sum;
             else atomicAdd(row, sum);    /* one adder at a time, in the order of turns */
         }
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-        barrier_arrive(w.bar(FREE));
-        barrier_arrive(w.bar(FREE + 1));
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-        asm volatile("fence.proxy.async;" ::: "memory");
-        turn_set(a.turn + tile, rank + 1);
+        __syncwarp();
+        if (lane == 0) {
+            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+            barrier_arrive(w.template bar<S>(FREE + w.stage()));
+            asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");   /* now they are visible */
+            turn_set(a.turn + tile, rank + 1);
+        }
     }
 }
 
@@ -259,12 +263,11 @@ template <class S> static __device__ __forceinline__ void add_role(const args &a
 template <class S> struct worker {
     int lane, warp, group, key0;         /* warp: of its warpgroup; key0: its 16 rows' first key */
     float ell[2], column[2];
-    double base;
     float gk[S::GN], gv[S::GN];
 };
 
 template <class S>
-static __device__ __forceinline__ void head_begin(const args &a, const walk &w, worker<S> &s)
+static __device__ __forceinline__ void head_begin(const args &a, const steps &w, worker<S> &s)
 {
     const int64_t head = w.b * a.H + w.h;
 #pragma unroll
@@ -272,10 +275,9 @@ static __device__ __forceinline__ void head_begin(const args &a, const walk &w, 
         s.column[r] = 0;
         s.ell[r] = a.gates.ell ? a.gates.ell[head * a.np + s.key0 + s.lane / 4 + 8 * r] : 0;
     }
-    s.base = a.gates.block ? a.gates.block[head * a.gates.blocks + w.j].base : 0;
 }
 template <class S>
-static __device__ __forceinline__ void head_end(const args &a, const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void head_end(const args &a, const steps &w, const worker<S> &s,
                                                 int h)
 {
 #pragma unroll
@@ -290,16 +292,17 @@ static __device__ __forceinline__ void head_end(const args &a, const walk &w, co
 template <class S>
 static __device__ __forceinline__ void scores(unsigned keys, unsigned queries, float (&x)[S::ZN])
 {
+    const matrix a(keys), b(queries);
 #pragma unroll
     for (int k = 0; k < S::D / 16; k++)
-        product<0, 0>(x, matrix_at(keys + k / 4 * KEYS * 128 + k % 4 * 32, 16),
-                      matrix_at(queries + k / 4 * S::QT * 128 + k % 4 * 32, 16), k > 0);
+        product<0, 0>(x, a + (k / 4 * KEYS * 128 + k % 4 * 32),
+                      b + (k / 4 * S::QT * 128 + k % 4 * 32), k > 0);
     wgmma_commit();
 }
 
 /* Pairs that do not meet: weight 0, whatever their score. */
 template <class S>
-static __device__ __forceinline__ void mask(const args &a, const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void mask(const args &a, const steps &w, const worker<S> &s,
                                             float (&x)[S::ZN])
 {
     const int key = s.key0 + s.lane / 4, ahead = w.i * S::QT + s.lane % 4 * 2 - key;
@@ -307,52 +310,46 @@ static __device__ __forceinline__ void mask(const args &a, const walk &w, const 
     for (int e = 0; e < S::ZN; e++)
         if (ahead < (e >> 1 & 1) * 8 - (e >> 2) * 8 - (e & 1)) x[e] = 0;
     if (a.plain) return;
-    const unsigned low = w.memory + S::LOW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
+    const int *low = a.low + w.b * a.np + w.i * S::QT + s.lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
-        int l[2];
-        asm volatile("ld.shared.v2.s32 {%0,%1}, [%2];" : "=r"(l[0]), "=r"(l[1]) : "r"(low + n * 32)
-                     : "memory");
+        const int l[2] = { low[n * 8], low[n * 8 + 1] };
 #pragma unroll
         for (int e = 0; e < 4; e++)
             if (key < l[e & 1] - (e >> 1) * 8) x[n * 4 + e] = 0;
     }
 }
 
-/* z to p */
+/* z, once it is there, to p */
 template <class S, bool MASKED>
-static __device__ __forceinline__ void weights(const args &a, const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void weights(const args &a, const steps &w, const worker<S> &s,
                                                float (&z)[S::ZN])
 {
     const unsigned rows = w.memory + S::ROW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
-    float d = 0;
-    if (a.gates.block) {
-        double base;
-        asm volatile("ld.shared.f64 %0, [%1];"
-                     : "=d"(base) : "r"(w.memory + S::BASE_AT + w.stage() * 8) : "memory");
-        d = (float)(base - s.base);
-    }
+    const float d = shared_get(w.memory + S::BASE_AT + w.stage() * 4);
+    wgmma_wait<1>();
+    pin(z);
+    const float less[2] = { s.ell[0] - d, s.ell[1] - d };
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
         const float2 level = shared_float2(rows + n * 32);
-        const float l[2] = { d - level.x, d - level.y };
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            z[n * 4 + e] = fg_exp2(fmaf(z[n * 4 + e], a.scale2, l[e & 1]) - s.ell[e >> 1]);
+            z[n * 4 + e] = fg_exp2(fmaf(z[n * 4 + e], a.scale2, e & 1 ? -level.y : -level.x)
+                                   - less[e >> 1]);
     }
     if (MASKED) mask<S>(a, w, s, z);
 }
 
-/* dp to ds; its sums per key, and over all to part[0 ... QT / 64) */
+/* dp, once it is there, to ds; its sums per key, and over all, for SOME queries, to part */
 template <class S, bool MASKED>
-static __device__ __forceinline__ void slopes(const walk &w, worker<S> &s,
+static __device__ __forceinline__ void slopes(const steps &w, worker<S> &s,
                                               const float (&p)[S::ZN], float (&dp)[S::ZN],
-                                              float (&part)[S::QT / 64])
+                                              float (&part)[S::QT / SOME])
 {
     const unsigned rows = w.memory + S::ROW_AT + (2 + w.stage()) * S::QT * 4 + s.lane % 4 * 8;
-    if (MASKED)
-#pragma unroll
-        for (int e = 0; e < S::ZN; e++) dp[e] = p[e] == 0 ? 0 : dp[e];
+    wgmma_wait<0>();
+    pin(dp);
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n++) {
         const float2 delta = shared_float2(rows + n * 32);
@@ -360,15 +357,15 @@ static __device__ __forceinline__ void slopes(const walk &w, worker<S> &s,
         for (int e = 0; e < 4; e++)
             dp[n * 4 + e] = p[n * 4 + e] * (dp[n * 4 + e] - (e & 1 ? delta.y : delta.x));
     }
+    if (MASKED)                          /* whatever go, v and delta hold */
 #pragma unroll
-    for (int half = 0; half < S::QT / 64; half++) {
-        float sum[2] = { 0, 0 };
+        for (int e = 0; e < S::ZN; e++) dp[e] = p[e] == 0 ? 0 : dp[e];
 #pragma unroll
-        for (int n = half * 8; n < half * 8 + 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sum[e >> 1] += dp[n * 4 + e];
-        s.column[0] += sum[0], s.column[1] += sum[1];
-        part[half] = sum[0] + sum[1];
+    for (int e = 0; e < S::QT / SOME; e++) {
+        const float *x = dp + 8 * e;
+        const float upper = (x[0] + x[1]) + (x[4] + x[5]), lower = (x[2] + x[3]) + (x[6] + x[7]);
+        s.column[0] += upper, s.column[1] += lower;
+        part[e] = upper + lower;
     }
 }
 
@@ -385,7 +382,7 @@ template <class S>
 static __device__ __forceinline__ void ds_put(const worker<S> &s, unsigned to,
                                               const unsigned (&ds)[S::ZN / 2])
 {
-    /* lane l gives the address of row l % 8 of matrix l / 8: rows, rows + 8, then the next columns */
+    /* lane l gives the address of row l % 8 of matrix l / 8: rows, rows + 8, the next columns */
     const int row = s.group * 64 + s.warp * 16 + s.lane % 16, right = s.lane / 16;
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n += 2) {
@@ -399,14 +396,14 @@ static __device__ __forceinline__ void ds_put(const worker<S> &s, unsigned to,
 
 /* gq = ds k: 64 queries of the warpgroup, or its 64 columns */
 template <class S>
-static __device__ __forceinline__ void queries_product(const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void queries_product(const steps &w, const worker<S> &s,
                                                        unsigned ds, float (&gq)[32])
 {
-    const unsigned from = ds + (S::D == 64 ? s.group * KEYS * 128 : 0);
-    const unsigned keys = w.memory + S::K_AT + (S::D == 64 ? 0 : s.group * KEYS * 128);
+    const matrix a(ds + (S::D == 64 ? s.group * KEYS * 128 : 0));
+    const matrix b(w.memory + S::K_AT + (S::D == 64 ? 0 : s.group * KEYS * 128));
 #pragma unroll
     for (int k = 0; k < KEYS / 16; k++)
-        product<1, 1>(gq, matrix_at(from + k * 2048, 16), matrix_at(keys + k * 2048, 16), k > 0);
+        product<1, 1>(gq, a + k * 2048, b + k * 2048, k > 0);
     wgmma_commit();
 }
 
@@ -415,45 +412,62 @@ template <class S>
 static __device__ __forceinline__ void keys_product(float (&sum)[S::GN],
                                                     const unsigned (&x)[S::ZN / 2], unsigned y)
 {
+    const matrix b(y, S::QT * 128);
 #pragma unroll
-    for (int k = 0; k < S::QT / 16; k++) product(sum, x + 4 * k, matrix_at(y + k * 2048, S::QT * 128));
+    for (int k = 0; k < S::QT / 16; k++) product(sum, x + 4 * k, b + k * 2048);
     wgmma_commit();
 }
 
+/* The warp's sums of N values, in N - 1 exchanges and those that the lanes of one value need: lane
+ * l returns the sum of value l N / 32. */
+template <int N> static __device__ __forceinline__ float sums_of_many(float (&x)[N], int lane)
+{
+#pragma unroll
+    for (int n = N / 2, k = 16; k > 0; n /= 2, k /= 2) {
+        if (n == 0) x[0] += __shfl_xor_sync(~0u, x[0], k);
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const bool upper = lane & k;
+            const float other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + n], k);
+            x[i] = (upper ? x[i + n] : x[i]) + other;
+        }
+    }
+    return x[0];
+}
+
+/* gq and the warp's sums of ds to where the adders take them from */
 template <class S>
-static __device__ __forceinline__ void stage_put(const walk &w, const worker<S> &s,
+static __device__ __forceinline__ void stage_put(const steps &w, const worker<S> &s,
                                                  const float (&gq)[32],
-                                                 const float (&part)[S::QT / 64])
+                                                 float (&part)[S::QT / SOME])
 {
     const int x = s.warp * 32 + s.lane;
-    barrier_wait(w.bar(FREE + s.group), (w.count & 1) ^ 1);
-    const unsigned to = w.memory + S::GQ_AT + s.group * (S::GQ / 2) + x * 16;
+    const float sum = sums_of_many(part, s.lane);
+    barrier_wait(w.template bar<S>(FREE + w.stage()), w.phase() ^ 1);
+    const unsigned to = w.memory + S::GQ_AT + w.stage() * S::GQ + s.group * (S::GQ / 2) + x * 16;
+    const unsigned sums = w.memory + S::PART_AT + w.stage() * S::PART;
 #pragma unroll
     for (int n = 0; n < 8; n++)
         asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};"
                      :: "r"(to + n * 2048), "f"(gq[4 * n]), "f"(gq[4 * n + 1]), "f"(gq[4 * n + 2]),
                         "f"(gq[4 * n + 3]) : "memory");
-#pragma unroll
-    for (int e = 0; e < S::QT / 64; e++) {
-        const float sum = fg_warp_sum(part[e]);
-        if (s.lane == 0)
-            asm volatile("st.shared.f32 [%0], %1;"
-                         :: "r"(w.memory + S::PART_AT + (e * 8 + s.group * 4 + s.warp) * 4), "f"(sum)
-                         : "memory");
-    }
+    constexpr int LANES = 32 / (S::QT / SOME);
+    if (s.lane % LANES == 0)
+        shared_put(sums + (s.lane / LANES * 8 + s.group * 4 + s.warp) * 4, sum);
     proxy_fence();
-    barrier_arrive(w.bar(STAGED + s.group));
+    barrier_arrive(w.template bar<S>(STAGED + 2 * w.stage() + s.group));
 }
 
 template <class S>
-static __device__ __forceinline__ void keys_store(const args &a, const walk &w, const worker<S> &s)
+static __device__ __forceinline__ void keys_store(const args &a, const steps &w, const worker<S> &s)
 {
+    const int64_t kv = w.h / (int)(a.H / a.Hkv);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int64_t key = s.key0 + s.lane / 4 + 8 * r;
         if (key >= a.N) continue;
-        bf16 *gk = (bf16 *)a.gk + (w.b * a.N + key) * a.gk_row + w.kv * a.D;
-        bf16 *gv = (bf16 *)a.gv + (w.b * a.N + key) * a.gv_row + w.kv * a.D;
+        bf16 *gk = (bf16 *)a.gk + (w.b * a.N + key) * a.gk_row + kv * a.D;
+        bf16 *gv = (bf16 *)a.gv + (w.b * a.N + key) * a.gv_row + kv * a.D;
 #pragma unroll
         for (int n = 0; n < S::D / 8; n++) {
             const int d = n * 8 + s.lane % 4 * 2, e = n * 4 + r * 2;
@@ -464,23 +478,21 @@ static __device__ __forceinline__ void keys_store(const args &a, const walk &w, 
     }
 }
 
+/* MASKED: some pairs of the tile do not meet. */
 template <class S, bool MASKED>
-static __device__ __forceinline__ void step(const args &a, const walk &w, worker<S> &s)
+static __device__ __forceinline__ void step(const args &a, const steps &w, worker<S> &s)
 {
     const unsigned q = w.memory + S::Q_AT + w.stage() * S::TILE, go = q + S::GO_AT - S::Q_AT;
-    const unsigned keys = w.memory + S::K_AT + s.group * 64 * 128, values = keys + S::V_AT - S::K_AT;
+    const unsigned keys = w.memory + S::K_AT + s.group * 64 * 128;
+    const unsigned values = keys + S::V_AT - S::K_AT;
     const unsigned at = w.memory + S::DS_AT + w.stage() * S::DS;
-    float z[S::ZN], dp[S::ZN], gq[32], part[S::QT / 64];
+    float z[S::ZN], dp[S::ZN], gq[32], part[S::QT / SOME];
     unsigned p[S::ZN / 2], ds[S::ZN / 2];
-    barrier_wait(w.bar(FULL + w.stage()), w.phase());
+    barrier_wait(w.template bar<S>(FULL + w.stage()), w.phase());
     wgmma_begin();
     scores<S>(keys, q, z);
     scores<S>(values, go, dp);
-    wgmma_wait<1>();
-    pin(z);
     weights<S, MASKED>(a, w, s, z);
-    wgmma_wait<0>();
-    pin(dp);
     slopes<S, MASKED>(w, s, z, dp, part);
     pack<S>(z, p), pack<S>(dp, ds);
     ds_put<S>(s, at, ds);
@@ -496,10 +508,10 @@ static __device__ __forceinline__ void step(const args &a, const walk &w, worker
     stage_put<S>(w, s, gq, part);
     wgmma_wait<0>();
     pin(s.gk), pin(s.gv);
-    if (s.lane == 0) barrier_arrive(w.bar(EMPTY + w.stage()));
+    if (s.lane == 0) barrier_arrive(w.template bar<S>(EMPTY + w.stage()));
 }
 
-template <class S> static __device__ __forceinline__ void multiply_role(const args &a, walk w)
+template <class S> static __device__ __forceinline__ void multiply_role(const args &a, steps w)
 {
     worker<S> s;
     s.lane = (int)threadIdx.x % 32, s.warp = (int)threadIdx.x / 32 % 4;
@@ -508,16 +520,15 @@ template <class S> static __device__ __forceinline__ void multiply_role(const ar
 #pragma unroll
     for (int e = 0; e < S::GN; e++) s.gk[e] = s.gv[e] = 0;
     head_begin(a, w, s);
-    barrier_wait(w.bar(KV_FULL), 0);
+    barrier_wait(w.template bar<S>(KV_FULL), 0);
     if (!w.more())
         for (int h = w.h; h < w.h_end; h++) head_end(a, w, s, h);
     while (w.more()) {
         const int h = w.h;
-        const bool masked = w.i * S::QT < (w.j + 1) * KEYS - 1
-                         || (!a.plain && a.span[w.b * a.n_q + w.i].y > w.j * KEYS);
-        if (masked) step<S, true>(a, w, s);
+        if (w.masked(a)) step<S, true>(a, w, s);
         else step<S, false>(a, w, s);
         w.advance(a);
+        w.count++;
         if (w.h != h || !w.more()) {
             head_end(a, w, s, h);
             if (w.more()) head_begin(a, w, s);
@@ -527,41 +538,41 @@ template <class S> static __device__ __forceinline__ void multiply_role(const ar
 }
 #endif
 
-/* One tile of keys of one key head, given out from the last to the first. */
-template <class S> static __global__ void __launch_bounds__(384, 1) tile_of_keys(const args a)
+/* One tile of keys of one key head. */
+template <class S> static __global__ void __launch_bounds__(384, 1)
+tile_of_keys(const args a, const __grid_constant__ maps m)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char memory[];
-    __shared__ int given;
-    walk w;
-    w.memory = (fg_shared(memory) + 1023) / 1024 * 1024, w.bars = w.memory + S::BAR_AT;
+    int *given = (int *)(memory + S::GIVEN_AT);
+    steps w;
+    w.memory = fg_shared(memory);
     if (threadIdx.x == 0) {
-        given = atomicAdd(a.next, 1);
-        barrier_init(w.bar(KV_FULL), LOADERS / 32);
+        *given = atomicAdd(a.next, 1);
+        barrier_init(w.template bar<S>(KV_FULL), 1);
+        barrier_init(w.template bar<S>(BLIND), 1);
         for (int e = 0; e < 2; e++) {
-            barrier_init(w.bar(FULL + e), LOADERS / 32);
-            barrier_init(w.bar(EMPTY + e), 8);
-            barrier_init(w.bar(STAGED + e), 128);
-            barrier_init(w.bar(FREE + e), 1);
+            barrier_init(w.template bar<S>(FULL + e), 1);
+            barrier_init(w.template bar<S>(EMPTY + e), 8);
+            barrier_init(w.template bar<S>(STAGED + e), 128);
+            barrier_init(w.template bar<S>(STAGED + 2 + e), 128);
+            barrier_init(w.template bar<S>(FREE + e), 1);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    const int head = given / a.n_k, Hkv = (int)a.Hkv, group = (int)a.H / Hkv;
-    w.j = a.n_k - 1 - given % a.n_k;
-    w.b = head / Hkv, w.kv = head % Hkv, w.h = w.kv * group, w.h_end = w.h + group;
-    w.last = a.plain ? a.n_q - 1 : a.last[w.b * a.n_k + w.j];
-    w.first = w.i = seen_from(a, w.b, w.j * KEYS / S::QT, w.last, w.j), w.count = 0;
+    w.begin(a, *given);
+    w.count = 0;
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x < LOADERS) load_role<S>(a, w);
-        else if (threadIdx.x == LOADERS) add_role<S>(a, w);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x < 32) load_role<S>(a, m, w);
+        else if (threadIdx.x < 96) add_role<S>(a, w);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         multiply_role<S>(a, w);
     }
 #else
-    (void)a;
+    (void)a, (void)m;
 #endif
 }
 
@@ -575,7 +586,7 @@ template <class S> static __global__ void __launch_bounds__(256) queries_store(c
     const int group = (int)threadIdx.x / 128;
     const float4 *from = a.sum_q + tile * (S::GQ / 16) + group * (S::GQ / 32) + threadIdx.x % 128;
     const bool any = a.turn[tile] > 0;
-    if (!any && threadIdx.x < S::QT / 64) a.rows[tile * (S::QT / 64) + threadIdx.x] = 0;
+    if (!any && threadIdx.x < S::QT / SOME) a.rows[tile * (S::QT / SOME) + threadIdx.x] = 0;
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         const float4 x = any ? from[n * 128] : make_float4(0, 0, 0, 0);
@@ -596,10 +607,46 @@ template <class S> static __global__ void __launch_bounds__(256) queries_store(c
     }
 }
 
+typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+/* The driver's function, found at run time so that nothing links to the driver; NULL: too old. */
+static encode_fn encoder()
+{
+    void *f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
+                                         &found) != cudaSuccess
+        || found != cudaDriverEntryPointSuccess) return nullptr;
+    return (encode_fn)f;
+}
+
+static CUtensorMap map_of(encode_fn encode, const args &a, const void *x, int64_t heads,
+                          int64_t pitch, int rows)
+{
+    CUtensorMap m;
+    const cuuint64_t size[4] = { (cuuint64_t)a.D, (cuuint64_t)heads, (cuuint64_t)a.N,
+                                 (cuuint64_t)a.B };
+    const cuuint64_t bytes[3] = { (cuuint64_t)a.D * 2, (cuuint64_t)pitch * 2,
+                                  (cuuint64_t)(a.N * pitch) * 2 };
+    const cuuint32_t box[4] = { 64, 1, (cuuint32_t)rows, 1 }, each[4] = { 1, 1, 1, 1 };
+    encode(&m, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void *)x, size, bytes, box, each,
+           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return m;
+}
+
 template <class S> static void run(const args &a, cudaStream_t stream)
 {
+    const encode_fn encode = encoder();
+    const maps m = { map_of(encode, a, a.q, a.H, a.q_row, S::QT),
+                     map_of(encode, a, a.go, a.H, a.H * a.D, S::QT),
+                     map_of(encode, a, a.k, a.Hkv, a.k_row, KEYS),
+                     map_of(encode, a, a.v, a.Hkv, a.v_row, KEYS) };
     cudaFuncSetAttribute(tile_of_keys<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED);
-    tile_of_keys<S><<<(unsigned)(a.B * a.Hkv * a.n_k), 384, S::SHARED, stream>>>(a);
+    tile_of_keys<S><<<(unsigned)(a.B * a.Hkv * a.n_k), 384, S::SHARED, stream>>>(a, m);
     const dim3 tiles((unsigned)a.n_q, (unsigned)a.H, (unsigned)a.B);
     queries_store<S><<<tiles, 256, 0, stream>>>(a);
 }
@@ -613,6 +660,9 @@ void fg_forget_attention_grad_sm90(const args &a, cudaStream_t stream)
 bool fg_forget_attention_grad_has_sm90()
 {
     cudaFuncAttributes f;
-    if (cudaFuncGetAttributes(&f, tile_of_keys<layout<64>>) != cudaSuccess) return false;
-    return f.binaryVersion == 90 && f.ptxVersion == 90;
+    if (cudaFuncGetAttributes(&f, tile_of_keys<layout<64>>) != cudaSuccess) {
+        cudaGetLastError();              /* no error of the caller's */
+        return false;
+    }
+    return f.binaryVersion == 90 && f.ptxVersion == 90 && encoder();
 }

@@ -7,6 +7,9 @@
  *
  * Extents.  Where all rows begin at multiples of 16 bytes, what an extent over 512 has beyond a
  * multiple of 8 is a small product of its own: cuBLASLt is slow with the odd extent.
+ * Rounding.  A y of bf16 is rounded once, but for two cases in which cuBLASLt was seen to round the
+ * product before it adds: beta != 0 (and so a K that is cut), and a bias where N or K is no
+ * multiple of 8.
  * Choice of the algorithm.  A shape's first call outside of a capture takes up to 8 candidates of
  * the library's heuristic, runs each on the real operands, keeps the best until the last
  * fg_gemm_close, and waits for the stream; later calls enqueue and nothing else.  A call with

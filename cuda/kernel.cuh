@@ -31,6 +31,8 @@ typedef struct fg_kernel {
                                                              dtypes; NULL: fits */
     size_t      (*scratch)(const fg_infer *c) = nullptr;  /* bytes of e->scratch */
     unsigned      pitched_in = 0, pitched_out = 0;        /* bit i: may be pitched */
+    /* Nodes of the op that follow each other, none of which reads what another writes, at once. */
+    void        (*launch_many)(const fg_exec *const *e, int n, cudaStream_t stream) = nullptr;
 } fg_kernel;
 
 #define FG_KERNEL(op) extern "C" const fg_kernel fg_kernel_##op; \

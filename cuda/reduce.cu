@@ -8,7 +8,8 @@
 #include "rows.cuh"
 
 #define SUM_THREADS 256
-#define FEW_BLOCKS  528                          /* four for every multiprocessor of an H100 */
+#define FEW_BLOCKS  1056                         /* eight for every multiprocessor of an H100 */
+#define DOWN_BLOCKS 264                          /* of whole rows; more leave more partial sums */
 
 /* ---- sums ----------------------------------------------------------------------------------- */
 
@@ -19,28 +20,28 @@ struct sum_plan {
     size_t even, odd;                            /* bytes of what even and odd passes leave */
 };
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static __host__ __device__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t pieces_of(const pass *p) { return (p->S + p->length - 1) / p->length; }
 
-/* Threads side by side along N, each with `width` columns; the rest of the block stands below. */
+/* Threads side by side along N, each with `width` columns; `below` of them under each other.  Many
+ * rows: whole rows of x together; few: narrow blocks, more of them. */
 static int width_of(const pass *p) { return p->N % 8 == 0 ? 8 : 1; }
 static int side_of(const pass *p)
 {
-    int side = 1;
-    while (side < 32 && side * width_of(p) < p->N) side *= 2;
-    return side;
+    const int64_t across = p->N / width_of(p), most = p->S < 1024 ? 4 : SUM_THREADS;
+    return (int)least(across, most);
 }
+static int below_of(const pass *p) { return SUM_THREADS / side_of(p); }
 
 static int64_t length_of(const pass *p)
 {
     int64_t pieces = 1;
     if (p->N == 1) {
-        if (p->K < FEW_BLOCKS) pieces = least(2 * FEW_BLOCKS / p->K, (p->S + 8191) / 8192);
+        if (p->K < FEW_BLOCKS) pieces = least(FEW_BLOCKS / p->K, (p->S + 8191) / 8192);
     } else if (p->S >= 1024) {
-        const int64_t side = side_of(p), per = side * width_of(p), below = SUM_THREADS / side;
-        const int64_t blocks = p->K * ((p->N + per - 1) / per);
-        pieces = least(2 * FEW_BLOCKS / greatest(blocks, 1), p->S / (below * 8));
+        const int64_t per = side_of(p) * width_of(p), blocks = p->K * ((p->N + per - 1) / per);
+        pieces = least(DOWN_BLOCKS / greatest(blocks, 1), p->S / (below_of(p) * 8));
     }
     pieces = greatest(1, pieces);
     return (p->S + pieces - 1) / pieces;
@@ -99,15 +100,16 @@ static size_t scratch(const fg_infer *c)
 /* y_(k,piece) = sum over the piece of row k; teams of T. */
 template <int T>
 static __global__ void __launch_bounds__(fg_team_block<T>)
-sum_rows(fg_in x, fg_out y, int64_t count, int64_t S, int64_t length, int64_t pieces, float factor)
+sum_rows(fg_in x, fg_out y, int64_t count, int64_t S, int64_t length, fg_divisor pieces,
+         float factor)
 {
-    constexpr int U = 4;
+    constexpr int U = T < 32 ? 1 : 4;
     const int64_t o = (int64_t)blockIdx.x * fg_team_rows<T> + threadIdx.x / T;
-    const int64_t k = o / pieces, from = (o - k * pieces) * length;
+    const int64_t k = fg_divide(o, pieces), from = (o - k * pieces.d) * length;
     const int64_t to = from + length < S ? from + length : S;
     const fg_row r = fg_row_at(k * S + from, o < count ? k * S + to : k * S + from);
     const int lane = threadIdx.x % T;
-    float sum[U] = { 0 };
+    float sum[4] = { 0 };
     for (int64_t i = lane; i < r.eights; i += U * T) {
         fg_raw8 raw[U];
 #pragma unroll
@@ -129,24 +131,25 @@ template <int V>
 static __global__ void __launch_bounds__(SUM_THREADS)
 sum_down(fg_in x, fg_out y, pass p, int64_t pieces, int64_t strips, int side, float factor)
 {
-    constexpr int U = 4;
+    constexpr int U = 8;
     __shared__ float part[SUM_THREADS * V];
-    const int column = threadIdx.x % side, row = threadIdx.x / side, below = SUM_THREADS / side;
+    const int column = threadIdx.x % side, row = threadIdx.x / side, below = blockDim.x / side;
     const int64_t strip = blockIdx.x % strips, o = blockIdx.x / strips;          /* o: k, piece */
     const int64_t k = o / pieces, from = (o - k * pieces) * p.length;
     const int64_t to = from + p.length < p.S ? from + p.length : p.S;
     const int64_t n = (strip * side + column) * V;
     float sum[V] = { 0 };
     if (n < p.N) {
-        for (int64_t s = from + row; s < to; s += U * below) {
+        const int64_t step = below * p.N;
+        int64_t i = (k * p.S + from + row) * p.N + n;
+        for (int64_t s = from + row; s < to; s += U * below, i += U * step) {
             fg_raw8 raw[U];
             float one[U];
 #pragma unroll
             for (int u = 0; u < U; u++) {
-                const int64_t i = (k * p.S + s + u * below) * p.N + n;
                 if (s + u * below >= to) continue;
-                if (V == 8) raw[u] = fg_load_raw8(x, i);
-                else one[u] = x[i];
+                if (V == 8) raw[u] = fg_load_raw8(x, i + u * step);
+                else one[u] = x[i + u * step];
             }
 #pragma unroll
             for (int u = 0; u < U; u++) {
@@ -164,7 +167,7 @@ sum_down(fg_in x, fg_out y, pass p, int64_t pieces, int64_t strips, int side, fl
 #pragma unroll
     for (int j = 0; j < V; j++) part[(row * side + column) * V + j] = sum[j];
     __syncthreads();
-    for (int c = threadIdx.x; c < side * V; c += SUM_THREADS) {
+    for (int c = threadIdx.x; c < side * V; c += blockDim.x) {
         float all = part[c];
         for (int j = 1; j < below; j++) all += part[j * side * V + c];
         const int64_t m = strip * side * V + c;
@@ -177,7 +180,7 @@ static void launch_rows(fg_in x, fg_out y, const pass *p, float factor, cudaStre
 {
     const int64_t pieces = pieces_of(p), count = p->K * pieces;
     sum_rows<T><<<fg_blocks(count, fg_team_rows<T>), fg_team_block<T>, 0, stream>>>(
-        x, y, count, p->S, p->length, pieces, factor);
+        x, y, count, p->S, p->length, fg_divisor_of(pieces, count + fg_team_rows<T>), factor);
 }
 
 static void launch_pass(fg_in x, fg_out y, const pass *p, float factor, cudaStream_t stream)
@@ -191,10 +194,11 @@ static void launch_pass(fg_in x, fg_out y, const pass *p, float factor, cudaStre
     const int side = side_of(p), width = width_of(p);
     const int64_t pieces = pieces_of(p), strips = (p->N + side * width - 1) / (side * width);
     const unsigned blocks = (unsigned)(p->K * pieces * strips);
+    const int threads = side * below_of(p);
     if (width == 8)
-        sum_down<8><<<blocks, SUM_THREADS, 0, stream>>>(x, y, *p, pieces, strips, side, factor);
+        sum_down<8><<<blocks, threads, 0, stream>>>(x, y, *p, pieces, strips, side, factor);
     else
-        sum_down<1><<<blocks, SUM_THREADS, 0, stream>>>(x, y, *p, pieces, strips, side, factor);
+        sum_down<1><<<blocks, threads, 0, stream>>>(x, y, *p, pieces, strips, side, factor);
 }
 
 static void sum_all(const fg_exec *e, cudaStream_t stream, float factor)
@@ -233,86 +237,99 @@ static void broadcast_launch(const fg_exec *e, cudaStream_t stream)
 }
 FG_KERNEL(broadcast_to) = { .launch = broadcast_launch, .pitched_in = 1, .pitched_out = 1 };
 
-/* ---- row_max and its gradient --------------------------------------------------------------- */
+/* ---- row_max: NaN if any element is --------------------------------------------------------- */
 
-/* The first of the greatest; a NaN is greater than any number. */
-struct place { float x; int64_t at; };
-static __device__ __forceinline__ bool before(const place &a, const place &b)
+static __device__ __forceinline__ float greater(float a, float b)
 {
-    const bool a_nan = a.x != a.x, b_nan = b.x != b.x;
-    if (a_nan != b_nan) return a_nan;
-    if (!a_nan && a.x != b.x) return a.x > b.x;
-    return a.at < b.at;
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
 }
-template <int T> static __device__ __forceinline__ place first_of(place a)
+template <int T> static __device__ __forceinline__ float team_greatest(float x)
 {
 #pragma unroll
-    for (int k = (T < 32 ? T : 32) / 2; k > 0; k /= 2) {
-        const place b = { __shfl_xor_sync(~0u, a.x, k), __shfl_xor_sync(~0u, a.at, k) };
-        if (before(b, a)) a = b;
-    }
+    for (int k = (T < 32 ? T : 32) / 2; k > 0; k /= 2) x = greater(x, __shfl_xor_sync(~0u, x, k));
     if constexpr (T > 32) {
-        __shared__ place part[T / 32];
-        if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = a;
+        __shared__ float part[T / 32];
+        if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
         __syncthreads();
-        a = part[0];
-        for (int i = 1; i < T / 32; i++)
-            if (before(part[i], a)) a = part[i];
+        for (int i = 0; i < T / 32; i++) x = greater(x, part[i]);
+        __syncthreads();
     }
-    return a;
+    return x;
 }
-
-/* y NULL: gx is written. */
 template <int T>
-static __global__ void __launch_bounds__(fg_team_block<T>)
-row_max(fg_in x, fg_in gy, fg_out y, fg_out gx, int64_t rows, int64_t n)
+static __device__ __forceinline__ float row_greatest(const fg_in &x, const fg_row &r)
 {
-    const int64_t k = (int64_t)blockIdx.x * fg_team_rows<T> + threadIdx.x / T;
-    const fg_row r = fg_row_at(k * n, k < rows ? k * n + n : k * n);
-    const int lane = threadIdx.x % T;
-    place best = { -INFINITY, INT64_MAX };
-    for (int64_t i = lane; i < r.eights; i += T) {
-        const fg_vec8 v = fg_floats(x, fg_load_row8(x, r, i, -INFINITY));
+    constexpr int U = 4;
+    float m = -INFINITY;
+    for (int64_t i = threadIdx.x % T; i < r.eights; i += U * T) {
+        fg_raw8 raw[U];
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const int64_t at = 8 * (r.first + i) + j;
-            const place here = { v[j], at };
-            if (at >= r.from && at < r.to && before(here, best)) best = here;
+        for (int u = 0; u < U; u++)
+            if (i + u * T < r.eights) raw[u] = fg_load_row8(x, r, i + u * T, -INFINITY);
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            if (i + u * T >= r.eights) continue;
+            const fg_vec8 v = fg_floats(x, raw[u]);
+#pragma unroll
+            for (int j = 0; j < 8; j++) m = greater(m, v[j]);
         }
     }
-    best = first_of<T>(best);
-    if (k >= rows) return;
-    if (y.p) {
-        if (lane == 0) y.put(k, best.x);
-        return;
-    }
-    const float g = gy[k];
-    for (int64_t i = lane; i < r.eights; i += T) {
-        fg_vec8 v;
+    return team_greatest<T>(m);
+}
+
+template <int T>
+static __global__ void __launch_bounds__(fg_team_block<T>)
+row_max(fg_in x, fg_out y, int64_t rows, int64_t n)
+{
+    const int64_t k = (int64_t)blockIdx.x * fg_team_rows<T> + threadIdx.x / T;
+    const float m = row_greatest<T>(x, fg_row_at(k * n, k < rows ? k * n + n : k * n));
+    if (threadIdx.x % T == 0 && k < rows) y.put(k, m);
+}
+
+/* gx = gy at the first that is the greatest, or NaN.  A warp a row. */
+static __global__ void __launch_bounds__(fg_team_block<32>)
+row_max_grad(fg_in gy, fg_in x, fg_out gx, int64_t rows, int64_t n)
+{
+    const int64_t k = (int64_t)blockIdx.x * fg_team_rows<32> + threadIdx.x / 32;
+    const fg_row r = fg_row_at(k * n, k < rows ? k * n + n : k * n);
+    const float m = row_greatest<32>(x, r), g = k < rows ? gy[k] : 0;
+    const int lane = threadIdx.x % 32;
+    bool found = false;                          /* in an eight before */
+    for (int64_t i0 = 0; i0 < r.eights; i0 += 32) {
+        fg_vec8 v = fg_floats(x, fg_load_row8(x, r, i0 + lane, -INFINITY));
+        const int64_t at = 8 * (r.first + i0 + lane);
+        int first = 8;
 #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = 8 * (r.first + i) + j == best.at ? g : 0;
-        fg_store_row8(gx, r, i, v);
+        for (int j = 7; j >= 0; j--)
+            if (at + j >= r.from && at + j < r.to && (v[j] == m || v[j] != v[j])) first = j;
+        const unsigned hits = __ballot_sync(~0u, first < 8);
+        const bool before = (hits & ((1u << lane) - 1)) != 0;
+        const bool here = !found && !before && first < 8;
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = here && j == first ? g : 0;
+        fg_store_row8(gx, r, i0 + lane, v);
+        found = found || hits != 0;
     }
 }
 
-static void launch_max(fg_in x, fg_in gy, fg_out y, fg_out gx, const fg_shape *s,
-                       cudaStream_t stream)
-{
-    const int64_t n = fg_last_of(s), rows = fg_count_of(s) / n;
-    if (n <= 4096)
-        row_max<32><<<fg_blocks(rows, fg_team_rows<32>), fg_team_block<32>, 0, stream>>>(
-            x, gy, y, gx, rows, n);
-    else
-        row_max<512><<<(unsigned)rows, 512, 0, stream>>>(x, gy, y, gx, rows, n);
-}
 static void max_launch(const fg_exec *e, cudaStream_t stream)
 {
-    launch_max(fg_input_of(e, 0), {}, fg_output_of(e, 0), {}, &e->in_shape[0], stream);
+    const int64_t n = fg_last_of(&e->in_shape[0]), rows = fg_count_of(&e->in_shape[0]) / n;
+    const fg_in x = fg_input_of(e, 0);
+    const fg_out y = fg_output_of(e, 0);
+    if (n <= 4096)
+        row_max<32><<<fg_blocks(rows, fg_team_rows<32>), fg_team_block<32>, 0, stream>>>(x, y, rows,
+                                                                                        n);
+    else
+        row_max<256><<<(unsigned)rows, 256, 0, stream>>>(x, y, rows, n);
 }
 static void max_grad_launch(const fg_exec *e, cudaStream_t stream)
 {
-    launch_max(fg_input_of(e, 1), fg_input_of(e, 0), {}, fg_output_of(e, 0), &e->in_shape[1],
-               stream);
+    const int64_t n = fg_last_of(&e->in_shape[1]), rows = fg_count_of(&e->in_shape[1]) / n;
+    row_max_grad<<<fg_blocks(rows, fg_team_rows<32>), fg_team_block<32>, 0, stream>>>(
+        fg_input_of(e, 0), fg_input_of(e, 1), fg_output_of(e, 0), rows, n);
 }
 FG_KERNEL(row_max) = { .launch = max_launch };
 FG_KERNEL(row_max_grad) = { .launch = max_grad_launch };
@@ -369,21 +386,26 @@ chunk_sums(running c, fg_in x, double *sums)
     const int64_t column = i % c.inner, chunk = i / c.inner % c.chunks;
     sums[i] = walk_chunk(c, x, {}, i / c.inner / c.chunks, chunk, column, 0.0);
 }
-static __global__ void __launch_bounds__(64) sums_before(running c, double *sums)
+/* A warp a column: a lane adds up its stretch of chunks, then those before it. */
+static __global__ void __launch_bounds__(128) sums_before(running c, double *sums)
 {
-    constexpr int U = 8;
-    const int64_t i = (int64_t)blockIdx.x * 64 + threadIdx.x;
+    const int64_t i = (int64_t)blockIdx.x * 4 + threadIdx.x / 32, per = (c.chunks + 31) / 32;
     if (i >= c.outer * c.inner) return;
+    const int lane = threadIdx.x % 32;
     double *s = sums + i / c.inner * c.chunks * c.inner + i % c.inner, sum = 0;
-    for (int64_t k = 0; k < c.chunks; k += U) {
-        double v[U];
-#pragma unroll
-        for (int u = 0; u < U; u++) v[u] = k + u < c.chunks ? s[(k + u) * c.inner] : 0;
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-            if (k + u < c.chunks) s[(k + u) * c.inner] = sum;
-            sum += v[u];
-        }
+    const int64_t from = lane * per, to = least(from + per, c.chunks);
+    for (int64_t k = from; k < to; k++) sum += s[k * c.inner];
+    double all = sum;
+    for (int d = 1; d < 32; d *= 2) {
+        const double more = __shfl_up_sync(~0u, all, d);
+        if (lane >= d) all += more;
+    }
+    double before = __shfl_up_sync(~0u, all, 1);         /* not all - sum: sums may be infinite */
+    if (lane == 0) before = 0;
+    for (int64_t k = from; k < to; k++) {
+        const double own = s[k * c.inner];
+        s[k * c.inner] = before;
+        before += own;
     }
 }
 static __global__ void __launch_bounds__(256)
@@ -399,13 +421,14 @@ static void cumsum_launch(const fg_exec *e, cudaStream_t stream)
 {
     const running c = running_of(&e->in_shape[0], (const struct fg_attr_cumsum *)e->attr);
     const int64_t columns = c.outer * c.inner;
-    double *sums = c.chunks > 1 ? (double *)e->scratch : nullptr;
     const fg_in x = fg_input_of(e, 0);
+    const fg_out y = fg_output_of(e, 0);
+    double *sums = c.chunks > 1 ? (double *)e->scratch : nullptr;
+    const unsigned blocks = fg_blocks(columns * c.chunks, 256);
     if (sums) {
-        chunk_sums<<<fg_blocks(columns * c.chunks, 256), 256, 0, stream>>>(c, x, sums);
-        sums_before<<<fg_blocks(columns, 64), 64, 0, stream>>>(c, sums);
+        chunk_sums<<<blocks, 256, 0, stream>>>(c, x, sums);
+        sums_before<<<fg_blocks(columns, 4), 128, 0, stream>>>(c, sums);
     }
-    running_sums<<<fg_blocks(columns * c.chunks, 256), 256, 0, stream>>>(c, x, fg_output_of(e, 0),
-                                                                         sums);
+    running_sums<<<blocks, 256, 0, stream>>>(c, x, y, sums);
 }
 FG_KERNEL(cumsum) = { .launch = cumsum_launch, .scratch = cumsum_scratch };

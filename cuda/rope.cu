@@ -9,7 +9,8 @@
 #include "elementwise.cuh"
 
 #define THREADS 256                              /* also angles a block, so channels a block */
-#define UNROLL  3                                /* eights: 8 positions of 24 heads of 64 */
+#define POSITIONS 4                              /* of a block, at most; measured on an H100 */
+#define UNROLL    2                              /* turns a thread has under way */
 
 struct geometry {
     const int32_t *first, *past;
@@ -38,47 +39,53 @@ static __device__ __forceinline__ void turn(float2 a, float *x, float *w)
     *w = fmaf(u, a.y, v * a.x);
 }
 
-/* Blocks: positions along x, channels along y; V channels a thread at once. */
-template <int V>
-static __global__ void __launch_bounds__(THREADS) rotate(geometry k, fg_source x, fg_target y)
+/* Where a thread's j-th turn of a block is. */
+struct spot { int row, column, angle; };
+static __device__ __forceinline__ spot spot_of(const geometry &k, unsigned j, unsigned width, int V,
+                                               int channels, int64_t i0)
+{
+    const unsigned q = j / width, i = (j - q * width) * V, row = q / (unsigned)k.H;
+    return { (int)row, (int)((q - row * k.H) * 2 * k.half + i0 + i), (int)(row * channels + i) };
+}
+
+/* Blocks: positions along x, channels along y; V channels a thread at once, WIDE: x may be f32.
+ * The first loads are under way while the angles are made. */
+template <int V, bool WIDE>
+static __global__ void __launch_bounds__(THREADS, WIDE ? 3 : 4)
+rotate(geometry k, fg_in x, fg_out y, fg_matrix from, fg_matrix to)
 {
     __shared__ float2 angle[THREADS];
     const int64_t row0 = (int64_t)blockIdx.x * k.positions, i0 = (int64_t)blockIdx.y * k.channels;
     const int channels = k.half - i0 < k.channels ? (int)(k.half - i0) : k.channels;
     const int positions = k.rows - row0 < k.positions ? (int)(k.rows - row0) : k.positions;
-    for (int j = threadIdx.x; j < positions * channels; j += THREADS)
-        angle[j] = angle_of(k, row0 + j / channels, i0 + j % channels);
-    __syncthreads();
-    const unsigned width = channels / V, heads = (unsigned)k.H, all = positions * heads * width;
-    for (unsigned j0 = threadIdx.x; j0 < all; j0 += UNROLL * THREADS) {
-        int64_t at[UNROLL];
-        int first[UNROLL];
-        fg_raw8 a[UNROLL], b[UNROLL];
+    const unsigned width = channels / V, all = positions * (unsigned)k.H * width;
+    for (unsigned j0 = 0; j0 < all; j0 += UNROLL * THREADS) {
+        fg_some<V, WIDE> a[UNROLL], b[UNROLL];
+        spot at[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            const unsigned j = j0 + u * THREADS, q = j / width, i = (j - q * width) * V;
+            const unsigned j = j0 + u * THREADS + threadIdx.x;
             if (j >= all) continue;
-            at[u] = (row0 * k.H + q) * 2 * k.half + i0 + i;
-            first[u] = (int)(q / heads) * channels + (int)i;
-            if (V == 1) continue;
-            a[u] = fg_load_raw8(x.x, x.place.at(at[u]));
-            b[u] = fg_load_raw8(x.x, x.place.at(at[u] + k.half));
+            at[u] = spot_of(k, j, width, V, channels, i0);
+            a[u].load(x, from.at(row0 + at[u].row, at[u].column));
+            b[u].load(x, from.at(row0 + at[u].row, at[u].column + k.half));
+        }
+        if (j0 == 0) {
+            const int j = threadIdx.x;
+            if (j < positions * channels)
+                angle[j] = angle_of(k, row0 + j / channels, i0 + j % channels);
+            __syncthreads();
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            if (j0 + u * THREADS >= all) continue;
-            if constexpr (V == 8) {
-                fg_vec8 v = fg_floats(x.x, a[u]), w = fg_floats(x.x, b[u]);
+            if (j0 + u * THREADS + threadIdx.x >= all) continue;
+            float v[V], w[V];
+            a[u].floats(x, v);
+            b[u].floats(x, w);
 #pragma unroll
-                for (int j = 0; j < 8; j++) turn(angle[first[u] + j], &v[j], &w[j]);
-                fg_store8(y.y, y.place.at(at[u]), v);
-                fg_store8(y.y, y.place.at(at[u] + k.half), w);
-            } else {
-                float v = x.x[x.place.at(at[u])], w = x.x[x.place.at(at[u] + k.half)];
-                turn(angle[first[u]], &v, &w);
-                y.y.put(y.place.at(at[u]), v);
-                y.y.put(y.place.at(at[u] + k.half), w);
-            }
+            for (int j = 0; j < V; j++) turn(angle[at[u].angle + j], &v[j], &w[j]);
+            fg_store_some<V>(y, to.at(row0 + at[u].row, at[u].column), v);
+            fg_store_some<V>(y, to.at(row0 + at[u].row, at[u].column + k.half), w);
         }
     }
 }
@@ -92,14 +99,19 @@ static void launch(const fg_exec *e, cudaStream_t stream)
                    .half = s->dim[3] / 2, .channels = THREADS, .positions = 1, .step = 0,
                    .inverse = a->inverse };
     if (k.half < THREADS) k.channels = (int)k.half;
-    k.positions = THREADS / k.channels < 8 ? THREADS / k.channels : 8;
+    k.positions = THREADS / k.channels < POSITIONS ? THREADS / k.channels : POSITIONS;
     k.step = -log2(a->base) / (double)k.half;
     const dim3 blocks(fg_blocks(k.rows, k.positions), fg_blocks(k.half, k.channels));
-    const fg_source x = fg_source_of(e, 0);
-    const fg_target y = fg_target_of(e, 0);
-    if (k.half % 8 == 0 && fg_in_eights(&e->in_rows[0]) && fg_in_eights(&e->out_rows[0]))
-        rotate<8><<<blocks, THREADS, 0, stream>>>(k, x, y);
+    const fg_in x = fg_input_of(e, 0);
+    const fg_out y = fg_output_of(e, 0);
+    const int64_t C = s->dim[2] * s->dim[3], count = fg_count_of(s);
+    const fg_matrix from = fg_matrix_of(&e->in_rows[0], C, count);
+    const fg_matrix to = fg_matrix_of(&e->out_rows[0], C, count);
+    if (k.half % 8 || !fg_in_eights(&e->in_rows[0]) || !fg_in_eights(&e->out_rows[0]))
+        rotate<1, true><<<blocks, THREADS, 0, stream>>>(k, x, y, from, to);
+    else if (x.narrow)
+        rotate<8, false><<<blocks, THREADS, 0, stream>>>(k, x, y, from, to);
     else
-        rotate<1><<<blocks, THREADS, 0, stream>>>(k, x, y);
+        rotate<8, true><<<blocks, THREADS, 0, stream>>>(k, x, y, from, to);
 }
 FG_KERNEL(rope) = { .launch = launch, .pitched_in = 1, .pitched_out = 1 };

@@ -77,7 +77,7 @@ template <int T> static __device__ __forceinline__ float fg_team_max(float x)
     }
 }
 /* Threads of a block of teams of T, rows of a block. */
-template <int T> constexpr int fg_team_block = T < 128 ? 128 : T;
+template <int T> constexpr int fg_team_block = T <= 32 ? 128 : T;
 template <int T> constexpr int fg_team_rows = fg_team_block<T> / T;
 
 /* ---- sums of exponentials over a growing set: max m, sum of e^(x - m) ------------------------ */
@@ -110,7 +110,7 @@ template <int T> static __device__ __forceinline__ fg_exp_sum fg_team_exp_sum(fg
 template <int T>
 static __device__ __forceinline__ fg_exp_sum fg_row_exp_sum(const fg_in &x, const fg_row &r)
 {
-    constexpr int U = 4;
+    constexpr int U = T < 32 ? 1 : 4;
     const int lane = threadIdx.x % T;
     fg_exp_sum a = { -INFINITY, 0 };
     for (int64_t k = lane; k < r.eights; k += U * T) {

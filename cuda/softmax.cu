@@ -1,8 +1,8 @@
 /* softmax.cu - ops/softmax.c on a GPU: softmax and ln-sum-exp of rows, the causal mask of attention
  * scores.
  *
- * Bytes: every tensor once.  A row of up to 16376 elements stays in registers; of a longer one x is
- * read a second time, mostly from the second-level cache.  A row of -inf alone gives
+ * Bytes: every tensor once.  A row of up to about 16000 elements stays in registers; a longer one
+ * is read a second time, mostly from the second-level cache.  A row of -inf alone gives
  * softmax 0 and log_sum_exp -inf; NaN goes through. */
 #include "rows.cuh"
 
@@ -61,21 +61,28 @@ softmax_long_rows(fg_in x, fg_out y, int64_t n)
     }
 }
 
-/* Teams and eights a thread by the eights that a row may touch, 1 more than n / 8 rounded up. */
+/* Teams and eights a thread by the eights that a row may touch. */
 #define BY_LENGTH(n, kernel, long_launch, rows, ...)                                             \
     do {                                                                                         \
-        const int64_t eights = ((n) + 7) / 8 + 1;                                                \
+        const int64_t eights = (n) % 8 ? ((n) + 7) / 8 + 1 : (n) / 8;                            \
         if (eights <= 8)                                                                         \
             kernel<8, 1><<<fg_blocks(rows, fg_team_rows<8>), fg_team_block<8>, 0, stream>>>(     \
                 __VA_ARGS__);                                                                    \
         else if (eights <= 32)                                                                   \
             kernel<32, 1><<<fg_blocks(rows, fg_team_rows<32>), fg_team_block<32>, 0, stream>>>(  \
                 __VA_ARGS__);                                                                    \
+        else if (eights <= 64)                                                                   \
+            kernel<32, 2><<<fg_blocks(rows, fg_team_rows<32>), fg_team_block<32>, 0, stream>>>(  \
+                __VA_ARGS__);                                                                    \
         else if (eights <= 128)                                                                  \
             kernel<32, 4><<<fg_blocks(rows, fg_team_rows<32>), fg_team_block<32>, 0, stream>>>(  \
                 __VA_ARGS__);                                                                    \
+        else if (eights <= 256)                                                                  \
+            kernel<128, 2><<<(unsigned)(rows), 128, 0, stream>>>(__VA_ARGS__);                   \
         else if (eights <= 512)                                                                  \
             kernel<128, 4><<<(unsigned)(rows), 128, 0, stream>>>(__VA_ARGS__);                   \
+        else if (eights <= 1024)                                                                 \
+            kernel<512, 2><<<(unsigned)(rows), 512, 0, stream>>>(__VA_ARGS__);                   \
         else if (eights <= 2048)                                                                 \
             kernel<512, 4><<<(unsigned)(rows), 512, 0, stream>>>(__VA_ARGS__);                   \
         else long_launch;                                                                        \
@@ -183,6 +190,8 @@ static void log_sum_exp_launch(const fg_exec *e, cudaStream_t stream)
     else if (n <= 2048)
         log_sum_exp_rows<32><<<fg_blocks(rows, fg_team_rows<32>), fg_team_block<32>, 0, stream>>>(
             x, y, rows, n);
+    else if (n <= 8192)
+        log_sum_exp_rows<128><<<(unsigned)rows, 128, 0, stream>>>(x, y, rows, n);
     else
         log_sum_exp_rows<256><<<(unsigned)rows, 256, 0, stream>>>(x, y, rows, n);
 }
@@ -248,9 +257,10 @@ static void mask_launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_attention_mask *a = (const struct fg_attr_attention_mask *)e->attr;
     const fg_shape *s = &e->in_shape[0];
-    const mask k = { (const int32_t *)e->in[1], (const int32_t *)e->in[2], fg_divisor_of(s->dim[1]),
-                     fg_divisor_of(s->dim[2]), fg_divisor_of(s->dim[3]), a->window };
     const int64_t n = fg_count_of(s);
+    const mask k = { (const int32_t *)e->in[1], (const int32_t *)e->in[2],
+                     fg_divisor_of(s->dim[1], n), fg_divisor_of(s->dim[2], n),
+                     fg_divisor_of(s->dim[3], n), a->window };
     const fg_in x = fg_input_of(e, 0);
     const fg_out y = fg_output_of(e, 0);
     if (s->dim[3] % 8 == 0) mask_scores<8><<<fg_blocks(n, 8 * 256), 256, 0, stream>>>(k, x, y, n);

@@ -43,43 +43,26 @@ static __device__ __forceinline__ bool come_from(const pieces &all, int64_t i, f
     return false;
 }
 
-/* V = 8: every bound and pitch is a multiple of 8. */
+/* V: divides every bound and pitch. */
 template <int V>
 static __global__ void __launch_bounds__(FG_MAP_THREADS)
 copy_pieces(pieces all, fg_target y, int64_t n)
 {
-    constexpr int U = FG_MAP_UNROLL;
-    const int64_t first = (int64_t)blockIdx.x * FG_MAP_THREADS * U + threadIdx.x;
-    fg_raw8 raw[U];
-    float one[U];
-    bool narrow[U];
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-        const int64_t i = V * (first + u * FG_MAP_THREADS);
-        raw[u] = { make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0) };
-        one[u] = 0;
-        narrow[u] = false;
-        if (i >= n) continue;
-        fg_in x;
-        int64_t j;
-        if (!come_from(all, i, &x, &j)) continue;
-        narrow[u] = x.narrow;
-        if (V == 8) raw[u] = fg_load_raw8(x, j);
-        else one[u] = x[j];
-    }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-        const int64_t i = V * (first + u * FG_MAP_THREADS);
-        if (i >= n) continue;
-        const fg_in as = { nullptr, narrow[u] };
-        if (V == 8) fg_store8(y.y, y.place.at(i), fg_floats(as, raw[u]));
-        else y.y.put(y.place.at(i), one[u]);
-    }
+    const int64_t i = V * ((int64_t)blockIdx.x * FG_MAP_THREADS + threadIdx.x);
+    if (i >= n) return;
+    fg_in x = { nullptr, false };
+    fg_some<V> some;
+    some.clear();
+    int64_t j;
+    if (come_from(all, i, &x, &j)) some.load(x, j);
+    float v[V];
+    some.floats(x, v);
+    fg_store_some<V>(y.y, y.place.at(i), v);
 }
 
 static void launch_pieces(const fg_exec *e, cudaStream_t stream, const pieces &all)
 {
-    const int64_t n = fg_count_of(&e->out_shape[0]), per = FG_MAP_THREADS * FG_MAP_UNROLL;
+    const int64_t n = fg_count_of(&e->out_shape[0]);
     const fg_target y = fg_target_of(e, 0);
     bool eights = fg_in_eights(&e->out_rows[0]) && all.width.d % 8 == 0;
     for (int k = 0; k < 2; k++) {
@@ -88,8 +71,11 @@ static void launch_pieces(const fg_exec *e, cudaStream_t stream, const pieces &a
         eights = eights && p->from % 8 == 0 && p->to % 8 == 0 && p->pitch % 8 == 0
                  && p->start % 8 == 0 && fg_in_eights(&e->in_rows[k]);
     }
-    if (eights) copy_pieces<8><<<fg_blocks(n, 8 * per), FG_MAP_THREADS, 0, stream>>>(all, y, n);
-    else copy_pieces<1><<<fg_blocks(n, per), FG_MAP_THREADS, 0, stream>>>(all, y, n);
+    constexpr int threads = FG_MAP_THREADS;
+    if (!eights) copy_pieces<1><<<fg_blocks(n, threads), threads, 0, stream>>>(all, y, n);
+    else if (y.y.narrow)
+        copy_pieces<8><<<fg_blocks(n, 8 * threads), threads, 0, stream>>>(all, y, n);
+    else copy_pieces<4><<<fg_blocks(n, 4 * threads), threads, 0, stream>>>(all, y, n);
 }
 
 static void slice_launch(const fg_exec *e, cudaStream_t stream)
@@ -99,7 +85,7 @@ static void slice_launch(const fg_exec *e, cudaStream_t stream)
     const int64_t step = inside(x, a->axis), n = (a->stop - a->start) * step;
     pieces all = {};
     all.p[0] = { fg_source_of(e, 0), 0, n, x->dim[a->axis] * step, a->start * step };
-    all.width = fg_divisor_of(n);
+    all.width = fg_divisor_of(n, fg_count_of(&e->out_shape[0]));
     launch_pieces(e, stream, all);
 }
 FG_KERNEL(slice) = { .launch = slice_launch, .pitched_in = 1, .pitched_out = 1 };
@@ -111,7 +97,7 @@ static void slice_grad_launch(const fg_exec *e, cudaStream_t stream)
     const int64_t step = inside(gy, a->axis), n = gy->dim[a->axis] * step;
     pieces all = {};
     all.p[0] = { fg_source_of(e, 0), a->start * step, a->start * step + n, n, 0 };
-    all.width = fg_divisor_of(a->extent * step);
+    all.width = fg_divisor_of(a->extent * step, fg_count_of(&e->out_shape[0]));
     launch_pieces(e, stream, all);
 }
 FG_KERNEL(slice_grad) = { .launch = slice_grad_launch, .pitched_in = 1, .pitched_out = 1 };
@@ -125,7 +111,7 @@ static void concat_launch(const fg_exec *e, cudaStream_t stream)
     pieces all = {};
     all.p[0] = { fg_source_of(e, 0), 0, na, na, 0 };
     all.p[1] = { fg_source_of(e, 1), na, na + nb, nb, 0 };
-    all.width = fg_divisor_of(na + nb);
+    all.width = fg_divisor_of(na + nb, fg_count_of(&e->out_shape[0]));
     launch_pieces(e, stream, all);
 }
 FG_KERNEL(concat) = { .launch = concat_launch, .pitched_in = 3, .pitched_out = 1 };
@@ -133,7 +119,7 @@ FG_KERNEL(concat) = { .launch = concat_launch, .pitched_in = 3, .pitched_out = 1
 /* ---- permute -------------------------------------------------------------------------------- */
 
 #define SIDE 64                                  /* of a tile */
-#define TILE_ROWS 8                              /* rows of a tile that a block moves at once */
+#define TILE_THREADS 256
 
 /* y's axes, outermost first, axes that stay neighbours merged.  move: elements of x, pitch: of y,
  * between neighbours along an axis. */
@@ -166,48 +152,54 @@ static layout layout_of(const fg_shape *x, const fg_shape *order)
     for (int i = l.rank - 1; i >= 0; i--) {
         l.pitch[i] = pitch;
         pitch *= l.dim[i].d;
-        l.dim[i] = fg_divisor_of(l.dim[i].d);
+        l.dim[i] = fg_divisor_of(l.dim[i].d, fg_count_of(x));
     }
     return l;
 }
 
-/* The last axis of y is x's: runs.  V = 8 if their length is a multiple of 8. */
+/* Axes in x's order: reads go straight through x, so that all runs of a row are read together. */
+static layout by_x(const layout &l)
+{
+    layout r = {};
+    for (int64_t below = INT64_MAX; r.rank < l.rank; below = r.move[r.rank - 1]) {
+        int next = -1;
+        for (int i = 0; i < l.rank; i++)
+            if (l.move[i] < below && (next < 0 || l.move[i] > l.move[next])) next = i;
+        r.dim[r.rank] = l.dim[next];
+        r.pitch[r.rank] = l.pitch[next];
+        r.move[r.rank++] = l.move[next];
+    }
+    return r;
+}
+
+/* The last axis of y is x's: runs of a multiple of V; l in x's order. */
 template <int V>
 static __global__ void __launch_bounds__(FG_MAP_THREADS)
 permute_runs(layout l, fg_in x, fg_out y, int64_t n)
 {
-    constexpr int U = FG_MAP_UNROLL;
-    const int64_t first = (int64_t)blockIdx.x * FG_MAP_THREADS * U + threadIdx.x;
-    fg_raw8 raw[U];
-    float one[U];
+    const int64_t i = V * ((int64_t)blockIdx.x * FG_MAP_THREADS + threadIdx.x);
+    if (i >= n) return;
+    fg_some<V> some;
+    some.load(x, i);
+    int64_t rest = i, to = 0;
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-        const int64_t i = V * (first + u * FG_MAP_THREADS);
-        if (i >= n) continue;
-        int64_t rest = i, from = 0;
-#pragma unroll
-        for (int a = FG_MAX_RANK - 1; a >= 0; a--) {
-            if (a >= l.rank) continue;
-            const int64_t q = a > 0 ? fg_divide(rest, l.dim[a]) : 0;
-            from += (rest - q * l.dim[a].d) * l.move[a];
-            rest = q;
-        }
-        if (V == 8) raw[u] = fg_load_raw8(x, from);
-        else one[u] = x[from];
+    for (int a = FG_MAX_RANK - 1; a >= 0; a--) {
+        if (a >= l.rank) continue;
+        const int64_t q = a > 0 ? fg_divide(rest, l.dim[a]) : 0;
+        to += (rest - q * l.dim[a].d) * l.pitch[a];
+        rest = q;
     }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-        const int64_t i = V * (first + u * FG_MAP_THREADS);
-        if (i >= n) continue;
-        if (V == 8) fg_store8(y, i, fg_floats(x, raw[u]));
-        else y.put(i, one[u]);
-    }
+    float v[V];
+    some.floats(x, v);
+    fg_store_some<V>(y, to, v);
 }
 
 /* Axis q is y's last, axis p the one along which x is contiguous; the others are in a layout. */
 struct tiling { int64_t p, q, p_pitch, q_move, p_tiles, q_tiles; };
 
-static __global__ void __launch_bounds__(32 * TILE_ROWS)
+/* V = 8: both sides in eights. */
+template <int V>
+static __global__ void __launch_bounds__(TILE_THREADS)
 permute_tiles(layout others, tiling t, fg_in x, fg_out y)
 {
     __shared__ float tile[SIDE][SIDE + 1];
@@ -222,19 +214,30 @@ permute_tiles(layout others, tiling t, fg_in x, fg_out y)
         from += index * others.move[a];
         to += index * others.pitch[a];
     }
-    const int column = threadIdx.x % 32, row = threadIdx.x / 32;
+    constexpr int ACROSS = SIDE / V, STEPS = SIDE * ACROSS / TILE_THREADS;
+    const int i = threadIdx.x % ACROSS * V, j0 = threadIdx.x / ACROSS;
+    fg_some<V> some[STEPS];
+    float v[V];
 #pragma unroll
-    for (int j = row; j < SIDE; j += TILE_ROWS)
+    for (int s = 0; s < STEPS; s++) {
+        const int j = j0 + s * (TILE_THREADS / ACROSS);
+        if (q0 + j < t.q && p0 + i < t.p) some[s].load(x, from + (q0 + j) * t.q_move + p0 + i);
+    }
 #pragma unroll
-        for (int i = column; i < SIDE; i += 32)
-            if (q0 + j < t.q && p0 + i < t.p)
-                tile[j][i] = x[from + (q0 + j) * t.q_move + p0 + i];
+    for (int s = 0; s < STEPS; s++) {
+        some[s].floats(x, v);
+#pragma unroll
+        for (int k = 0; k < V; k++) tile[j0 + s * (TILE_THREADS / ACROSS)][i + k] = v[k];
+    }
     __syncthreads();
 #pragma unroll
-    for (int j = row; j < SIDE; j += TILE_ROWS)
+    for (int s = 0; s < STEPS; s++) {
+        const int j = j0 + s * (TILE_THREADS / ACROSS);
+        if (p0 + j >= t.p || q0 + i >= t.q) continue;
 #pragma unroll
-        for (int i = column; i < SIDE; i += 32)
-            if (p0 + j < t.p && q0 + i < t.q) y.put(to + (p0 + j) * t.p_pitch + q0 + i, tile[i][j]);
+        for (int k = 0; k < V; k++) v[k] = tile[i + k][j];
+        fg_store_some<V>(y, to + (p0 + j) * t.p_pitch + q0 + i, v);
+    }
 }
 
 static void launch_tiles(const fg_exec *e, cudaStream_t stream, const layout &l)
@@ -257,21 +260,34 @@ static void launch_tiles(const fg_exec *e, cudaStream_t stream, const layout &l)
                  .p_tiles = 0, .q_tiles = 0 };
     t.p_tiles = (t.p + SIDE - 1) / SIDE;
     t.q_tiles = (t.q + SIDE - 1) / SIDE;
-    permute_tiles<<<(unsigned)(blocks * t.p_tiles * t.q_tiles), 32 * TILE_ROWS, 0, stream>>>(
-        others, t, fg_input_of(e, 0), fg_output_of(e, 0));
+    blocks *= t.p_tiles * t.q_tiles;
+    bool eights = t.p % 8 == 0 && t.q % 8 == 0 && t.q_move % 8 == 0 && t.p_pitch % 8 == 0;
+    for (int i = 0; i < others.rank; i++)
+        eights = eights && others.move[i] % 8 == 0 && others.pitch[i] % 8 == 0;
+    const fg_in x = fg_input_of(e, 0);
+    const fg_out y = fg_output_of(e, 0);
+    if (eights) permute_tiles<8><<<(unsigned)blocks, TILE_THREADS, 0, stream>>>(others, t, x, y);
+    else permute_tiles<1><<<(unsigned)blocks, TILE_THREADS, 0, stream>>>(others, t, x, y);
 }
 
 static void permute_launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_permute *a = (const struct fg_attr_permute *)e->attr;
     const layout l = layout_of(&e->in_shape[0], &a->order);
-    const int64_t n = fg_count_of(&e->in_shape[0]), per = FG_MAP_THREADS * FG_MAP_UNROLL;
+    const int64_t n = fg_count_of(&e->in_shape[0]);
     const fg_in x = fg_input_of(e, 0);
     const fg_out y = fg_output_of(e, 0);
-    if (l.move[l.rank - 1] != 1) launch_tiles(e, stream, l);
-    else if (l.dim[l.rank - 1].d % 8 == 0)
-        permute_runs<8><<<fg_blocks(n, 8 * per), FG_MAP_THREADS, 0, stream>>>(l, x, y, n);
+    if (l.move[l.rank - 1] != 1) {
+        launch_tiles(e, stream, l);
+        return;
+    }
+    constexpr int threads = FG_MAP_THREADS;
+    const layout r = by_x(l);
+    if (l.dim[l.rank - 1].d % 8)
+        permute_runs<1><<<fg_blocks(n, threads), threads, 0, stream>>>(r, x, y, n);
+    else if (y.narrow)
+        permute_runs<8><<<fg_blocks(n, 8 * threads), threads, 0, stream>>>(r, x, y, n);
     else
-        permute_runs<1><<<fg_blocks(n, per), FG_MAP_THREADS, 0, stream>>>(l, x, y, n);
+        permute_runs<4><<<fg_blocks(n, 4 * threads), threads, 0, stream>>>(r, x, y, n);
 }
 FG_KERNEL(permute) = { .launch = permute_launch };

@@ -515,8 +515,7 @@ fg_store *cli_store(const cli *c, const cli_model *m, fg_backend *b, const fg_gr
     cli_precision(c, s, b);
     *status = CLI_OK;
     if (precision && precision[0] == 'b' && !strcmp(fg_backend_name(b), "cpu"))
-        *status = cli_fail(c, CLI_USAGE,
-                           "the cpu computes in f32; bf16 needs a CUDA device, and none is there");
+        *status = cli_fail(c, CLI_USAGE, "the cpu computes in f32; bf16 needs a CUDA device");
     if (*status) { fg_store_free(s); return NULL; }
     if (!e && m->weights) e = fg_store_load(s, m->weights, "");
     if (!e && m->weights) *status = check_weights(c, m, s, g);

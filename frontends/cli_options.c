@@ -210,10 +210,13 @@ static int check_arguments(const cli *c)
 {
     const cli_command_info *k = &cli_commands[c->command];
     const bool optional = k->arguments[0] == '[', many = strstr(k->arguments, "...") != NULL;
+    const bool pair = !strcmp(k->arguments, "A B");
     if (!optional && c->n_args < 1)
         return cli_fail(c, CLI_USAGE, "%s needs %s; see fox-graph %s --help", k->name, k->arguments,
                         k->name);
-    if (!many && c->n_args > 1)
+    if (pair && c->n_args != 2)
+        return cli_fail(c, CLI_USAGE, "%s needs A and B, %d were given", k->name, c->n_args);
+    if (!many && !pair && c->n_args > 1)
         return cli_fail(c, CLI_USAGE, "%s takes one %s, '%s' is too much", k->name,
                         k->arguments[0] == '[' ? "COMMAND" : k->arguments, c->args[1]);
     return CLI_OK;

@@ -13,7 +13,10 @@ typedef struct { const char *op; double seconds, flops, bytes; int64_t calls; } 
 
 typedef struct {
     double   sgemm;                      /* floating-point operations a second of the product */
+    double   copy;                       /* bytes a second of a large copy, in and out */
+    double peak; /* operations a second by the card's datasheet; 0: unknown */
     double   step, step_flops, tokens;   /* seconds, operations and tokens of an update */
+    double   first, slow;                /* seconds of the first update; 95 of 100 take at most */
     double   decode;                     /* seconds a token, one sequence; 0: not measured */
     fg_plan_info info;
     kind     kinds[KINDS];
@@ -42,48 +45,97 @@ static int plan_failed(const cli *c, fg_status e, const fg_plan *p)
 
 static double cube(int64_t n) { return (double)n * (double)n * (double)n; }
 
-/* Seconds spent in the product so far. */
-static double product_seconds(const fg_plan *p)
+/* Seconds spent in nodes of that op so far. */
+static double op_seconds(const fg_plan *p, const char *op)
 {
     kind k;
     for (int i = 0; fg_plan_profile_at(p, i, &k.op, &k.seconds, &k.calls, &k.flops, &k.bytes); i++)
-        if (!strcmp(k.op, "linear")) return k.seconds;
+        if (!strcmp(k.op, op)) return k.seconds;
     return 0;
+}
+
+/* Seconds that the op's nodes take in a run of g, the median of five; data: for input `in`. */
+static int time_op(const cli *c, fg_backend *b, const fg_graph *g, const char *op, fg_tensor in,
+                   const void *data, double *median_seconds)
+{
+    double seconds[5];
+    fg_store *s = fg_store_new(b);
+    fg_status e = s ? fg_store_init(s, g, 1) : FG_ERR_MEMORY;
+    if (s) cli_precision(c, s, b);
+    fg_plan *p = e ? NULL : fg_plan_new(g, s);
+    if (!e) e = p ? fg_plan_status(p) : FG_ERR_MEMORY;
+    if (!e) e = fg_write(p, in, data, (size_t)fg_count(in) * 4);
+    fg_plan_profile(p, true);
+    for (int i = 0; !e && i < 6; i++) {
+        const double before = op_seconds(p, op);
+        e = fg_run(p);
+        if (i) seconds[i - 1] = op_seconds(p, op) - before;
+    }
+    const int status = e ? plan_failed(c, e, p) : CLI_OK;
+    if (!e) *median_seconds = median(seconds, 5);
+    fg_plan_free(p);
+    fg_store_free(s);
+    return status;
 }
 
 static int time_product(const cli *c, fg_backend *b, figures *f)
 {
     const fg_init random = { .kind = FG_NORMAL, .a = 1 };
-    double seconds[5];
-    const int64_t side = f->side;
+    const int64_t side = f->side, square[] = { side, side };
+    double seconds = 0;
     int32_t *ids = malloc((size_t)side * sizeof *ids);
     fg_graph *g = fg_graph_new();
-    for (int32_t i = 0; ids && i < side; i++) ids[i] = i;
-    fg_tensor rows = fg_input(g, "rows", FG_I32, fg_dims(1, (const int64_t[]){ side }));
-    fg_tensor table = fg_param(g, "x", fg_dims(2, (const int64_t[]){ side, side }), random);
+    if (!ids || !g) {
+        free(ids);
+        fg_graph_free(g);
+        return cli_fail(c, CLI_DEVICE, "out of memory");
+    }
+    for (int32_t i = 0; i < side; i++) ids[i] = i;
+    fg_tensor rows = fg_input(g, "rows", FG_I32, fg_dims(1, &side));
+    fg_tensor table = fg_param(g, "x", fg_dims(2, square), random);
     fg_tensor x = fg_embedding(rows, table);           /* from outside, or it would run once */
-    fg_tensor w = fg_param(g, "w", fg_dims(2, (const int64_t[]){ side, side }), random);
+    fg_tensor w = fg_param(g, "w", fg_dims(2, square), random);
     fg_tensor y = fg_linear(x, w, (fg_tensor){ 0 });
     fg_output(y, "y");
-    fg_store *s = fg_store_new(b);
-    fg_status e = s && ids ? fg_store_init(s, g, 1) : FG_ERR_MEMORY;
-    if (s) cli_precision(c, s, b);
-    fg_plan *p = e ? NULL : fg_plan_new(g, s);
-    if (!e) e = p ? fg_plan_status(p) : FG_ERR_MEMORY;
-    if (!e) e = fg_write(p, rows, ids, (size_t)side * sizeof *ids);
-    fg_plan_profile(p, true);
-    for (int i = 0; !e && i < 6; i++) {
-        const double before = product_seconds(p);
-        e = fg_run(p);
-        if (i) seconds[i - 1] = product_seconds(p) - before;
-    }
-    int status = e ? plan_failed(c, e, p) : CLI_OK;
-    if (!e) f->sgemm = 2.0 * cube(side) / median(seconds, 5);
+    const int status = time_op(c, b, g, "linear", rows, ids, &seconds);
+    f->sgemm = seconds > 0 ? 2.0 * cube(side) / seconds : 0;
     free(ids);
-    fg_plan_free(p);
-    fg_store_free(s);
     fg_graph_free(g);
     return status;
+}
+
+/* y = 2 x over 256 MiB: every byte is read once and written once. */
+static int time_copy(const cli *c, fg_backend *b, figures *f)
+{
+    const int64_t n = (int64_t)1 << 26;
+    double seconds = 0;
+    float *data = malloc((size_t)n * sizeof *data);
+    fg_graph *g = fg_graph_new();
+    if (!data || !g) {
+        free(data);
+        fg_graph_free(g);
+        return cli_fail(c, CLI_DEVICE, "out of memory");
+    }
+    for (int64_t i = 0; i < n; i++) data[i] = (float)(i % 1021) - 510.5f;
+    fg_tensor x = fg_input(g, "x", FG_F32, fg_dims(1, &n));
+    fg_tensor y = fg_scale(x, 2, 0);
+    fg_output(y, "y");
+    const int status = time_op(c, b, g, "scale", x, data, &seconds);
+    f->copy = seconds > 0 ? 8.0 * (double)n / seconds : 0;
+    free(data);
+    fg_graph_free(g);
+    return status;
+}
+
+/* Dense bf16, from NVIDIA's datasheets of 2020 to 2024. */
+static double peak_of(const char *device)
+{
+    static const struct { const char *name; double peak; } cards[] = {
+        { "H100 PCIe", 756e12 }, { "H100", 989.4e12 }, { "H200", 989.4e12 }, { "A100", 312e12 },
+    };
+    for (size_t i = 0; i < sizeof cards / sizeof cards[0]; i++)
+        if (strstr(device, cards[i].name)) return cards[i].peak;
+    return 0;
 }
 
 /* ---- training -------------------------------------------------------------------------------- */
@@ -141,7 +193,8 @@ typedef struct {
 static fg_status run_step(step *t)
 {
     fg_status e = FG_OK;
-    for (int64_t i = 0; !e && i < t->micro_batches; i++) e = fg_run(t->plan);
+    for (int64_t i = 0; !e && i < t->micro_batches; i++)
+        e = i + 1 < t->micro_batches ? fg_run_later(t->plan) : fg_run(t->plan);
     return e || !t->update ? e : fg_run(t->update_plan);
 }
 
@@ -149,7 +202,10 @@ static fg_status run_step(step *t)
 static int time_steps(const cli *c, step *t, figures *f)
 {
     double *seconds = calloc((size_t)f->repeat, sizeof *seconds);
+    const double begin = cli_now();
     fg_status e = seconds ? run_step(t) : FG_ERR_MEMORY;
+    f->first = cli_now() - begin;
+    if (!e) e = run_step(t);                 /* a device records here what it replays later */
     for (int64_t i = 0; !e && i < f->repeat; i++) {
         const double start = cli_now();
         e = run_step(t);
@@ -158,6 +214,7 @@ static int time_steps(const cli *c, step *t, figures *f)
     }
     if (!e) {
         f->step = median(seconds, f->repeat);
+        f->slow = seconds[(f->repeat * 95 + 99) / 100 - 1];
         fg_plan_profile(t->plan, true);
         if (t->update) fg_plan_profile(t->update_plan, true);
         e = run_step(t);
@@ -234,23 +291,39 @@ static int slower(const void *a, const void *b)
     return (x->seconds < y->seconds) - (x->seconds > y->seconds);
 }
 
+/* Seconds below which a kind's bytes or its arithmetic cannot go. */
+static double floor_of(const figures *f, const kind *k)
+{
+    const double moved = f->copy > 0 ? k->bytes / f->copy : 0;
+    const double computed = f->sgemm > 0 ? k->flops / f->sgemm : 0;
+    return moved > computed ? moved : computed;
+}
+
 static int print_json(const cli *c, const cli_model *m, const fg_backend *b, const figures *f)
 {
     json_t *kinds = json_array();
     for (int i = 0; i < f->n_kinds; i++)
-        json_array_append_new(kinds, json_pack("{s:s, s:I, s:o, s:o, s:o}", "op", f->kinds[i].op,
+        json_array_append_new(kinds, json_pack("{s:s, s:I, s:o, s:o, s:o, s:o}", "op",
+                                               f->kinds[i].op,
                                                "calls", (json_int_t)f->kinds[i].calls,
                                                "seconds", cli_json_real(f->kinds[i].seconds),
                                                "flops", cli_json_real(f->kinds[i].flops),
-                                               "bytes", cli_json_real(f->kinds[i].bytes)));
+                                               "bytes", cli_json_real(f->kinds[i].bytes),
+                                               "floor", cli_json_real(floor_of(f, &f->kinds[i]))));
     return cli_print_json(
-        c, json_pack("{s:o, s:s, s:i, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+        c, json_pack("{s:o, s:s, s:i, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
+                     "s:o, s:o}",
                      "model", cli_json_text(m->path),
                      "device", fg_backend_name(b),
                      "threads", fg_backend_threads(b),
                      "batch", (json_int_t)m->recipe.batch,
                      "context", (json_int_t)m->recipe.context,
                      "step_seconds", cli_json_real(f->step),
+                     "step_seconds_p95", cli_json_real(f->slow),
+                     "first_step_seconds", cli_json_real(f->first),
+                     "copy_bytes_per_s", f->copy > 0 ? cli_json_real(f->copy) : json_null(),
+                     "mfu", f->peak > 0 ? cli_json_real(f->step_flops / f->step / f->peak)
+                                        : json_null(),
                      "tokens_per_s", cli_json_real(f->tokens / f->step),
                      "flops_per_s", cli_json_real(f->step_flops / f->step),
                      "sgemm_flops_per_s", cli_json_real(f->sgemm),
@@ -269,23 +342,31 @@ static void print_text(const cli_model *m, const fg_backend *b, const figures *f
            (long long)m->recipe.context, (long long)f->repeat);
     printf("  training step   %10.2f ms   %9s tokens/s", 1e3 * f->step,
            cli_amount(text, f->tokens / f->step));
-    printf("   %8.1f GFLOP/s, %.0f%% of the product's\n", 1e-9 * f->step_flops / f->step,
+    printf("   %8.1f GFLOP/s, %.0f%% of the product's", 1e-9 * f->step_flops / f->step,
            100 * f->step_flops / f->step / f->sgemm);
+    if (f->peak > 0) printf(", MFU %.1f%%", 100 * f->step_flops / f->step / f->peak);
+    printf("\n  95%% of them     %10.2f ms   the first, with all choices made, %.2f s\n",
+           1e3 * f->slow, f->first);
     if (f->decode > 0)
         printf("  decoding        %10.2f ms   %9s tokens/s, one sequence\n", 1e3 * f->decode,
                cli_amount(text, 1 / f->decode));
     printf("  product         %10.2f ms   %9s           %8.1f GFLOP/s, %lld x %lld x %lld\n",
            1e3 * 2.0 * cube(f->side) / f->sgemm, "", 1e-9 * f->sgemm, (long long)f->side,
            (long long)f->side, (long long)f->side);
+    if (f->copy > 0)
+        printf("  copy            %10.2f ms   %9s           %8.1f GB/s, 256 MiB in and out\n",
+               1e3 * (double)(1 << 29) / f->copy, "", 1e-9 * f->copy);
     for (int i = 0; i < f->n_kinds; i++) total += f->kinds[i].seconds;
-    printf("\n  %-26s %7s %10s %7s %9s %8s\n", "node kind", "calls", "ms", "share", "GFLOP/s",
-           "GB/s");
+    printf("\n  %-26s %7s %10s %7s %9s %8s%s\n", "node kind", "calls", "ms", "share", "GFLOP/s",
+           "GB/s", f->copy > 0 ? "  floor ms  reached" : "");
     for (int i = 0; i < f->n_kinds; i++) {
         const kind *k = &f->kinds[i];
         const double s = k->seconds > 0 ? k->seconds : 1e-12;
-        printf("  %-26s %7lld %10.3f %6.1f%% %9.1f %8.1f\n", k->op, (long long)k->calls,
+        printf("  %-26s %7lld %10.3f %6.1f%% %9.1f %8.1f", k->op, (long long)k->calls,
                1e3 * k->seconds, total > 0 ? 100 * k->seconds / total : 0, 1e-9 * k->flops / s,
                1e-9 * k->bytes / s);
+        if (f->copy > 0) printf("  %8.3f  %6.0f%%", 1e3 * floor_of(f, k), 100 * floor_of(f, k) / s);
+        printf("\n");
     }
 }
 
@@ -294,6 +375,9 @@ int cmd_bench(const cli *c)
     cli_model m;
     step t = { 0 };
     figures f = { .repeat = 5 };
+    int64_t behind = 0;
+    if (!cli_int(c, OPT_decode_at, 1, INT32_MAX / 2, &behind)) return CLI_USAGE;
+    if (behind) return cli_bench_decoding(c, behind);
     int status = cli_open(c, c->args[0], &m);
     if (!status && !cli_int(c, OPT_repeat, 1, 10000, &f.repeat)) status = CLI_USAGE;
     if (!status) t.graph = cli_training(c, &m, &t.update, &status);
@@ -302,7 +386,10 @@ int cmd_bench(const cli *c)
     f.side = b && strcmp(fg_backend_name(b), "cpu") ? 8192 : 1536;
     if (s) status = time_product(c, b, &f);
     if (s && !status) status = time_training(c, &m, &t, s, &f);
-    if (s && !status && m.model.build) status = time_decoding(c, &m, s, &f);
+    if (s && !status && cli_has(c, OPT_bench_ops)) status = time_copy(c, b, &f);
+    if (b) f.peak = peak_of(fg_backend_device(b));
+    if (s && !status && m.model.build && !cli_has(c, OPT_bench_step))
+        status = time_decoding(c, &m, s, &f);
     qsort(f.kinds, (size_t)f.n_kinds, sizeof f.kinds[0], slower);
     if (s && !status && c->json) status = print_json(c, &m, b, &f);
     else if (s && !status) print_text(&m, b, &f);

@@ -1,89 +1,160 @@
-/* cmd_dump.c - fox-graph dump: a graph as text, DOT or JSON, at one of three stages. */
+/* cmd_dump.c - fox-graph dump: a model's graphs as graph.json, and every picture made from that. */
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
-#include "cli.h"
+#include "cli_view.h"
 
-/* The place of an option's value in a list of words; `otherwise` if the option is not given, -1 if
- * the value is none of them. */
-static int choice(const cli *c, int option, int n, const char *const *words, int otherwise)
+enum { TEXT, DOT, SVG, JSON, HTML, FORMATS };
+
+typedef struct {
+    const cli *c;
+    int        format;
+    cli_graph_wish graph;
+    fg_view_options view;
+    char       focus[300];
+    const char *profile;
+} wish;
+
+/* PATH or PATH:RADIUS */
+static bool read_focus(const cli *c, wish *w)
 {
-    const char *text = cli_text(c, option);
-    if (!text) return otherwise;
-    for (int i = 0; i < n; i++) if (!strcmp(text, words[i])) return i;
-    cli_fail(c, CLI_USAGE, "--%s is %s%s%s%s%s, not '%s'", cli_options[option].name, words[0],
-             n > 2 ? ", " : " or ", words[1], n > 2 ? " or " : "", n > 2 ? words[2] : "", text);
-    return -1;
+    const char *text = cli_text(c, OPT_focus);
+    if (!text) return true;
+    snprintf(w->focus, sizeof w->focus, "%s", text);
+    char *colon = strrchr(w->focus, ':'), *end;
+    if (colon) {
+        const long radius = strtol(colon + 1, &end, 10);
+        if (end == colon + 1 || *end || radius < 0 || radius > 100) {
+            cli_fail(c, CLI_USAGE, "--focus is PATH or PATH:RADIUS with a radius from 0 to 100, "
+                     "not '%s'", text);
+            return false;
+        }
+        *colon = 0;
+        w->view.radius = (int)radius;
+    }
+    w->view.focus = w->focus;
+    return true;
 }
 
-/* Lowers and plans g on the device; nothing is run. */
-static int dump_plan(const cli *c, const fg_graph *g, fg_stage stage, fg_dump_format format,
-                     FILE *to)
+static bool read_wish(const cli *c, wish *w)
 {
-    int status;
-    fg_backend *b = cli_backend(c, &status);
-    if (status) return status;
-    fg_store *s = fg_store_new(b);
-    cli_precision(c, s, b);
-    fg_plan *p = s ? fg_plan_new(g, s) : NULL;
-    fg_status e = p ? fg_plan_status(p) : FG_ERR_MEMORY;
-    if (!e) e = fg_plan_dump(p, stage, format, cli_put, to);
-    if (e) status = cli_fail(c, cli_exit_of(e), "%s", p ? fg_plan_message(p) : "out of memory");
-    fg_plan_free(p);
-    fg_store_free(s);
-    fg_backend_close(b);
+    static const char *const formats[] = { "text", "dot", "svg", "json", "html" };
+    static const char *const values[] = { "stats" };
+    const char *heats[FG_HEAT_COUNT];
+    int64_t depth = -1;
+    for (int i = 0; i < FG_HEAT_COUNT; i++) heats[i] = fg_heat_name((fg_heat)i);
+    *w = (wish){ .c = c };
+    w->format = cli_choice(c, OPT_format, FORMATS, formats, c->json ? JSON : TEXT);
+    const int heat = cli_choice(c, OPT_heat, FG_HEAT_COUNT, heats, 0);
+    const int stats = cli_choice(c, OPT_values, 1, values, -2);
+    if (w->format < 0 || heat < 0 || stats == -1) return false;
+    if (!cli_read_graph_wish(c, w->format == HTML, &w->graph)) return false;
+    if (!cli_int(c, OPT_depth, 0, 1000, &depth) || !read_focus(c, w)) return false;
+    w->graph.stable = cli_has(c, OPT_stable);
+    w->profile = cli_text(c, OPT_profile);
+    w->graph.values = stats == 0 || heat == FG_HEAT_ABSMAX || heat == FG_HEAT_GRADNORM;
+    w->graph.run = w->graph.values || (heat == FG_HEAT_TIME && !w->profile);
+    w->view.heat = (fg_heat)heat;
+    w->view.depth = (int)depth;
+    w->view.memory = cli_has(c, OPT_memory);
+    const bool plan = cli_has(c, OPT_memory) || w->graph.run || w->profile || w->format == HTML;
+    if (!w->graph.stage_given && plan) w->graph.stage = CLI_PLANNED;
+    return true;
+}
+
+/* What contradicts itself. */
+static int check_wish(const cli *c, const wish *w, bool file)
+{
+    if (file && (cli_has(c, OPT_stage) || cli_has(c, OPT_pass)))
+        return cli_fail(c, CLI_USAGE, "--stage and --pass say what to make of a model; %s is made",
+                        c->args[0]);
+    if (file && cli_has(c, OPT_values))
+        return cli_fail(c, CLI_USAGE, "--values needs a model to run; %s is only its graph",
+                        c->args[0]);
+    if (w->graph.stage != CLI_PLANNED && w->graph.run && !file)
+        return cli_fail(c, CLI_USAGE, "what a run measures needs --stage planned");
+    if (w->graph.stage != CLI_PLANNED && cli_has(c, OPT_memory) && !file)
+        return cli_fail(c, CLI_USAGE, "--memory needs --stage planned");
+    if (w->graph.stable && w->graph.run)
+        return cli_fail(c, CLI_USAGE, "--stable leaves out what a run measures");
+    if (w->profile && w->format == JSON)
+        return cli_fail(c, CLI_USAGE, "--profile is for pictures; its graph.json has the times");
+    return CLI_OK;
+}
+
+/* ---- output ---------------------------------------------------------------------------------- */
+
+static int take_profile(const wish *w, fg_view *v)
+{
+    char message[400], path[1100];
+    struct stat st;
+    fg_view *run = NULL;
+    snprintf(path, sizeof path, "%s", w->profile);
+    if (!stat(path, &st) && S_ISDIR(st.st_mode))
+        snprintf(path, sizeof path, "%.1000s/graph.json", w->profile);
+    int status = cli_read_view(w->c, path, &run);
+    if (!status && fg_view_take_times(v, run, message))
+        status = cli_fail(w->c, CLI_USAGE, "--profile %s: %s", w->profile, message);
+    fg_view_free(run);
     return status;
 }
 
-/* A graph with errors can be dumped as it was built; the errors decide the exit status all the
- * same. */
-static int dump(const cli *c, const fg_graph *g, fg_stage stage, fg_dump_format format, FILE *to)
+static int write_view(const wish *w, const cli_buffer *json, FILE *to)
 {
-    int errors = g ? CLI_OK : cli_fail(c, CLI_DEVICE, "out of memory");
-    if (errors) return errors;
-    errors = cli_check_graph(c, g, "graph");
-    if (!errors) errors = cli_check_settings(c, g);
-    if (!errors && stage != FG_STAGE_BUILT) return dump_plan(c, g, stage, format, to);
-    if (stage != FG_STAGE_BUILT) return errors;
-    fg_status e = fg_graph_dump(g, format, cli_put, to);
-    if (e && !errors) return cli_fail(c, cli_exit_of(e), "%s", fg_status_text(e));
-    return errors;
+    fg_view *v = NULL;
+    char message[400];
+    if (w->format == JSON) {
+        fputs(json->text, to);
+        return CLI_OK;
+    }
+    fg_status s = fg_view_read(json->text, json->n, &v, message);
+    if (s) return cli_fail(w->c, cli_exit_of(s), "%s: %s", w->c->args[0], message);
+    int status = w->profile ? take_profile(w, v) : CLI_OK;
+    if (!status && fg_view_check(v, &w->view, message))
+        status = cli_fail(w->c, CLI_USAGE, "%s", message);
+    if (!status) {
+        s = w->format == TEXT ? fg_view_text(v, &w->view, cli_put, to)
+          : w->format == DOT ? fg_view_dot(v, &w->view, cli_put, to)
+          : w->format == SVG ? fg_view_svg(v, &w->view, cli_put, to)
+          : fg_view_html(v, &w->view, cli_put, to);
+        if (s) status = cli_fail(w->c, cli_exit_of(s), "%s", fg_status_text(s));
+    }
+    fg_view_free(v);
+    return status;
 }
 
-static int dump_to_file(const cli *c, const fg_graph *g, fg_stage stage, fg_dump_format format)
+static int write_to(const wish *w, const cli_buffer *json)
 {
-    const char *path = cli_text(c, OPT_dump_out);
-    if (!path || !strcmp(path, "-")) return dump(c, g, stage, format, stdout);
+    const char *path = cli_text(w->c, OPT_dump_out);
+    if (!path || !strcmp(path, "-")) {
+        const int status = write_view(w, json, stdout);
+        return status ? status : cli_flush(w->c);
+    }
     FILE *to = fopen(path, "w");
-    if (!to) return cli_fail(c, CLI_FILE, "%s cannot be written: %s", path, strerror(errno));
-    int status = dump(c, g, stage, format, to);
-    bool bad = ferror(to);
+    if (!to) return cli_fail(w->c, CLI_FILE, "%s cannot be written: %s", path, strerror(errno));
+    int status = write_view(w, json, to);
+    const bool bad = ferror(to);
     if (fclose(to) || bad)
-        status = cli_fail(c, CLI_FILE, "%s cannot be written: %s", path, strerror(errno));
+        status = cli_fail(w->c, CLI_FILE, "%s cannot be written: %s", path, strerror(errno));
     return status;
 }
 
 int cmd_dump(const cli *c)
 {
-    static const char *const formats[] = { "text", "dot", "json" };
-    static const char *const stages[] = { "built", "lowered", "planned" };
-    static const char *const passes[] = { "forward", "train" };
-    const int format = choice(c, OPT_format, 3, formats, c->json ? FG_DUMP_JSON : FG_DUMP_TEXT);
-    const int stage = choice(c, OPT_stage, 3, stages, FG_STAGE_BUILT);
-    const int pass = choice(c, OPT_pass, 2, passes, 0);
-    cli_model m;
-    if (format < 0 || stage < 0 || pass < 0) return CLI_USAGE;
-    int status = cli_open(c, c->args[0], &m);
-    if (!status) {
-        const int64_t batch = m.recipe.micro_batch > 0 ? m.recipe.micro_batch : m.recipe.batch;
-        fg_graph *update = NULL;
-        fg_graph *g = pass ? fg_model_training(&m.model, &m.recipe, &update)
-                    : m.model.build ? fg_model_forward(&m.model, &m.recipe, batch, m.recipe.context)
-                    : fg_model_loss(&m.model, &m.recipe, batch, m.recipe.context);
-        status = dump_to_file(c, g, (fg_stage)stage, (fg_dump_format)format);
-        fg_graph_free(update);
-        fg_graph_free(g);
+    wish w;
+    cli_buffer json = { 0 };
+    const char *path = c->args[0];
+    const bool file = cli_is_graph(path);
+    if (!read_wish(c, &w)) return CLI_USAGE;
+    int status = check_wish(c, &w, file);
+    if (!status) status = cli_graph_json(c, path, &w.graph, &json);
+    if (!status && json.failed) status = cli_fail(c, CLI_DEVICE, "out of memory");
+    if (json.n && !json.failed) {
+        const int written = write_to(&w, &json);
+        if (!status) status = written;
     }
-    cli_close(&m);
+    free(json.text);
     return status;
 }

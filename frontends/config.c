@@ -220,6 +220,128 @@ static void read_transformer(reader *r, fg_config *out)
         bad(r, "num_kv_heads", ", must divide num_heads %" PRId64, c->num_heads);
 }
 
+/* A key that may have one value only. */
+static void only_text(reader *r, const char *key, const char *text)
+{
+    const char *const choices[] = { text, NULL };
+    choice(r, key, 0, choices);
+}
+static void only_truth(reader *r, const char *key, bool value)
+{
+    if (truth(r, key, value) != value)
+        bad(r, key, ", must be %s: nothing else is known here", value ? "true" : "false");
+}
+
+static const char *const swish[] = { "swish", "silu", NULL };
+
+/* The release's code stores lower_bounds and ignores it, and has a suffix in its model_type; code
+ * that applies it has none. */
+static void read_hgrn2(reader *r, fg_config *out)
+{
+    hgrn2_config *c = &out->u.hgrn2;
+    const fg_json_value *type = value_of(r, "model_type");
+    out->family = FG_FAMILY_HGRN2;
+    c->vocab_size = whole(r, "vocab_size", 32000, MAX_SIZE);
+    c->hidden_size = whole(r, "hidden_size", 2048, MAX_SIZE);
+    c->num_hidden_layers = whole(r, "num_hidden_layers", 24, MAX_LAYERS);
+    c->num_heads = whole_or_null(r, "num_heads", MAX_HEADS);
+    c->expand_ratio = whole(r, "expand_ratio", 128, MAX_SIZE);
+    c->intermediate_size = whole_or_null(r, "intermediate_size", MAX_SIZE);
+    c->hidden_ratio = real_or_null(r, "hidden_ratio", 4, 1e-3, 1e3);
+    c->norm_eps = real(r, "norm_eps", 1e-6, 1e-20, 1);
+    c->initializer_range = real(r, "initializer_range", 0.02, 1e-20, 1e3);
+    c->tie_word_embeddings = truth(r, "tie_word_embeddings", false);
+    c->lower_bound = type && strchr(type->u.text, '-') ? HGRN2_BOUNDS_STORED : HGRN2_BOUNDS_APPLIED;
+    if (!truth(r, "use_lower_bound", true)) c->lower_bound = HGRN2_NO_BOUNDS;
+    only_truth(r, "use_short_conv", false);
+    choice(r, "hidden_act", 0, swish);
+    const int64_t heads = c->num_heads ? c->num_heads : c->hidden_size / c->expand_ratio;
+    if (!c->num_heads && c->hidden_size % c->expand_ratio)
+        bad(r, "expand_ratio", ", must divide hidden_size %" PRId64, c->hidden_size);
+    else if (c->hidden_size % heads)
+        bad(r, "num_heads", ", must divide hidden_size %" PRId64, c->hidden_size);
+    else if (c->lower_bound != HGRN2_NO_BOUNDS && heads * c->expand_ratio != c->hidden_size)
+        bad(r, "expand_ratio", ", must be hidden_size / num_heads = %" PRId64 " / %" PRId64,
+            c->hidden_size, heads);
+}
+
+static void read_delta_net(reader *r, fg_config *out)
+{
+    delta_net_config *c = &out->u.delta_net;
+    out->family = FG_FAMILY_DELTA_NET;
+    c->vocab_size = whole(r, "vocab_size", 32000, MAX_SIZE);
+    c->hidden_size = whole(r, "hidden_size", 2048, MAX_SIZE);
+    c->num_hidden_layers = whole(r, "num_hidden_layers", 24, MAX_LAYERS);
+    c->num_heads = whole(r, "num_heads", 16, MAX_HEADS);
+    c->conv_size = whole(r, "conv_size", 4, 8);
+    c->intermediate_size = whole_or_null(r, "intermediate_size", MAX_SIZE);
+    c->hidden_ratio = real_or_null(r, "hidden_ratio", 4, 1e-3, 1e3);
+    c->norm_eps = real(r, "norm_eps", 1e-6, 1e-20, 1);
+    c->initializer_range = real(r, "initializer_range", 0.02, 1e-20, 1e3);
+    c->tie_word_embeddings = truth(r, "tie_word_embeddings", false);
+    real(r, "expand_k", 1, 1, 1);
+    real(r, "expand_v", 1, 1, 1);
+    only_truth(r, "use_gate", false);
+    only_truth(r, "use_short_conv", true);
+    only_truth(r, "use_beta", true);
+    only_truth(r, "norm_first", false);
+    only_text(r, "qk_norm", "l2");
+    only_text(r, "qk_activation", "silu");
+    choice(r, "hidden_act", 0, swish);
+    check_heads(r, c->hidden_size, c->num_heads, false);
+}
+
+/* time_step_limit: two numbers, the second may be Infinity: no limit. */
+static void read_limits(reader *r, mamba2_config *c)
+{
+    const char *key = "time_step_limit";
+    const fg_json_value *v = value_of(r, key);
+    double low = 0, high = INFINITY;
+    if (!v || v->kind == FG_JSON_NULL)
+        return;
+    if (v->kind != FG_JSON_LIST || v->n != 2 || !fg_json_number(v->first, &low) ||
+        !fg_json_number(v->first->next, &high) || !(low >= 0 && isfinite(low) && high > low)) {
+        bad(r, key, ", must be two numbers, 0 or above, the second greater");
+        return;
+    }
+    c->time_step_low = low + 0.0;        /* -0 too */
+    c->time_step_high = isinf(high) ? 0 : high;
+}
+
+static void read_mamba2(reader *r, fg_config *out)
+{
+    static const char *const acts[] = { "silu", "swish", NULL };
+    mamba2_config *c = &out->u.mamba2;
+    out->family = FG_FAMILY_MAMBA2;
+    c->vocab_size = whole(r, "vocab_size", 32000, MAX_SIZE);
+    c->hidden_size = whole(r, "hidden_size", 2048, MAX_SIZE);
+    c->num_hidden_layers = whole(r, "num_hidden_layers", 48, MAX_LAYERS);
+    c->num_heads = whole(r, "num_heads", 64, MAX_HEADS);
+    c->head_dim = whole(r, "head_dim", 64, MAX_SIZE);
+    c->state_size = whole(r, "state_size", 64, MAX_SIZE);
+    c->expand = whole(r, "expand", 2, 64);
+    c->conv_kernel = whole(r, "conv_kernel", 4, 8);
+    c->n_groups = whole(r, "n_groups", 8, MAX_HEADS);
+    c->layer_norm_epsilon = real(r, "layer_norm_epsilon", 1e-5, 1e-20, 1);
+    c->initializer_range = real(r, "initializer_range", 0.1, 1e-20, 1e3);
+    c->time_step_min = real(r, "time_step_min", 0.001, 1e-12, 1e6);
+    c->time_step_max = real(r, "time_step_max", 0.1, 1e-12, 1e6);
+    c->time_step_floor = real(r, "time_step_floor", 1e-4, 1e-12, 1e6);
+    c->no_conv_bias = !truth(r, "use_conv_bias", true);
+    c->tie_word_embeddings = truth(r, "tie_word_embeddings", false);
+    read_limits(r, c);
+    choice(r, "hidden_act", 0, acts);
+    if (truth(r, "use_bias", false))
+        bad(r, "use_bias", ", must be false: these projections have no bias");
+    if (!truth(r, "rms_norm", true))
+        bad(r, "rms_norm", ", must be true: this model has no other norm");
+    if (c->num_heads * c->head_dim != c->expand * c->hidden_size)
+        bad(r, "num_heads", ", must be expand * hidden_size / head_dim = %" PRId64 " * %" PRId64
+            " / %" PRId64, c->expand, c->hidden_size, c->head_dim);
+    if (c->num_heads % c->n_groups)
+        bad(r, "n_groups", ", must divide num_heads %" PRId64, c->num_heads);
+}
+
 /* model_type without the official code's suffix; architectures; how to read it. */
 static const struct {
     const char *type, *architecture;
@@ -227,6 +349,9 @@ static const struct {
 } families[] = {
     { "forgetting_transformer", "ForgettingTransformerForCausalLM", read_fox },
     { "transformer", "TransformerForCausalLM", read_transformer },
+    { "hgrn2", "HGRN2ForCausalLM", read_hgrn2 },
+    { "delta_net", "DeltaNetForCausalLM", read_delta_net },
+    { "mamba2", "Mamba2ForCausalLM", read_mamba2 },
 };
 enum { FAMILIES = sizeof families / sizeof families[0] };
 
@@ -285,6 +410,16 @@ fg_status fg_config_fit(fg_config *c, const char *weights, char message[400])
     return s;
 }
 
+/* The setting lower_bound overrules what model_type says of bounds that are there. */
+static fg_tensor build_hgrn2(hgrn2_config c, fg_tensor tokens)
+{
+    const bool applied = c.lower_bound == HGRN2_BOUNDS_APPLIED;
+    if (c.lower_bound != HGRN2_NO_BOUNDS && fg_ok(tokens))
+        c.lower_bound = fg_setting_int(tokens.graph, "lower_bound", applied)
+                      ? HGRN2_BOUNDS_APPLIED : HGRN2_BOUNDS_STORED;
+    return hgrn2_lm(tokens, &c);
+}
+
 fg_tensor fg_config_build(const fg_config *c, fg_tensor tokens)
 {
     switch (c->family) {
@@ -292,6 +427,12 @@ fg_tensor fg_config_build(const fg_config *c, fg_tensor tokens)
         return fox_lm(tokens, &c->u.fox);
     case FG_FAMILY_TRANSFORMER:
         return transformer_lm(tokens, &c->u.transformer);
+    case FG_FAMILY_HGRN2:
+        return build_hgrn2(c->u.hgrn2, tokens);
+    case FG_FAMILY_DELTA_NET:
+        return delta_net_lm(tokens, &c->u.delta_net);
+    case FG_FAMILY_MAMBA2:
+        return mamba2_lm(tokens, &c->u.mamba2);
     }
     return fg_fail(tokens, FG_ERR_USAGE, "family %d is unknown", (int)c->family);
 }

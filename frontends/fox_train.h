@@ -228,10 +228,18 @@ FG_API fg_status fg_loss_curve(const char *metrics_path, const char *svg_path, c
 
 /* ---- config.json: a model as the official checkpoints describe it ---------------------------- */
 
-typedef enum { FG_FAMILY_FOX, FG_FAMILY_TRANSFORMER } fg_family;
+typedef enum {
+    FG_FAMILY_FOX, FG_FAMILY_TRANSFORMER, FG_FAMILY_MAMBA2, FG_FAMILY_HGRN2, FG_FAMILY_DELTA_NET
+} fg_family;
 typedef struct {
     fg_family family;
-    union { fox_config fox; transformer_config transformer; } u;
+    union {
+        fox_config fox;
+        transformer_config transformer;
+        mamba2_config mamba2;
+        hgrn2_config hgrn2;
+        delta_net_config delta_net;
+    } u;
 } fg_config;
 /* A missing key is the class's default, an unknown one is ignored, a bad value is refused with key
  * and value.  Messages are one line. */

@@ -239,7 +239,8 @@ static void add_facts(fg__text *t, const fg_graph *g)
     fg__text_add(t, "{");
     for (; fg_graph_fact_at(g, n, &key, &json); n++) {
         add_key(t, n, "    ", key);
-        fg__text_add(t, "%s", json);
+        if (strstr(json, "Infinity")) add_string(t, json);     /* no JSON but Python's: as text */
+        else fg__text_add(t, "%s", json);
     }
     fg__text_add(t, n ? "\n  }" : "}");
 }
@@ -352,14 +353,17 @@ static void put_text(void *to, const char *text)
     fputs(text, to);
 }
 
-static fg_status write_graph(fg__folder *f, const fg_graph *g, char message[FG_MESSAGE])
+fg_status fg__folder_graph(fg__folder *f, int n, const fg_json_part *parts, const char *model,
+                           char message[FG_MESSAGE])
 {
+    const char *slash = model ? strrchr(model, '/') : NULL;
+    const fg_json_options o = { .model = slash ? slash + 1 : model };
     char path[PATH];
     path_in(f, "graph.json", path);
     FILE *out = fopen(path, "we");
     if (!out)
         return fg__say(message, FG_ERR_IO, "%s: %s", path, strerror(errno));
-    fg_status s = fg_graph_dump(g, FG_DUMP_JSON, put_text, out);
+    fg_status s = fg_graph_json(n, parts, &o, put_text, out);
     const bool bad = ferror(out);
     if (fclose(out) != 0 || bad)
         return fg__say(message, FG_ERR_IO, "%s: cannot be written", path);
@@ -375,7 +379,8 @@ fg_status fg__folder_describe(fg__folder *f, const struct fg_model *m, const fg_
         s = write_env(f, o, message);
     if (s == FG_OK)
         s = write_params(f, g, message);
-    return s == FG_OK ? write_graph(f, g, message) : s;
+    const fg_json_part part = { g, NULL, FG_STAGE_BUILT };
+    return s == FG_OK ? fg__folder_graph(f, 1, &part, m->name, message) : s;
 }
 
 /* ---- what happens in it ---------------------------------------------------------------------- */

@@ -24,6 +24,7 @@ typedef struct {
     fg__evaluator *evaluator;
     fg__folder *folder;
     int32_t   *batch;                    /* tokens, then labels of one micro batch */
+    float     *losses;                   /* of an update's micro batches */
 
     int64_t vocab, micro, runs;          /* ids; sequences of a run; runs of an update */
     int64_t max_tokens, steps;
@@ -219,6 +220,9 @@ static fg_status prepare(training *t)
     t->runs = t->recipe->batch / t->micro;
     t->max_tokens = fg_recipe_max_tokens(t->recipe);
     t->steps = fg_recipe_steps(t->recipe);
+    t->losses = calloc((size_t)t->runs, sizeof *t->losses);
+    if (!t->losses)
+        return refuse(t, FG_ERR_MEMORY, NULL);
     s = make_graph(t);
     if (s == FG_OK)
         s = open_data(t);
@@ -251,15 +255,15 @@ static fg_status feed(training *t, int64_t run)
     return s == FG_OK ? fg_write(t->plan, t->labels, t->batch + n, n * sizeof *t->batch) : s;
 }
 
-static fg_status run_once(training *t, int64_t run, double *loss)
+/* Nothing in an update waits for the device but its end: micro batches are fed while earlier ones
+ * run, and losses come back by themselves. */
+static fg_status run_once(training *t, int64_t run, float *loss)
 {
-    float value = 0;
     fg_status s = feed(t, run);
     if (s == FG_OK)
-        s = fg_run(t->plan);
+        s = fg_run_later(t->plan);
     if (s == FG_OK)
-        s = fg_read(t->plan, t->loss, &value, sizeof value);
-    *loss += value;
+        s = fg_read_later(t->plan, t->loss, loss, sizeof *loss);
     return s == FG_OK ? s : refuse(t, s, fg_plan_message(t->plan));
 }
 
@@ -277,14 +281,16 @@ static fg_status update(training *t, double *loss, double *norm)
     if (s == FG_OK)
         s = fg_write(last, t->step_input, &step, sizeof step);
     for (int64_t run = 0; run < t->runs && s == FG_OK; run++) {
-        s = run_once(t, run, loss);
+        s = run_once(t, run, &t->losses[run]);
         if (s != FG_OK)
             return s;
     }
     if (s == FG_OK && t->update)
-        s = fg_run(last);
+        s = fg_run_later(last);
     if (s == FG_OK)
         s = fg_read(last, t->grad_norm, &value, sizeof value);
+    for (int64_t run = 0; run < t->runs; run++)
+        *loss += t->losses[run];
     *loss /= (double)t->runs;
     *norm = value;
     return s == FG_OK ? s : refuse(t, s, fg_plan_message(last));
@@ -450,6 +456,16 @@ static bool asked_to_stop(const training *t)
            (limit > 0 && fg__seconds() - t->started >= limit);
 }
 
+/* graph.json as it ran, with the time of every node, where the plans noted it (FG_RECORD=1). */
+static fg_status write_times(training *t)
+{
+    const fg_json_part parts[2] = { { NULL, t->plan, FG_STAGE_PLANNED },
+                                    { NULL, t->update_plan, FG_STAGE_PLANNED } };
+    if (!t->folder || !fg_plan_recorded(t->plan))
+        return FG_OK;
+    return fg__folder_graph(t->folder, t->update ? 2 : 1, parts, t->model->name, t->message);
+}
+
 static fg_status loop(training *t)
 {
     const fg_event start = { .kind = FG_EVENT_START,
@@ -483,6 +499,8 @@ static fg_status loop(training *t)
         note(t, FG_EVENT_END, "stopped on request; resume to go on");
         return refuse(t, FG_ERR_STOPPED, NULL);
     }
+    if (s == FG_OK)
+        s = write_times(t);
     if (s == FG_OK)
         note(t, FG_EVENT_END, "training is complete");
     return s;
@@ -520,5 +538,6 @@ fg_status fg_train(const struct fg_model *m, const fg_recipe *r, fg_store *s,
     fg_data_close(t.data);
     fg__folder_close(t.folder);
     free(t.batch);
+    free(t.losses);
     return status == FG_OK ? fg__say(message, FG_OK, "%s", "") : status;
 }

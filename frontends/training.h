@@ -68,6 +68,9 @@ const char *fg__folder_checkpoints(const fg__folder *f);                   /* DI
 fg_status fg__folder_describe(fg__folder *f, const struct fg_model *m, const fg_recipe *r,
                               const fg_graph *g, const fg_train_options *o,
                               char message[FG_MESSAGE]);
+/* graph.json anew. */
+fg_status fg__folder_graph(fg__folder *f, int n, const fg_json_part *parts, const char *model,
+                           char message[FG_MESSAGE]);
 /* Drops the lines of metrics.jsonl behind that step, and a half-written last one.  last_eval: the
  * step of the last evaluation that stays, -1 if none does. */
 fg_status fg__folder_cut(fg__folder *f, int64_t step, int64_t *last_eval,

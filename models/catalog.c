@@ -2,15 +2,22 @@
  *
  * Source: Lin et al. 2025, "Forgetting Transformer" (arXiv 2503.02130), as released.
  * Vocabulary 50257; an update sees 32 sequences of 16384 tokens.  At 760m FoX has heads of 64, the
- * Transformers heads of 128, and activations are computed again in the backward pass. */
+ * Transformers heads of 128, and activations are computed again in the backward pass unless the
+ * setting "recompute" is 0. */
 #include <string.h>
 #include "fox_models.h"
 
 typedef struct { int64_t width, layers, heads, window; bool recompute; } size;
 
+/* The paper's choice, or the setting "recompute". */
+static bool recompute(fg_tensor tokens, const size *s)
+{
+    return fg_setting_int(tokens.graph, "recompute", s->recompute) != 0;
+}
+
 static fg_tensor build_fox(fg_loc at, fg_tensor tokens, fox_config c, const size *s)
 {
-    c.recompute = s->recompute;
+    c.recompute = recompute(tokens, s);
     c.qk_norm_share_param_across_head = c.qk_norm
         && fg_setting_int(tokens.graph, "qk_norm_share_param_across_head", 0);
     return (fox_lm)(at, tokens, &c);
@@ -35,8 +42,31 @@ static fg_tensor transformer_llama(fg_loc at, fg_tensor tokens, const size *s)
 {
     transformer_config c = transformer_llama_config(50257, s->width, s->layers, s->heads);
     c.window_size = s->window;
-    c.recompute = s->recompute;
+    c.recompute = recompute(tokens, s);
     return (transformer_lm)(at, tokens, &c);
+}
+
+/* heads of 128; lower_bound=0 keeps the bounds unused, as the released models have them */
+static fg_tensor hgrn2(fg_loc at, fg_tensor tokens, const size *s)
+{
+    hgrn2_config c = hgrn2_lm_config(50257, s->width, s->layers, s->width / s->heads);
+    if (!fg_setting_int(tokens.graph, "lower_bound", 1)) c.lower_bound = HGRN2_BOUNDS_STORED;
+    c.recompute = recompute(tokens, s);
+    return (hgrn2_lm)(at, tokens, &c);
+}
+
+static fg_tensor delta_net(fg_loc at, fg_tensor tokens, const size *s)
+{
+    delta_net_config c = delta_net_lm_config(50257, s->width, s->layers, s->heads);
+    c.recompute = recompute(tokens, s);
+    return (delta_net_lm)(at, tokens, &c);
+}
+
+static fg_tensor mamba2(fg_loc at, fg_tensor tokens, const size *s)
+{
+    mamba2_config c = mamba2_lm_config(50257, s->width, s->layers, s->heads);
+    c.recompute = recompute(tokens, s);
+    return (mamba2_lm)(at, tokens, &c);
 }
 
 #define BUDGET_2B  2684354560            /* 2.5, 7 and 15 * 2^30 tokens */
@@ -63,6 +93,15 @@ static const struct {
     MODEL("transformer-pro-125m",   transformer_pro,   2e-3, BUDGET_2B,   768, 12, 12,    0, false),
     MODEL("transformer-pro-360m",   transformer_pro,   2e-3, BUDGET_7B,  1024, 24, 16,    0, false),
     MODEL("transformer-pro-760m",   transformer_pro,   1e-3, BUDGET_16B, 1536, 24, 12,    0, true),
+    MODEL("hgrn2-125m",             hgrn2,             2e-3, BUDGET_2B,   768, 12,  6,    0, false),
+    MODEL("hgrn2-360m",             hgrn2,             2e-3, BUDGET_7B,  1024, 24,  8,    0, false),
+    MODEL("hgrn2-760m",             hgrn2,             1e-3, BUDGET_16B, 1536, 24, 12,    0, true),
+    MODEL("delta-net-125m",         delta_net,         2e-3, BUDGET_2B,   768, 12,  6,    0, false),
+    MODEL("delta-net-360m",         delta_net,         2e-3, BUDGET_7B,  1024, 24,  8,    0, false),
+    MODEL("delta-net-760m",         delta_net,         1e-3, BUDGET_16B, 1536, 24, 12,    0, true),
+    MODEL("mamba2-125m",            mamba2,            2e-3, BUDGET_2B,   768, 24, 24,    0, false),
+    MODEL("mamba2-360m",            mamba2,            2e-3, BUDGET_7B,  1024, 48, 32,    0, false),
+    MODEL("mamba2-760m",            mamba2,            1e-3, BUDGET_16B, 1536, 48, 48,    0, true),
     MODEL("transformer-swa-760m",   transformer_llama, 1e-3, BUDGET_16B, 1536, 24, 12, 2048, true),
 };
 

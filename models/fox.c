@@ -20,8 +20,9 @@ static fg_tensor project(fg_tensor x, const char *name, int64_t H, bool shift)
 
 /* o_i = sum_(j<=i) softmax_j(q_i.k_j / sqrt(d) + log f_(j+1) + ... + log f_i) v_j,
  * log f_t = log sigmoid(W_f x_t + b_f), or log sigmoid(b_f) for gates that do not look at x */
-static fg_tensor attention(fg_tensor x, const void *config)
+static fg_tensor attention(fg_tensor x, const void *config, int64_t layer)
 {
+    (void)layer;
     const fox_config *c = config;
     const int64_t h = fg_dim(x, -1), H = c->num_heads;
     const bool shared = c->qk_norm_share_param_across_head;
@@ -53,7 +54,8 @@ static fg_nn_skeleton skeleton(const fox_config *c)
 {
     return (fg_nn_skeleton){ attention, c, c->vocab_size, c->hidden_size, c->num_hidden_layers,
         c->num_heads, c->intermediate_size, c->hidden_ratio, c->norm_eps,
-        c->mlp_sigmoid ? FG_ACT_SIGMOID : FG_ACT_SILU, c->tie_word_embeddings, c->recompute };
+        c->mlp_sigmoid ? FG_ACT_SIGMOID : FG_ACT_SILU, c->tie_word_embeddings, c->recompute,
+        false, 0 };
 }
 
 fg_tensor (fox_block)(fg_loc at, fg_tensor x, const fox_config *c)

@@ -3,6 +3,7 @@
  * Each makes its parameters in a scope of its own name: "<scope>.<name>.weight".  Biases and
  * constant gates belong to the group without weight decay, weights (embeddings too) decay.
  * Shapes: B batch, T positions, h model width, H heads, d = h/H, "..." any leading axes. */
+#include <math.h>
 #include <stdlib.h>
 #include "fox_models.h"
 
@@ -19,6 +20,16 @@ fg_tensor (fg_nn_weight)(fg_loc at, fg_graph *g, const char *name, fg_shape s)
 fg_tensor (fg_nn_linear)(fg_loc at, fg_tensor x, const char *name, int64_t n_out)
 {
     fg_tensor w = (fg_nn_weight)(at, x.graph, name, FG_DIMS(n_out, fg_dim(x, -1)));
+    return (fg_linear)(at, x, w, (fg_tensor){ 0 });
+}
+
+fg_tensor (fg_nn_xavier)(fg_loc at, fg_tensor x, const char *name, int64_t n_out)
+{
+    const double fans = (double)(fg_dim(x, -1) + n_out);
+    const fg_init uniform = { FG_UNIFORM, .a = fans > 0 ? sqrt(6 / fans / 32) : 0 };
+    (fg_scope_push)(at, x.graph, name);
+    fg_tensor w = fg_param(x.graph, "weight", FG_DIMS(n_out, fg_dim(x, -1)), uniform);
+    fg_scope_pop(x.graph);
     return (fg_linear)(at, x, w, (fg_tensor){ 0 });
 }
 

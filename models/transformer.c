@@ -12,8 +12,9 @@ static fg_tensor project(fg_tensor x, const char *name, int64_t heads, int64_t d
 }
 
 /* o_i = sum_(i-W<j<=i) softmax_j(q_i.k_j / sqrt(d)) v_j,   q and k turned by their positions */
-static fg_tensor attention(fg_tensor x, const void *config)
+static fg_tensor attention(fg_tensor x, const void *config, int64_t layer)
 {
+    (void)layer;
     const transformer_config *c = config;
     const int64_t h = fg_dim(x, -1), H = c->num_heads, d = h / H;
     const int64_t G = c->num_kv_heads > 0 ? c->num_kv_heads : H;
@@ -36,7 +37,8 @@ static fg_nn_skeleton skeleton(const transformer_config *c)
 {
     return (fg_nn_skeleton){ attention, c, c->vocab_size, c->hidden_size, c->num_hidden_layers,
         c->num_heads, c->intermediate_size, c->hidden_ratio, c->norm_eps,
-        c->mlp_sigmoid ? FG_ACT_SIGMOID : FG_ACT_SILU, c->tie_word_embeddings, c->recompute };
+        c->mlp_sigmoid ? FG_ACT_SIGMOID : FG_ACT_SILU, c->tie_word_embeddings, c->recompute,
+        false, 0 };
 }
 
 fg_tensor (transformer_block)(fg_loc at, fg_tensor x, const transformer_config *c)

@@ -1,11 +1,12 @@
 /* cache.c - what a layer remembers of earlier tokens while decoding: rows appended to a state, and
- * the last row kept in one.
+ * the last row, or the last few, kept in one.
  *
  *     cache_write   cache[b, past + t] = x[b, t]    cache: [B,C,...]   x: [B,T,...]   past: i32[1]
  *     cache_last    last[b] = x[b, T - 1]           last:  [B,...]
+ *     cache_rows    rows[b] = the last K rows of rows[b] followed by x[b]     rows: [B,K,...]
  *
  * Rows that would lie outside the cache are dropped; whoever sets past keeps past + T <= C.
- * Both overwrite a state and have no gradient: caches are for inference. */
+ * All overwrite a state and have no gradient: caches are for inference. */
 #include <string.h>
 #include "internal.h"
 
@@ -45,6 +46,27 @@ fg_tensor fg__cache_last(fg_loc at, fg_tensor last, fg_tensor x)
 {
     const fg_tensor in[] = { last, x };
     return FG_APPLY(cache_last, at, in, 0);
+}
+
+fg_tensor fg__cache_state(fg_loc at, fg_graph *g, const char *what, fg_dtype t, fg_shape s)
+{
+    return (fg_state)(at, g, unused_name(g, what), t, s);
+}
+
+/* The last row of one row. */
+fg_tensor fg__cache_put(fg_loc at, fg_tensor state, fg_tensor value)
+{
+    fg_shape s = fg_shape_of(value);
+    for (int i = s.rank++; i > 1; i--) s.dim[i] = s.dim[i - 1];
+    s.dim[1] = 1;
+    const fg_tensor x = fg_reshape(value, s);
+    return fg__cache_last(at, state, x);
+}
+
+fg_tensor fg__cache_rows(fg_loc at, fg_tensor rows, fg_tensor x)
+{
+    const fg_tensor in[] = { rows, x };
+    return FG_APPLY(cache_rows, at, in, 0);
 }
 
 fg_status fg__check_sequence(fg_infer *c, int first, int past)
@@ -143,5 +165,41 @@ static fg_cost last_cost(const fg_infer *c)
 
 const fg_op_code fg_code_cache_last = {
     .infer = infer_last, .cpu = last_cpu, .cost = last_cost, .memory = FG_MUTATE, .no_grad = true,
+    .bf16 = { .like = { 2 } },
+};
+
+/* ---- cache_rows ----------------------------------------------------------------------------- */
+
+static fg_status infer_rows(fg_infer *c)
+{
+    FG_REQUIRE(c, c->in[0].rank >= 2 && c->in[1].rank >= 2 && agree(&c->in[0], 2, &c->in[1], 2),
+               SHAPE, "rows must be [B,K,...] and x [B,T,...], alike but for axis 1");
+    FG_REQUIRE(c, c->in_type[0] == c->in_type[1], DTYPE, "rows and x must have one dtype");
+    c->out[0] = c->in[0];
+    return FG_OK;
+}
+
+static void rows_cpu(const fg_exec *e)
+{
+    const fg_shape *rows = &e->in_shape[0];
+    const int64_t B = rows->dim[0], K = rows->dim[1], T = e->in_shape[1].dim[1];
+    const int64_t fresh = T < K ? T : K, kept = K - fresh;
+    if (!B || !K) return;
+    const size_t row = (size_t)(fg_shape_count(*rows) / B / K) * fg__cpu_size(e->in_type[0]);
+    for (int64_t b = 0; b < B; b++) {
+        char *to = (char *)e->out[0] + (size_t)(b * K) * row;
+        const char *from = (const char *)e->in[1] + (size_t)(b * T + T - fresh) * row;
+        memmove(to, to + (size_t)fresh * row, (size_t)kept * row);
+        memcpy(to + (size_t)kept * row, from, (size_t)fresh * row);
+    }
+}
+
+static fg_cost rows_cost(const fg_infer *c)
+{
+    return (fg_cost){ .bytes = 2.0 * (double)sizeof(float) * (double)fg_shape_count(c->in[0]) };
+}
+
+const fg_op_code fg_code_cache_rows = {
+    .infer = infer_rows, .cpu = rows_cpu, .cost = rows_cost, .memory = FG_MUTATE, .no_grad = true,
     .bf16 = { .like = { 2 } },
 };

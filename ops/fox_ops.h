@@ -75,6 +75,8 @@ FG_API fg_tensor (fg_rms_norm)(fg_loc at, fg_tensor x, fg_tensor w, double eps, 
 /* y = rms_norm(x, w) * sigmoid(g).  g: as x. */
 FG_API fg_tensor (fg_gated_norm)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor g, double eps,
                                  int64_t groups);
+/* y = x rstd, rstd = 1/sqrt(sum(x^2) + eps) over the last axis. */
+FG_API fg_tensor (fg_l2_norm)(fg_loc at, fg_tensor x, double eps);
 /* x = [g | p], halves of the last axis: y = act(g) * p. */
 typedef enum { FG_ACT_SILU, FG_ACT_SIGMOID } fg_act;
 FG_API fg_tensor (fg_swiglu)(fg_loc at, fg_tensor x, fg_act act);
@@ -85,12 +87,36 @@ FG_API fg_tensor (fg_swiglu)(fg_loc at, fg_tensor x, fg_act act);
 FG_API fg_tensor (fg_rope)(fg_loc at, fg_tensor x, double base);
 /* y_t = a_t x_(t-1) + (1 - a_t) x_t, 0 before the first.  x: [B,T,H,D], a: [B,T,H] in (0,1). */
 FG_API fg_tensor (fg_shift_mix)(fg_loc at, fg_tensor x, fg_tensor a);
+/* Short causal convolution of every channel: u_t = bias + sum_(k<W) w_(W-1-k) x_(t-k), y = u, or
+ * silu(u) if asked.  x: [B,T,C]; w: [C,W] or [C,1,W], 1 <= W <= 8; bias: [C] or absent ({0}). */
+FG_API fg_tensor (fg_causal_conv)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor bias, bool silu);
+/* Mamba-2's state space scan (Dao and Gu 2024, arXiv 2405.21060), for each head:
+ * S_t = e^(dt_t a) S_(t-1) + dt_t x_t b_t^T, y_t = S_t c_t + d x_t.  x: [B,T,H,P]; dt: [B,T,H],
+ * after softplus; a: [H], < 0; b, c: [B,T,G,N], G divides H; d: [H] or absent ({0}); state:
+ * f32[B,H,P,N], S before row 0, or absent: 0.  y: [B,T,H,P]; fg_result(y, 1) is the last S.
+ * Caches (past) hold the state themselves. */
+FG_API fg_tensor (fg_ssd_scan)(fg_loc at, fg_tensor x, fg_tensor dt, fg_tensor a, fg_tensor b,
+                               fg_tensor c, fg_tensor d, fg_tensor state);
 /* Causal softmax attention with a forget gate (Lin et al. 2025, arXiv 2503.02130, eq. 4-6).
  * q: [B,T,H,D]; k, v: [B,T,Hkv,D], H a multiple of Hkv; log_f: f32[B,T,H], natural log of the gate,
  * <= 0, or absent ({0}): no gate.  window: keys that a query sees, itself included; 0: all.
  * o: [B,T,H,D]; fg_result(o, 1) is lse: f32[B,T,H], natural log of the softmax's denominator. */
 FG_API fg_tensor (fg_forget_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v,
                                        fg_tensor log_f, double scale, int64_t window);
+
+/* Linear attention with a decay for every key channel (Yang et al. 2024, arXiv 2312.06635, eq. 3):
+ *     S_t = diag(e^(log_a_t)) S_(t-1) + k_t v_t^T,   o_t = scale S_t^T q_t
+ * q, k: [B,T,H,K]; v: [B,T,H,V]; log_a: f32[B,T,H,K], natural log of the decay, <= 0.
+ * state: f32[B,H,K,V], S before the first row; {0}: zeros (with caches always {0}: they hold it).
+ * o: [B,T,H,V]; fg_result(o, 1) is S after the last row: f32[B,H,K,V]. */
+FG_API fg_tensor (fg_gated_linear_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v,
+                                             fg_tensor log_a, double scale, fg_tensor state);
+
+/* The delta rule of DeltaNet (Yang et al. 2024, arXiv 2406.06484, eq. 2):
+ *     S_t = S_(t-1) + beta_t k_t (v_t - S_(t-1)^T k_t)^T,   o_t = scale S_t^T q_t
+ * beta: [B,T,H]; all else as above.  It is stable for beta |k|^2 in [0,2]: give k length 1. */
+FG_API fg_tensor (fg_delta_rule)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v, fg_tensor beta,
+                                 double scale, fg_tensor state);
 
 /* ---- the list of all ops --------------------------------------------------------------------- */
 
@@ -146,10 +172,15 @@ FG_API fg_tensor   fg_op_example(fg_graph *g, int i, int k);
 #define fg_cross_entropy(...) fg_cross_entropy(FG_HERE, __VA_ARGS__)
 #define fg_rms_norm(...)     fg_rms_norm(FG_HERE, __VA_ARGS__)
 #define fg_gated_norm(...)   fg_gated_norm(FG_HERE, __VA_ARGS__)
+#define fg_l2_norm(...)      fg_l2_norm(FG_HERE, __VA_ARGS__)
 #define fg_swiglu(...)       fg_swiglu(FG_HERE, __VA_ARGS__)
 #define fg_rope(...)         fg_rope(FG_HERE, __VA_ARGS__)
 #define fg_shift_mix(...)    fg_shift_mix(FG_HERE, __VA_ARGS__)
+#define fg_causal_conv(...)  fg_causal_conv(FG_HERE, __VA_ARGS__)
+#define fg_ssd_scan(...)     fg_ssd_scan(FG_HERE, __VA_ARGS__)
 #define fg_forget_attention(...) fg_forget_attention(FG_HERE, __VA_ARGS__)
+#define fg_gated_linear_attention(...) fg_gated_linear_attention(FG_HERE, __VA_ARGS__)
+#define fg_delta_rule(...)   fg_delta_rule(FG_HERE, __VA_ARGS__)
 
 #ifdef __cplusplus
 }

@@ -65,6 +65,12 @@ fg_tensor fg__lse_grad(fg_tensor glse, fg_tensor logits, fg_tensor lse);
 /* fg_rms_norm(a + b, w, eps, 1) with fg_result(y, 1) = a + b. */
 fg_tensor fg__add_rms_norm(fg_loc at, fg_tensor a, fg_tensor b, fg_tensor w, double eps);
 
+/* ---- shift_mix.c, shift_norm.c -------------------------------------------------------------- */
+
+/* Refuses x = input 0 unless [B,T,H,D], a = input 1 unless [B,T,H], and the optional inputs first,
+ * past and prev that stand from input `first` on. */
+fg_status fg__check_shift(fg_infer *c, int first);
+
 /* Refuses inputs first and past of x = input 0, [B,T,...], unless absent or i32[B,T] and i32[1]. */
 fg_status fg__check_sequence(fg_infer *c, int first, int past);
 
@@ -72,6 +78,12 @@ fg_status fg__check_sequence(fg_infer *c, int first, int past);
 
 /* x [B,T,...] written at s.past of a state [B,s.capacity,...]: the whole cache. */
 fg_tensor fg__cache(fg_loc at, fg_tensor x, const char *what, fg_sequence s);
+/* A state of that shape: what a layer keeps between calls. */
+fg_tensor fg__cache_state(fg_loc at, fg_graph *g, const char *what, fg_dtype t, fg_shape s);
+/* Such a state takes a new value of its own shape. */
+fg_tensor fg__cache_put(fg_loc at, fg_tensor state, fg_tensor value);
+/* rows [B,K,...] becomes the last K rows of rows followed by x [B,T,...]. */
+fg_tensor fg__cache_rows(fg_loc at, fg_tensor rows, fg_tensor x);
 /* A state [B,...] for one row of x [B,T,...]; fg__cache_last then makes it x's last row. */
 fg_tensor fg__cache_row(fg_loc at, fg_tensor x, const char *what);
 fg_tensor fg__cache_last(fg_loc at, fg_tensor last, fg_tensor x);

@@ -1,6 +1,6 @@
 /* optimizer.c - what happens to parameters after the gradients: norm, clipping, sums, AdamW.
  *
- *     sum_squares   y = sum of x^2
+ *     sum_squares   y = sum of x^2, over up to ten tensors
  *     clip_factor   y = min(1, limit / (sqrt(squares) + 1e-6)); NaN where squares is not finite
  *     accumulate    sum = sum + s x
  *     adamw         p = p (1 - lr decay)
@@ -48,13 +48,20 @@ static fg_status squares_infer(fg_infer *c)
 {
     c->out[0] = FG_DIMS(1);
     c->out_type[0] = FG_F32;
-    return need_real(c, 0, 1, false);
+    return fg__need_reals(c, 0, c->n_in) ? FG_ERR_DTYPE : (c->out_type[0] = FG_F32, FG_OK);
+}
+
+static int64_t blocks_of_all(const fg_shape *in, const bool *given, int n_in)
+{
+    int64_t blocks = 0;
+    for (int k = 0; k < n_in; k++) blocks += given[k] ? blocks_of(&in[k]) : 0;
+    return blocks;
 }
 
 static size_t squares_scratch(const fg_infer *c, int threads)
 {
     (void)threads;
-    return (size_t)blocks_of(&c->in[0]) * sizeof(double);
+    return (size_t)blocks_of_all(c->in, c->given, c->n_in) * sizeof(double);
 }
 
 static double squares_of(const fg_real *x, int64_t n)
@@ -76,20 +83,28 @@ static double squares_of(const fg_real *x, int64_t n)
 /* Blocks in fg_real, each lane 512 squares; their sums in double, in order. */
 static void squares_cpu(const fg_exec *e)
 {
-    const int64_t count = fg_shape_count(e->in_shape[0]), blocks = blocks_of(&e->in_shape[0]);
-    const fg_real *x = e->in[0];
     double *part = e->scratch, sum = 0;
+    for (int k = 0; k < e->n_in; k++) {
+        if (!e->in[k]) continue;
+        const int64_t count = fg_shape_count(e->in_shape[k]), blocks = blocks_of(&e->in_shape[k]);
+        const fg_real *x = e->in[k];
 #pragma omp parallel for schedule(static) num_threads(fg__threads(e, count))
-    for (int64_t i = 0; i < blocks; i++)
-        part[i] = squares_of(x + i * BLOCK, block_length(count, i));
-    for (int64_t i = 0; i < blocks; i++) sum += part[i];
+        for (int64_t i = 0; i < blocks; i++)
+            part[i] = squares_of(x + i * BLOCK, block_length(count, i));
+        for (int64_t i = 0; i < blocks; i++) sum += part[i];
+    }
     *(fg_real *)e->out[0] = (fg_real)sum;
 }
 
 static fg_cost squares_cost(const fg_infer *c)
 {
-    const double n = (double)fg_shape_count(c->in[0]);
-    return (fg_cost){ .flops = 2 * n, .bytes = n * (c->in_type[0] == FG_BF16 ? 2 : 4) };
+    fg_cost cost = { 0 };
+    for (int k = 0; k < c->n_in; k++) {
+        const double n = c->given[k] ? (double)fg_shape_count(c->in[k]) : 0;
+        cost.flops += 2 * n;
+        cost.bytes += n * (c->in_type[k] == FG_BF16 ? 2 : 4);
+    }
+    return cost;
 }
 
 const fg_op_code fg_code_sum_squares = {

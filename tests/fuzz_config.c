@@ -7,6 +7,12 @@ static bool is_small(const fg_config *c)
 {
     const fox_config *f = &c->u.fox;
     const transformer_config *t = &c->u.transformer;
+    if (c->family == FG_FAMILY_HGRN2)
+        return c->u.hgrn2.num_hidden_layers < 4;
+    if (c->family == FG_FAMILY_DELTA_NET)
+        return c->u.delta_net.num_hidden_layers < 4 && c->u.delta_net.num_heads < 64;
+    if (c->family == FG_FAMILY_MAMBA2)
+        return c->u.mamba2.num_hidden_layers < 4 && c->u.mamba2.num_heads < 64;
     if (c->family == FG_FAMILY_FOX)
         return f->num_hidden_layers < 4 && f->num_heads < 64;
     return t->num_hidden_layers < 4 && t->num_heads < 64;

@@ -229,7 +229,7 @@ Test(cli, each_mistake_gets_its_golden_answer)
 
 static const char *const commands[] = {
     "run",       "train", "eval", "generate", "logits", "check",
-    "gradcheck", "bench", "info", "ops",      "dump",   "help"
+    "gradcheck", "bench", "info", "ops",      "dump",   "diff", "help"
 };
 
 /* The part of the man page or completion that is about one command. */
@@ -550,8 +550,48 @@ Test(cli, graphs_are_dumped_in_each_form)
     json_decref(ask_json("fox-graph dump lm.c --json --stage planned"));
     expect("fox-graph dump lm.c --stage lowered | grep -q forget_attention", 0);
     expect("fox-graph dump lm.c --format dot -o g.dot && head -1 g.dot | grep -q digraph", 0);
+    expect("fox-graph dump lm.c --format svg | head -1 | grep -q '^<svg'", 0);
+    expect("fox-graph dump lm.c --format html -o g.html && head -1 g.html | grep -q doctype", 0);
     expect("fox-graph dump shapes.c | grep -q embedding", 0);
     expect("fox-graph dump shapes.c", 4);
+    answer a = ask("fox-graph dump shapes.c --stage planned");
+    cr_expect(a.status == 4 && !a.out[0]);
+    done(a);
+}
+
+Test(cli, a_dumped_graph_is_dumped_again_without_its_model)
+{
+    expect("fox-graph dump lm.c --json --pass all --stage planned -o g.json", 0);
+    expect("fox-graph dump g.json --json | cmp - g.json", 0);
+    expect("fox-graph dump lm.c --pass all --stage planned >a && fox-graph dump g.json >b && "
+           "cmp a b", 0);
+    expect("fox-graph dump - <g.json | cmp - a", 0);
+    expect("fox-graph dump lm.c --json --stable --pass all --threads 1 >a && "
+           "fox-graph dump lm.c --json --stable --pass all --threads 2 | cmp - a", 0);
+    expect("fox-graph dump lm.c --heat time --pass all --json -o timed.json && "
+           "grep -q time_us timed.json", 0);
+    expect("fox-graph dump g.json --profile timed.json | grep -q ' us'", 0);
+    expect("fox-graph dump lm.c --values stats | grep -q rms", 0);
+    expect("head -c 20000 /dev/urandom >text && FG_RECORD=1 fox-graph train lm.c --data text "
+           "--steps 2 -q --out run && grep -q time_us run/graph.json", 0);
+    expect("fox-graph dump run --pass all --profile run --heat time --format svg -o t.svg", 0);
+    expect("fox-graph dump g.json --memory | grep -q arena", 0);
+}
+
+Test(cli, diff_tells_graphs_checkpoints_and_runs_apart)
+{
+    expect("fox-graph diff lm.c lm.c", 0);
+    expect("fox-graph diff lm.c perceptron.c | grep -q added", 0);
+    expect("fox-graph diff lm.c perceptron.c", 1);
+    expect("fox-graph diff lm.c perceptron.c --format html -o d.html; grep -q doctype d.html", 0);
+    expect("fox-graph diff lm.c perceptron.c --json | grep -q '\"differ\":true'", 0);
+    expect("head -c 20000 /dev/urandom >text && fox-graph train lm.c --data text --steps 2 -q "
+           "--out a && fox-graph train lm.c --data text --steps 2 -q --out b --seed 7", 0);
+    expect("fox-graph diff a a", 0);
+    expect("fox-graph diff a b | grep -q '^~ config.recipe.seed'", 0);
+    expect("fox-graph diff a b | grep -q '^~ model.embeddings.weight.*values, at most'", 0);
+    expect("fox-graph diff a/ckpt/step-* b/ckpt/step-* --json | grep -q rms_before", 0);
+    expect("fox-graph diff a lm.c", 2);
 }
 
 Test(cli, bench_measures_training_and_decoding)
@@ -614,8 +654,10 @@ Test(cli, logits_losses_and_gradients_are_the_official_ones)
 
 Test(cli, every_model_file_of_the_tree_can_be_run_from_another_folder)
 {
-    static const char *const files[] = { "fox.c", "transformer.c", "examples/perceptron.c",
-        "examples/fox_llama_ops.c", "examples/fox_pro_tiny.c", "examples/transformer_tiny.c" };
+    static const char *const files[] = { "fox.c", "transformer.c", "mamba2.c", "hgrn2.c",
+        "delta_net.c", "examples/perceptron.c", "examples/fox_llama_ops.c",
+        "examples/fox_pro_tiny.c", "examples/transformer_tiny.c", "examples/mamba2_tiny.c",
+        "examples/hybrid.c", "examples/hgrn2_tiny.c", "examples/delta_net_tiny.c" };
     for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
         char line[1000];
         snprintf(line, sizeof line, "cp " SOURCE_DIR "/models/%s copy.c && fox-graph check copy.c",
@@ -624,6 +666,22 @@ Test(cli, every_model_file_of_the_tree_can_be_run_from_another_folder)
     }
     expect("cp " SOURCE_DIR "/models/catalog.c copy.c && "
            "fox-graph check copy.c --set preset=fox-llama-125m", 0);
+}
+
+/* A state space model's facts hold Infinity, which is no JSON. */
+Test(cli, a_run_of_mamba2_goes_on_and_can_be_evaluated_and_sampled)
+{
+    const char *small = "--set width=32 --set layers=2 --set state=4 --set batch=2 --set context=32"
+                        " --set warmup_tokens=0 --set eval_batches=1 -q";
+    char line[1000];
+    expect("seq 1 2000 > text && cp " SOURCE_DIR "/models/examples/mamba2_tiny.c m.c", 0);
+    snprintf(line, sizeof line, "fox-graph run m.c --data text --out r --steps 2 %s", small);
+    expect(line, 0);
+    snprintf(line, sizeof line, "fox-graph run m.c --data text --out r --steps 4 --resume %s",
+             small);
+    expect(line, 0);
+    expect("fox-graph eval r --data text", 0);
+    expect("fox-graph generate r --prompt 12 --max-tokens 3", 0);
 }
 
 Test(cli, an_edited_copy_of_a_library_model_is_what_runs)

@@ -9,7 +9,7 @@
 #include "fox_autodiff.h"
 #include "fox_ops.h"
 
-enum { MAX_VALUES = 64, MAX_PAIRS = 16, MAX_EXPECTED = 8 };
+enum { MAX_VALUES = 64, MAX_PAIRS = 20, MAX_EXPECTED = 8 };
 
 typedef struct { fg_tensor high, low; int64_t n; float h[MAX_VALUES], l[MAX_VALUES]; } pair;
 typedef struct { const char *what; fg_tensor distance; double tolerance; } expected;
@@ -67,7 +67,7 @@ static void expect(world *w, const char *what, fg_tensor sum, double golden, dou
 static void check(world *w, fg_tensor y, int n, const fg_tensor *in, const char *const *what,
                   const double *golden)
 {
-    fg_tensor grad[4];
+    fg_tensor grad[MAX_EXPECTED];
     const fg_tensor loss = checksum(w, y);
     fg_grad(loss, n, in, grad);
     expect(w, "y", loss, golden[0], 1e-8);
@@ -176,4 +176,67 @@ Test(golden_ops, forget_attention_equals_the_official_attention)
     check(&w, y, 4, (const fg_tensor[]){ q, k, v, z },
           (const char *const[]){ "dq", "dk", "dv", "dz" },
           (const double[]){ 1.64714277, 0.6155531, -0.5125659, 0.4459706, -0.3276990 });
+}
+
+Test(golden_ops, causal_conv_equals_the_official_convolution_of_width_4)
+{
+    static world w;
+    w.g = fg_graph_new();
+    const fg_tensor x = values(&w, 0, FG_DIMS(1, 7, 2));
+    const fg_tensor k = values(&w, 1, FG_DIMS(2, 4));
+    const fg_tensor bias = values(&w, 2, FG_DIMS(2));
+    const fg_tensor y = fg_causal_conv(x, k, bias, true);
+    check(&w, y, 3, (const fg_tensor[]){ x, k, bias },
+          (const char *const[]){ "dx", "dw", "dbias" },
+          (const double[]){ -1.26196265, -1.8999204, 1.0468821, -1.5047195 });
+}
+
+Test(golden_ops, gated_linear_attention_equals_the_official_one)
+{
+    static world w;
+    w.g = fg_graph_new();
+    const fg_tensor q = values(&w, 0, FG_DIMS(1, 7, 1, 3));
+    const fg_tensor k = values(&w, 1, FG_DIMS(1, 7, 1, 3));
+    const fg_tensor v = values(&w, 2, FG_DIMS(1, 7, 1, 2));
+    const fg_tensor f = values(&w, 3, FG_DIMS(1, 7, 1, 3));
+    const fg_tensor log_a = fg_log_sigmoid(f), none = { 0 };
+    const fg_tensor y = fg_gated_linear_attention(q, k, v, log_a, 1 / sqrt(3), none);
+    check(&w, y, 4, (const fg_tensor[]){ q, k, v, f },
+          (const char *const[]){ "dq", "dk", "dv", "df" },
+          (const double[]){ 0.68710653, 4.3267337, 1.5862859, 4.6790058, 0.1690782 });
+}
+
+Test(golden_ops, delta_rule_equals_the_official_one)
+{
+    static world w;
+    w.g = fg_graph_new();
+    const fg_tensor q = values(&w, 0, FG_DIMS(1, 7, 1, 3));
+    const fg_tensor k = values(&w, 1, FG_DIMS(1, 7, 1, 3));
+    const fg_tensor v = values(&w, 2, FG_DIMS(1, 7, 1, 2));
+    const fg_tensor b = values(&w, 4, FG_DIMS(1, 7, 1));
+    const fg_tensor qn = fg_l2_norm(q, 1e-6), kn = fg_l2_norm(k, 1e-6), beta = fg_sigmoid(b);
+    const fg_tensor none = { 0 }, y = fg_delta_rule(qn, kn, v, beta, 1 / sqrt(3), none);
+    check(&w, y, 4, (const fg_tensor[]){ q, k, v, b },
+          (const char *const[]){ "dq", "dk", "dv", "db" },
+          (const double[]){ 0.02917260, 0.1622897, 0.1620578, 1.9500346, -0.0238229 });
+}
+
+Test(golden_ops, ssd_scan_equals_the_official_scan_of_mamba2)
+{
+    static world w;
+    w.g = fg_graph_new();
+    const fg_tensor x = values(&w, 0, FG_DIMS(1, 7, 2, 3));
+    const fg_tensor raw = values(&w, 1, FG_DIMS(1, 7, 2));
+    const fg_tensor rate = values(&w, 2, FG_DIMS(2));
+    const fg_tensor b = values(&w, 3, FG_DIMS(1, 7, 1, 2));
+    const fg_tensor c = values(&w, 4, FG_DIMS(1, 7, 1, 2));
+    const fg_tensor d = values(&w, 5, FG_DIMS(2));
+    const fg_tensor bias = values(&w, 6, FG_DIMS(2));
+    const fg_tensor sum = fg_add(raw, bias), dt = fg_softplus(sum);
+    const fg_tensor e = fg_exp(rate), a = fg_neg(e);
+    const fg_tensor y = fg_ssd_scan(x, dt, a, b, c, d, (fg_tensor){ 0 });
+    check(&w, y, 7, (const fg_tensor[]){ x, raw, rate, b, c, d, bias },
+          (const char *const[]){ "dx", "ddtraw", "dA_log", "dB", "dC", "dD", "ddt_bias" },
+          (const double[]){ 1.62781332, -1.1834184, -1.5402304, 0.1166305, -2.2294557, 1.8694128,
+                            2.8615229, 2.4352507 });
 }

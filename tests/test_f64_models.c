@@ -3,7 +3,8 @@
  *
  * The golden models: vocabulary 17, width 16, 2 layers, MLP 24, 2 heads, batch 2, 7 positions;
  * label_(b,t) = (5t + 3b + t^2) mod 17, tokens are the labels before, 16 first.  Parameter i, by
- * name, has entry n: v = sin(1.7 n + 0.9 i); gains are 1 + 0.1 v, the embedding v, others 0.3 v.
+ * name, has entry n: v = sin(1.7 n + 0.9 i); gains are 1 + 0.1 v, the embedding v, others 0.3 v,
+ * A_log is ln(n + 1).
  * The official code ran in double; with rotary positions its numbers are good to about 1e-7, for
  * its angles are in single precision. */
 #include <criterion/criterion.h>
@@ -17,8 +18,14 @@
 
 enum { B = 2, T = 7, V = 17, WIDE = 64 };
 
-/* Either architecture; kv_heads and window are the Transformer's. */
-typedef struct { fox_config c; bool llama; int64_t kv_heads, window; } model;
+/* FoX or Transformer; kv_heads and window are the Transformer's.  Or, by its own function, another
+ * family. */
+typedef struct {
+    fox_config c;
+    bool llama, mamba;
+    int64_t kv_heads, window;
+    fg_tensor (*other)(fg_tensor tokens);
+} model;
 
 static transformer_config as_transformer(const model *m)
 {
@@ -33,8 +40,23 @@ static transformer_config as_transformer(const model *m)
     return t;
 }
 
+/* Four heads of 8 or, grouped, with two pairs of b and c. */
+static mamba2_config as_mamba2(const model *m)
+{
+    mamba2_config c = mamba2_lm_config(m->c.vocab_size, m->c.hidden_size, m->c.num_hidden_layers,
+                                       4);
+    c.state_size = 4;
+    c.n_groups = m->kv_heads ? m->kv_heads : 1;
+    c.recompute = m->c.recompute;
+    c.tie_word_embeddings = m->c.tie_word_embeddings;
+    return c;
+}
+
 static fg_tensor build(const model *m, fg_tensor tokens)
 {
+    if (m->other) return m->other(tokens);
+    const mamba2_config s = as_mamba2(m);
+    if (m->mamba) return mamba2_lm(tokens, &s);
     const transformer_config t = as_transformer(m);
     return m->llama ? transformer_lm(tokens, &t) : fox_lm(tokens, &m->c);
 }
@@ -54,6 +76,41 @@ static model tiny_transformer(void)
     c.fgate_type = FG_GATE_NONE;
     c.use_rope = true;
     return tiny(c, true);
+}
+
+static hgrn2_config tiny_hgrn2(hgrn2_bounds bounds)
+{
+    hgrn2_config c = hgrn2_lm_config(V, 16, 2, 8);
+    c.intermediate_size = 24;
+    c.lower_bound = bounds;
+    return c;
+}
+
+static fg_tensor hgrn2(fg_tensor tokens)
+{
+    const hgrn2_config c = tiny_hgrn2(HGRN2_BOUNDS_STORED);
+    return hgrn2_lm(tokens, &c);
+}
+
+static fg_tensor hgrn2_bounded(fg_tensor tokens)
+{
+    hgrn2_config c = tiny_hgrn2(HGRN2_BOUNDS_APPLIED);
+    c.recompute = true;
+    return hgrn2_lm(tokens, &c);
+}
+
+static fg_tensor delta_net(fg_tensor tokens)
+{
+    delta_net_config c = delta_net_lm_config(V, 16, 2, 2);
+    c.intermediate_size = 24;
+    return delta_net_lm(tokens, &c);
+}
+
+static model tiny_mamba2(void)
+{
+    model m = tiny_fox_llama();
+    m.mamba = true;
+    return m;
 }
 
 static void fill_batch(int32_t tokens[B * T], int32_t labels[B * T])
@@ -89,7 +146,8 @@ static void fill_parameters(const trial *r)
         for (int64_t n = 0; n < fg_shape_count(p.shape); n++) {
             const double v = sin(1.7 * (double)n + 0.9 * i);
             w[n] = ends(p.name, "embeddings.weight") ? v : 0.3 * v;
-            if (ends(p.name, "norm.weight")) w[n] = 1 + 0.1 * v;
+            if (ends(p.name, "norm.weight") || ends(p.name, "norm_f.weight")) w[n] = 1 + 0.1 * v;
+            if (ends(p.name, "A_log")) w[n] = log((double)n + 1);
         }
     }
 }
@@ -441,6 +499,58 @@ static const golden_gradient transformer_pro_gradients[] = {
     { NULL, 0, 0 }
 };
 
+static const golden_gradient hgrn2_gradients[] = {
+    { "lm_head.weight", 1.089638e+00, -7.68483e-02 },
+    { "model.embeddings.weight", 1.177609e-01, -7.54070e-04 },
+    { "model.layers.0.attn.f_proj.weight", 7.221998e-03, 4.12950e-04 },
+    { "model.layers.0.attn.g_norm.weight", 8.731075e-02, 4.87633e-03 },
+    { "model.layers.0.attn.i_proj.weight", 1.487694e-01, -5.06054e-03 },
+    { "model.layers.0.attn.o_proj.weight", 7.010021e-01, -3.20279e-03 },
+    { "model.layers.0.attn.q_proj.weight", 4.738971e-02, -5.96662e-03 },
+    { "model.layers.0.attn_norm.weight", 2.761469e-03, -3.23127e-04 },
+    { "model.layers.0.mlp.down_proj.weight", 2.409998e+00, 3.20296e-02 },
+    { "model.layers.0.mlp.gate_proj.weight", 1.792969e+00, 1.25610e-02 },
+    { "model.layers.0.mlp_norm.weight", 1.222380e-01, -3.37147e-02 },
+    { "model.norm.weight", 3.937808e-01, 1.58561e-01 },
+    { NULL, 0, 0 }
+};
+
+static const golden_gradient delta_net_gradients[] = {
+    { "lm_head.weight", 1.057527e+00, -1.76995e-02 },
+    { "model.embeddings.weight", 1.581908e-01, -3.35271e-03 },
+    { "model.layers.0.attn.b_proj.weight", 2.102421e-02, 1.95680e-03 },
+    { "model.layers.0.attn.k_conv1d.weight", 3.748512e-01, -5.58145e-02 },
+    { "model.layers.0.attn.k_proj.weight", 1.026327e-01, 3.75508e-03 },
+    { "model.layers.0.attn.o_norm.weight", 1.000800e-01, -2.77893e-02 },
+    { "model.layers.0.attn.o_proj.weight", 2.842979e-01, 2.09202e-02 },
+    { "model.layers.0.attn.q_conv1d.weight", 3.957867e-01, -4.21660e-02 },
+    { "model.layers.0.attn.q_proj.weight", 1.458401e-01, 8.01081e-03 },
+    { "model.layers.0.attn.v_conv1d.weight", 2.740695e-01, -2.68109e-02 },
+    { "model.layers.0.attn.v_proj.weight", 1.047952e-01, -4.66950e-03 },
+    { "model.layers.0.attn_norm.weight", 6.082547e-02, 1.63439e-03 },
+    { "model.layers.0.mlp.down_proj.weight", 1.127777e+00, -9.38598e-02 },
+    { "model.layers.0.mlp.gate_proj.weight", 5.396975e-01, -3.93073e-04 },
+    { "model.layers.0.mlp_norm.weight", 1.782810e-02, -2.31032e-03 },
+    { "model.norm.weight", 2.281288e-01, 4.79840e-02 },
+    { NULL, 0, 0 }
+};
+
+static const golden_gradient mamba2_gradients[] = {
+    { "backbone.embeddings.weight", 3.363408e-01, -2.49836e-02 },
+    { "backbone.layers.0.mixer.A_log", 8.119089e-03, -6.10979e-03 },
+    { "backbone.layers.0.mixer.D", 3.620749e-01, -2.91666e-02 },
+    { "backbone.layers.0.mixer.conv1d.bias", 4.332674e-01, 3.32402e-02 },
+    { "backbone.layers.0.mixer.conv1d.weight", 2.620035e+00, -7.96688e-02 },
+    { "backbone.layers.0.mixer.dt_bias", 9.702467e-02, 4.08731e-02 },
+    { "backbone.layers.0.mixer.in_proj.weight", 1.129559e+00, -2.37206e-02 },
+    { "backbone.layers.0.mixer.norm.weight", 3.358270e-01, 2.37819e-02 },
+    { "backbone.layers.0.mixer.out_proj.weight", 1.453397e+00, 1.10064e-02 },
+    { "backbone.layers.0.norm.weight", 9.548290e-02, 3.35723e-03 },
+    { "backbone.norm_f.weight", 5.210490e-01, 2.52002e-01 },
+    { "lm_head.weight", 1.167584e+00, -5.98663e-02 },
+    { NULL, 0, 0 }
+};
+
 /* Printed numbers are good to a unit of their last digit; loose: the rotary angles' part. */
 static void expect_printed(const char *what, double got, double want, double unit, double loose)
 {
@@ -474,6 +584,7 @@ static void expect_golden(const model *m, const double want[8], const golden_gra
     for (int i = 0; i < 4; i++)
         expect_printed("logit", logits[i], want[3 + i], 1e-7, rope ? 1e-6 : 0);
     for (int i = 0; fg_param_at(r.g, i, &p); i++) {
+        if (p.init.frozen) continue;                     /* stored and unused */
         const double *g = value(&r, r.grad[i]), sum = squares(g, fg_shape_count(p.shape));
         total += sum;
         for (const golden_gradient *w = gradients; w && w->name; w++) {
@@ -529,6 +640,30 @@ Test(f64_models, transformer_pro_gives_the_official_numbers)
     expect_golden(&m, want, transformer_pro_gradients);
 }
 
+Test(f64_models, hgrn2_gives_the_official_numbers)
+{
+    const model m = { .other = hgrn2 };
+    const double want[] = { 3.669164683, 4.28488766, 5.44863958, -0.1549275, -1.7816918, 1.8522314,
+                            0.0171893, 3.97614447 };
+    expect_golden(&m, want, hgrn2_gradients);
+}
+
+Test(f64_models, delta_net_gives_the_official_numbers)
+{
+    const model m = { .other = delta_net };
+    const double want[] = { 3.297386754, 3.77245326, 5.84015113, -0.4482031, -0.5877132, 1.0080799,
+                            -0.3726201, 1.97989491 };
+    expect_golden(&m, want, delta_net_gradients);
+}
+
+Test(f64_models, mamba2_gives_the_official_numbers)
+{
+    const model m = tiny_mamba2();
+    const double want[] = { 3.696617339, 4.47128336, 4.36860818, -0.2967018, -1.6783772, 1.8955845,
+                            -0.1274250, 4.43982869 };
+    expect_golden(&m, want, mamba2_gradients);
+}
+
 /* ---- gradients against central differences --------------------------------------------------- */
 
 static void put_line(void *to, const char *line) { fputs(line, to); }
@@ -577,4 +712,15 @@ Test(f64_models, gradients_of_whole_models_equal_differences)
     m.kv_heads = 1;
     m.window = 3;
     expect_gradients("transformer, shared keys, window", &m);
+    m = (model){ .other = hgrn2 };
+    expect_gradients("hgrn2", &m);
+    m.other = hgrn2_bounded;
+    expect_gradients("hgrn2, lower bounds, recomputed", &m);
+    m.other = delta_net;
+    expect_gradients("delta_net", &m);
+    m = tiny_mamba2();
+    expect_gradients("mamba2", &m);
+    m.kv_heads = 2;
+    m.c.recompute = true;
+    expect_gradients("mamba2, groups, recomputed", &m);
 }

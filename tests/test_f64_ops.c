@@ -13,7 +13,8 @@
 static bool differentiable(const char *outs, int k)
 {
     for (; k > 0; k--) { outs += strcspn(outs, " "); outs += *outs == ' '; }
-    return !strncmp(outs, "lse", 3) || !strncmp(outs, "sum", 3);
+    return !strncmp(outs, "lse", 3) || !strncmp(outs, "sum", 3) || !strncmp(outs, "end", 3)
+        || !strncmp(outs, "state", 5);
 }
 
 static void add_to(fg_tensor *loss, fg_tensor y)

@@ -122,7 +122,8 @@ Test(files, official_files_open_and_hold_what_they_should)
 {
     static const struct { const char *family; int tensors; } rows[] = {
         { "fox_llama", 23 }, { "fox_pro", 35 },
-        { "transformer_llama", 19 }, { "transformer_pro", 31 }
+        { "transformer_llama", 19 }, { "transformer_pro", 31 },
+        { "hgrn2", 31 }, { "hgrn2_lower_bound", 31 }, { "delta_net", 29 }
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         char name[400];
@@ -599,6 +600,38 @@ Test(files, official_configs_are_read)
     cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
     cr_assert(c.family == FG_FAMILY_TRANSFORMER && !c.u.transformer.no_rope);
     cr_assert(c.u.transformer.num_hidden_layers == 2 && c.u.transformer.window_size == 0);
+    snprintf(name, sizeof name, "%s/mamba2/config.json", FIXTURES);
+    cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
+    cr_assert(c.family == FG_FAMILY_MAMBA2 && c.u.mamba2.num_heads == 4);
+    cr_assert(c.u.mamba2.head_dim == 32 && c.u.mamba2.state_size == 16 && c.u.mamba2.n_groups == 1);
+    cr_assert(c.u.mamba2.initializer_range == 0.1 && !c.u.mamba2.no_conv_bias);
+    cr_assert(c.u.mamba2.time_step_low == 0 && c.u.mamba2.time_step_high == 0);
+    snprintf(name, sizeof name, "%s/hgrn2/config.json", FIXTURES);
+    cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
+    cr_assert(c.family == FG_FAMILY_HGRN2 && c.u.hgrn2.expand_ratio == 16);
+    cr_assert(c.u.hgrn2.num_heads == 0 && c.u.hgrn2.lower_bound == HGRN2_BOUNDS_STORED);
+    snprintf(name, sizeof name, "%s/delta_net/config.json", FIXTURES);
+    cr_assert_eq(fg_config_read(name, &c, message), FG_OK, "%s", message);
+    cr_assert(c.family == FG_FAMILY_DELTA_NET && c.u.delta_net.num_heads == 2);
+    cr_assert_eq(c.u.delta_net.conv_size, 4);
+}
+
+Test(files, a_hgrn2_without_the_releases_suffix_applies_its_lower_bounds)
+{
+    fg_config c, again;
+    cr_assert_eq(read_config("{\"model_type\":\"hgrn2\",\"hidden_size\":256,"
+                             "\"vocab_size\":9,\"num_hidden_layers\":2}", &c), FG_OK, "%s",
+                 message);
+    cr_assert_eq(c.u.hgrn2.lower_bound, HGRN2_BOUNDS_APPLIED);
+    fg_graph *g = fg_graph_new();
+    fg_config_build(&c, fg_input(g, "tokens", FG_I32, FG_DIMS(1, 3)));
+    cr_assert_eq(fg_config_write(path, g, message), FG_OK, "%s", message);
+    cr_assert_eq(fg_config_read(path, &again, message), FG_OK, "%s", message);
+    cr_expect_eq(memcmp(&c, &again, sizeof c), 0);
+    fg_graph_free(g);
+    cr_assert_eq(read_config("{\"model_type\":\"hgrn2\",\"use_lower_bound\":false}", &c),
+                 FG_OK, "%s", message);
+    cr_assert_eq(c.u.hgrn2.lower_bound, HGRN2_NO_BOUNDS);
 }
 
 Test(files, missing_keys_are_the_classes_defaults)
@@ -618,6 +651,11 @@ Test(files, missing_keys_are_the_classes_defaults)
                  message);
     cr_assert(c.u.transformer.vocab_size == 32000 && !c.u.transformer.no_rope);
     cr_assert_eq(c.u.transformer.num_kv_heads, 0);
+    cr_assert_eq(read_config("{\"model_type\":\"mamba2\"}", &c), FG_OK, "%s", message);
+    const mamba2_config *m = &c.u.mamba2;
+    cr_assert(m->hidden_size == 2048 && m->num_hidden_layers == 48 && m->num_heads == 64);
+    cr_assert(m->head_dim == 64 && m->state_size == 64 && m->expand == 2 && m->conv_kernel == 4);
+    cr_assert(m->n_groups == 8 && m->initializer_range == 0.1 && m->layer_norm_epsilon == 1e-5);
 }
 
 Test(files, python_tokens_and_unknown_keys_are_accepted)
@@ -636,6 +674,14 @@ Test(files, bad_configs_are_refused_with_key_and_value)
         { "{}", "model_type is missing, known are forgetting_transformer, transformer" },
         { "{\"model_type\":\"llama\"}", "model_type is \"llama\", known are" },
         { "{\"model_type\":7}", "model_type is 7" },
+        { "{\"model_type\":\"hgrn2\",\"expand_ratio\":100}",
+         "expand_ratio is 100, must divide hidden_size 2048" },
+        { "{\"model_type\":\"hgrn2\",\"num_heads\":4}", "expand_ratio is missing, must be" },
+        { "{\"model_type\":\"delta_net\",\"use_gate\":true}",
+         "use_gate is true, must be false" },
+        { "{\"model_type\":\"delta_net\",\"qk_norm\":\"sum\"}",
+         "qk_norm is \"sum\", must be one of l2" },
+        { "{\"model_type\":\"delta_net\",\"expand_k\":2}", "expand_k is 2, must be a number" },
         { "{\"model_type\":\"transformer\",\"model_type\":\"transformer\"}",
          "key model_type is there twice" },
         { "{\"model_type\":\"transformer\"} x", "something follows" },
@@ -673,6 +719,17 @@ Test(files, bad_configs_are_refused_with_key_and_value)
         { "T\"window_size\":0}", "window_size is 0" },
         { "T\"num_kv_heads\":5}", "num_kv_heads is 5, must divide num_heads 32" },
         { "T\"attention_bias\":true}", "attention_bias is true, must be false" },
+        { "M\"num_heads\":63}",
+          "num_heads is 63, must be expand * hidden_size / head_dim = 2 * 2048 / 64" },
+        { "M\"n_groups\":7}", "n_groups is 7, must divide num_heads 64" },
+        { "M\"conv_kernel\":9}", "conv_kernel is 9, must be an integer from 1 to 8" },
+        { "M\"use_bias\":true}", "use_bias is true, must be false" },
+        { "M\"rms_norm\":false}", "rms_norm is false, must be true" },
+        { "M\"hidden_act\":\"gelu\"}", "hidden_act is \"gelu\", must be one of silu, swish" },
+        { "M\"time_step_limit\":[0.0]}", "time_step_limit is a list, must be two numbers" },
+        { "M\"time_step_limit\":[1,1]}", "time_step_limit is a list, must be two numbers" },
+        { "M\"time_step_limit\":[Infinity,Infinity]}", "must be two numbers" },
+        { "M\"time_step_limit\":0.1}", "time_step_limit is 0.1, must be two numbers" },
         { "T\"vocab_size\":\"\\u001b[31m\"}", "vocab_size is \"?[31m\"" },
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
@@ -681,8 +738,9 @@ Test(files, bad_configs_are_refused_with_key_and_value)
         char first = rows[i].body[0];
         snprintf(text, sizeof text, "%s%s", first == 'F' ?
                  "{\"model_type\":\"forgetting_transformer\"," :
-                 first == 'T' ? "{\"model_type\":\"transformer\"," : "",
-                 rows[i].body + (first == 'F' || first == 'T'));
+                 first == 'T' ? "{\"model_type\":\"transformer\"," :
+                 first == 'M' ? "{\"model_type\":\"mamba2\"," : "",
+                 rows[i].body + (first == 'F' || first == 'T' || first == 'M'));
         long live = faults.live;
         cr_expect_eq(read_config(text, &c), FG_ERR_FORMAT, "%s was taken", text);
         cr_expect(strstr(message, rows[i].says), "%s: %s", text, message);
@@ -786,6 +844,8 @@ static double worst_logit(const char *family)
     fg_backend *cpu = fg_backend_open("cpu", 1);
     fg_store *s = fg_store_new(cpu);
     fg_graph *g = fg_graph_new();
+    if (strcmp(family, "hgrn2_lower_bound") == 0)        /* what its config.json does not say */
+        fg_graph_set(g, "lower_bound", "1");
     fg_tensor logits = model_of(&c, g, B, T);
     cr_assert_eq(fg_graph_status(g), FG_OK, "%s", fg_graph_message(g));
     cr_assert_eq(fg_store_init(s, g, 1), FG_OK, "%s", fg_store_message(s));
@@ -813,8 +873,9 @@ static double worst_logit(const char *family)
 Test(files, config_and_weights_alone_rebuild_the_official_model)
 {
     static const char *const families[] = { "fox_llama", "fox_pro", "transformer_llama",
-                                            "transformer_pro" };
-    for (int i = 0; i < 4; i++) {
+                                            "transformer_pro", "hgrn2", "hgrn2_lower_bound",
+                                            "delta_net" };
+    for (int i = 0; i < 7; i++) {
         double worst = worst_logit(families[i]);
         cr_expect(worst < 1e-5, "%s: logits differ by %g", families[i], worst);
     }
@@ -823,8 +884,8 @@ Test(files, config_and_weights_alone_rebuild_the_official_model)
 Test(files, the_config_a_model_records_reads_back_the_same)
 {
     static const char *const families[] = { "fox_llama", "fox_pro", "transformer_llama",
-                                            "transformer_pro" };
-    for (int i = 0; i < 4; i++) {
+                                            "transformer_pro", "hgrn2", "delta_net" };
+    for (int i = 0; i < 6; i++) {
         char name[400];
         fg_config c, again;
         snprintf(name, sizeof name, "%s/%s/config.json", FIXTURES, families[i]);

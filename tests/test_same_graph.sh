@@ -11,15 +11,18 @@ for i in $(seq 3000); do
 done >"$work/text"
 
 compared=0
-for model in fox_pro_tiny fox_llama_ops transformer_tiny; do
+for model in fox_pro_tiny fox_llama_ops transformer_tiny mamba2_tiny hybrid hgrn2_tiny \
+    delta_net_tiny; do
     source=$here/models/examples/$model.c
     for build in "$a" "$b"; do
         cc=$(sed -n 's/^CMAKE_C_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")
         name=$(basename "$build")
         # the model file itself is compiled by the same compiler as the library
         export FOX_CC=$cc
-        "$build/fox-graph" dump "$source" --pass train --stage lowered --format text \
+        "$build/fox-graph" dump "$source" --pass all --stage planned --stable --json \
             >"$work/$name.dump"
+        "$build/fox-graph" dump "$source" --pass all --stable --format html \
+            >>"$work/$name.dump"
         for threads in 1 2; do
             out=$work/$model-$name-$threads
             "$build/fox-graph" train "$source" --data "$work/text" --steps 4 --threads $threads \
@@ -40,4 +43,4 @@ for model in fox_pro_tiny fox_llama_ops transformer_tiny; do
     echo "ok: $model: $(wc -l <"$work/$x.dump") lines of graph, losses $losses"
     compared=$((compared + 1))
 done
-[ $compared = 3 ]
+[ $compared = 5 ]

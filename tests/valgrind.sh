@@ -15,7 +15,7 @@ build=$(cd "$build" && pwd)
 run() { "$@" >"$build/log" 2>&1 || { tail -30 "$build/log"; echo "failed: $*"; exit 1; }; }
 
 run cmake -S "$here" -B "$build" -DCMAKE_C_COMPILER="$cc" -DCMAKE_C_COMPILER_LAUNCHER="$launcher" \
-    -DCMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g" -DFG_NATIVE=OFF -DFG_TESTS=OFF
+    -DCMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g" -DFG_NATIVE=OFF -DFG_TESTS=OFF -DFG_CUDA=OFF
 run cmake --build "$build" -j"$(nproc)" --target fox-graph-command fox-graph-static
 
 memcheck() {
@@ -62,7 +62,12 @@ echo "int broken = ;" >"$work/broken.c"
 command 3 check "$work/broken.c"
 command 4 check "$here/tests/golden/cli/shapes.c"
 command 0 check "$model" "${tiny[@]}"
-command 0 dump "$model" "${tiny[@]}" --pass train --stage planned --format json
+command 0 dump "$model" "${tiny[@]}" --pass all --heat time --values stats --format json \
+    -o "$work/g.json"
+for format in text dot svg html; do
+    command 0 dump "$work/g.json" --format $format --memory --heat time -o "$work/g.$format"
+done
+command 1 diff "$work/g.json" "$model" "${tiny[@]}" --set layers=2 --pass all
 command 0 train "$model" "${tiny[@]}" --data "$work/text" --steps 2 --set warmup_tokens=64 \
     --threads 1 --out "$work/run" -q
 command 0 eval "$work/run" --data "$work/text" --threads 1

@@ -1,0 +1,672 @@
+/* linear_attention.cuh - what gated_linear_attention.cu and delta_rule.cu share: which rows belong
+ * together, fragments, and the two kernels that carry the state from chunk to chunk.
+ *
+ * Heads of 128 x 128, rows in chunks of 64.  Everything that does not need the state is prepared
+ * chunk by chunk, all chunks at once; what is left for the chain is products alone (W, diag(beta)
+ * of the delta rule only):
+ *
+ *     e = U - W S,  u = diag(beta) e       o = scale (Q S + A u)       S' = diag(decay) S + K^T u
+ *     gu = scale A^T go + K R           R' = diag(decay) R + scale Q^T go - W^T diag(beta) gu
+ *
+ * R, the gradient of S, goes from the last chunk to the first.  Both stay in registers in f32;
+ * operands are rounded to bf16.  A block of threads has 32 columns of one head, so a head is four
+ * blocks, which read the same Q, K, W, A from L2.
+ * Rows that a document's start cuts off from the state are 0 in Q and W, rows that do not reach the
+ * next chunk are 0 in K, and decay is 0 where a document starts within the chunk. */
+#ifndef FG_LINEAR_ATTENTION_CUH
+#define FG_LINEAR_ATTENTION_CUH
+#include <math.h>
+#include "attention.cuh"
+
+#define LA_ROWS    64                            /* of a chunk */
+#define LA_WIDTH   128                           /* of keys and of values */
+#define LA_COLUMNS 32                            /* of values, of a block of the chain */
+#define LA_STAGES  3
+
+struct la_task {
+    int64_t B, T, H, chunks;
+    const int32_t *first, *past;
+    const float *state;                          /* S before the first row, or NULL */
+    float scale;
+};
+
+static inline la_task la_task_of(const fg_shape *k, double scale, const void *first,
+                                 const void *past, const void *state)
+{
+    la_task z = {};
+    z.B = k->dim[0], z.T = k->dim[1], z.H = k->dim[2];
+    z.chunks = (z.T + LA_ROWS - 1) / LA_ROWS;
+    z.first = (const int32_t *)first;
+    z.past = (const int32_t *)past;
+    z.state = (const float *)state;
+    z.scale = (float)scale;
+    return z;
+}
+/* What works in chunks: q, k, v from input i on, and o. */
+static inline bool la_in_chunks(const fg_shape *k, const fg_shape *v, const fg_dtype *type, int i)
+{
+    return k->dim[1] >= LA_ROWS && k->dim[3] == LA_WIDTH && v->dim[3] == LA_WIDTH
+           && k->dim[0] * k->dim[2] <= 65535
+           && type[i] == FG_BF16 && type[i + 1] == FG_BF16 && type[i + 2] == FG_BF16;
+}
+/* The same of the gradient, inputs go gstate q k v ...; the chain goes back in units of scale. */
+static inline bool la_back_in_chunks(double scale, const fg_shape *shape, const fg_dtype *type,
+                                     const fg_dtype *out)
+{
+    return fabs(scale) > 1e-6 && la_in_chunks(&shape[3], &shape[4], type, 2)
+           && type[0] == FG_BF16 && out[0] == FG_BF16 && out[1] == FG_BF16 && out[2] == FG_BF16;
+}
+
+static __device__ __forceinline__ int64_t la_low(const la_task &z, int64_t b, int64_t t)
+{
+    const int64_t low = z.first ? z.first[b * z.T + t] : 0;
+    return low > 0 ? low : 0;
+}
+static __device__ __forceinline__ int64_t la_past(const la_task &z) { return z.past ? *z.past : 0; }
+/* The given state is what comes before row 0 of sequence b. */
+static __device__ __forceinline__ bool la_carried(const la_task &z, int64_t b)
+{
+    return z.state && la_low(z, b, 0) < (z.past ? la_past(z) : 1);
+}
+
+/* start[r]: the row of the chunk where the document of row r starts, -1: before the chunk, LA_NONE:
+ * padding, or behind the last row.  Threads 0 to 63 work, all must call it. */
+#define LA_NONE 127
+static __device__ __forceinline__ void la_starts(const la_task &z, int64_t b, int64_t chunk,
+                                                 int *start, uint32_t *marks)
+{
+    const int r = threadIdx.x;
+    const int64_t t = chunk * LA_ROWS + r, past = la_past(z);
+    bool padding = false;
+    if (r < LA_ROWS) {
+        bool begins = false;
+        padding = t >= z.T;
+        if (t < z.T) {
+            const int64_t ahead = la_low(z, b, t) - past - t;
+            padding = ahead > 0;
+            begins = t == 0 ? !la_carried(z, b)
+                            : ahead == 0 || (z.first && la_low(z, b, t - 1) > past + t - 1);
+        }
+        const uint32_t mark = __ballot_sync(~0u, begins && !padding);
+        if (r % 32 == 0) marks[r / 32] = mark;
+    }
+    __syncthreads();
+    if (r < LA_ROWS) {
+        const uint64_t all = (uint64_t)marks[1] << 32 | marks[0];
+        const uint64_t seen = all & (r == 63 ? ~0ull : (2ull << r) - 1);
+        start[r] = padding ? LA_NONE : seen ? 63 - __clzll((long long)seen) : -1;
+    }
+    __syncthreads();
+}
+/* Rows of chunk that there are. */
+static __device__ __forceinline__ int la_rows(const la_task &z, int64_t chunk)
+{
+    return (int)min((int64_t)LA_ROWS, z.T - chunk * LA_ROWS);
+}
+/* Row s goes on into the state behind the chunk; last = start[the last row]. */
+static __device__ __forceinline__ bool la_passes(int s, int n, int last)
+{
+    return last != LA_NONE && s >= last && s < n;
+}
+
+/* ---- fragments of matrices in shared memory, swizzled rows of WIDTH bf16 --------------------- */
+
+/* A: 16 x 16 at (m,k), stored [m][k] or, turned, [k][m]. */
+template <int WIDTH>
+static __device__ __forceinline__ void la_a(uint32_t *r, uint32_t x, int m, int k)
+{
+    const int q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
+    fg_ldmatrix(r, x + fg_swizzle<WIDTH>(m + (q & 1) * 8 + i, k / 8 + (q >> 1)));
+}
+template <int WIDTH>
+static __device__ __forceinline__ void la_a_turned(uint32_t *r, uint32_t x, int m, int k)
+{
+    const int q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
+    fg_ldmatrix_trans(r, x + fg_swizzle<WIDTH>(k + (q >> 1) * 8 + i, m / 8 + (q & 1)));
+}
+/* B: two of 16 x 8 at (k,n) and (k,n+8), stored [n][k] or, turned, [k][n]. */
+template <int WIDTH>
+static __device__ __forceinline__ void la_b(uint32_t *r, uint32_t x, int k, int n)
+{
+    const int q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
+    fg_ldmatrix(r, x + fg_swizzle<WIDTH>(n + (q >> 1) * 8 + i, k / 8 + (q & 1)));
+}
+template <int WIDTH>
+static __device__ __forceinline__ void la_b_turned(uint32_t *r, uint32_t x, int k, int n)
+{
+    const int q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
+    fg_ldmatrix_trans(r, x + fg_swizzle<WIDTH>(k + (q & 1) * 8 + i, n / 8 + (q >> 1)));
+}
+/* acc[0], acc[1] += a b of 16 x 16 */
+static __device__ __forceinline__ void la_mma2(float acc[][4], const uint32_t *a, const uint32_t *b)
+{
+    fg_mma(acc[0], a, b[0], b[1]);
+    fg_mma(acc[1], a, b[2], b[3]);
+}
+template <int N> static __device__ __forceinline__ void la_zero(float acc[N][4])
+{
+#pragma unroll
+    for (int j = 0; j < N; j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0;
+}
+
+static __device__ __forceinline__ float la_low_half(uint32_t u) { return __uint_as_float(u << 16); }
+static __device__ __forceinline__ float la_high_half(uint32_t u)
+{
+    return __uint_as_float(u & 0xffff0000u);
+}
+/* Two neighbours at (r,c), c even, of a swizzled matrix. */
+template <int WIDTH>
+static __device__ __forceinline__ uint32_t *la_pair(void *x, int r, int c)
+{
+    return (uint32_t *)((char *)x + fg_swizzle<WIDTH>(r, c / 8) + c % 8 * 2);
+}
+
+/* 64 rows of WIDTH, `row` elements apart, on their way to shared memory, by THREADS threads; this
+ * is number `thread`.  0 from row n on, and for rows whose flag has not the bit. */
+template <int WIDTH, int THREADS>
+static __device__ __forceinline__ void la_load(void *to, const bf16 *from, int64_t row, int n,
+                                               int thread, const uint8_t *flags = nullptr,
+                                               int bit = 0)
+{
+    constexpr int ROW = WIDTH / 8, STEP = THREADS / ROW, BYTES = STEP * WIDTH * 2;
+    static_assert(THREADS % ROW == 0 && LA_ROWS % STEP == 0 && STEP % 4 == 0, "");
+    const int r0 = thread / ROW, c = thread % ROW;
+    const uint32_t x = fg_shared(to);            /* the swizzle comes again every 8 rows */
+    const uint32_t even = x + fg_swizzle<WIDTH>(r0, c), odd = x + fg_swizzle<WIDTH>(r0 + STEP, c);
+    const bf16 *p = from + r0 * row + c * 8;
+    if (n == LA_ROWS && !flags) {
+#pragma unroll
+        for (int k = 0; k < LA_ROWS / STEP; k++, p += STEP * row)
+            fg_copy_async((k % 2 ? odd - BYTES : even) + k * BYTES, p, true);
+        return;
+    }
+    for (int k = 0; k < LA_ROWS / STEP; k++, p += STEP * row) {
+        const int r = r0 + k * STEP;
+        const bool real = r < n && (!flags || (flags[r] & bit));
+        fg_copy_async((k % 2 ? odd - BYTES : even) + k * BYTES, real ? p : from, real);
+    }
+}
+
+/* ---- the chain ------------------------------------------------------------------------------- */
+
+/* A matrix of rows: row t of head bh stands at p + b batch + h head + t row. */
+struct la_rows_of { const bf16 *p; int64_t batch, head, row; };
+struct la_rows_to { bf16 *p; int64_t batch, head, row; };
+static __device__ __forceinline__ const bf16 *la_at(const la_rows_of &x, int64_t b, int64_t h,
+                                                    int64_t t)
+{
+    return x.p + b * x.batch + h * x.head + t * x.row;
+}
+
+#define LA_REACHED 1                             /* flags of a row: the state reaches it, */
+#define LA_PASSES  2                             /* it reaches the next chunk */
+
+struct la_chain {
+    la_task z;
+    la_rows_of q, k, w, u;                       /* u: U of the delta rule, else v; back: go */
+    const bf16 *A;                               /* [B,H,chunks,64,64] */
+    const float *decay;                          /* [B,H,chunks,128]; of the delta rule, [B,chunks]
+                                                    or NULL: 1 */
+    const float *beta;                           /* [B,H,chunks*64] */
+    const uint8_t *flags;                        /* [B,chunks*64] for q and k, or NULL: all set */
+    la_rows_to o;                                /* forward: o, or e if kept; back: gu */
+    bf16 *kept;                                  /* [B,H,chunks,128,128], [value][key]: S before, or
+                                                    R / scale behind the chunk */
+    const float *from;                           /* gradient of the last state, or NULL */
+    float *to;                                   /* [B,H,128,128]: the last state; back: gradient of
+                                                    the first */
+};
+
+/* What a step needs: of the chain, and of those who write o one step behind it. */
+template <bool DELTA> struct alignas(1024) la_stage {
+    bf16 k[LA_ROWS * LA_WIDTH], w[DELTA ? LA_ROWS * LA_WIDTH : 64];
+    bf16 u[LA_ROWS * LA_COLUMNS];
+    float factor[LA_WIDTH];                      /* beta of rows, or decay of channels */
+};
+struct alignas(1024) la_late { bf16 q[LA_ROWS * LA_WIDTH], A[LA_ROWS * LA_ROWS]; };
+template <bool DELTA> struct la_shared {
+    la_stage<DELTA> stage[LA_STAGES];
+    la_late late[LA_STAGES];
+    bf16 S[2][LA_COLUMNS * LA_WIDTH];            /* [value][key] */
+    bf16 u[2][LA_COLUMNS * LA_ROWS];             /* [value][row] */
+};
+
+/* Warps 0 and 1 carry 16 columns of values each, transposed: S^T is the operand of W S as it stands
+ * in registers, and u^T that of K^T u, so nothing passes between warps on the way.  Warps 2 and 3
+ * fetch; 4 to 11 write o, or 6 and 7 what is kept, one step behind.  (Warp w runs on scheduler
+ * w % 4: each warp of the chain should have one for itself, as far as the others can spare it.) */
+#define LA_THREADS     256                       /* 384 where o is written */
+#define LA_IS_CHAIN(warp)   ((warp) < 2)
+#define LA_IS_FETCHER(warp) ((warp) / 2 == 1)
+
+template <bool DELTA>
+static __device__ __forceinline__ void la_fetch(const la_chain &c, la_stage<DELTA> *s, int64_t bh,
+                                                int64_t chunk)
+{
+    const int64_t b = bh / c.z.H, h = bh % c.z.H, t = chunk * LA_ROWS;
+    const int n = la_rows(c.z, chunk), i = threadIdx.x % 64;
+    const uint8_t *flags = c.flags ? c.flags + (b * c.z.chunks + chunk) * LA_ROWS : nullptr;
+    la_load<LA_WIDTH, 64>(s->k, la_at(c.k, b, h, t), c.k.row, n, i, flags, LA_PASSES);
+    la_load<LA_COLUMNS, 64>(s->u, la_at(c.u, b, h, t) + blockIdx.x * LA_COLUMNS, c.u.row, n, i);
+    if (DELTA) la_load<LA_WIDTH, 64>(s->w, la_at(c.w, b, h, t), c.w.row, n, i);
+    const float *factor = DELTA ? c.beta + (bh * c.z.chunks + chunk) * LA_ROWS
+                                : c.decay + (bh * c.z.chunks + chunk) * LA_WIDTH;
+    if (i < (DELTA ? LA_ROWS : LA_WIDTH) / 4)
+        fg_copy_async(fg_shared(s->factor + 4 * i), factor + 4 * i, true);
+}
+static __device__ __forceinline__ void la_fetch_late(const la_chain &c, la_late *s, int64_t bh,
+                                                     int64_t chunk)
+{
+    const int64_t b = bh / c.z.H, h = bh % c.z.H, t = chunk * LA_ROWS;
+    const int n = la_rows(c.z, chunk), i = threadIdx.x % 64;
+    const uint8_t *flags = c.flags ? c.flags + (b * c.z.chunks + chunk) * LA_ROWS : nullptr;
+    la_load<LA_WIDTH, 64>(s->q, la_at(c.q, b, h, t), c.q.row, n, i, flags, LA_REACHED);
+    la_load<LA_ROWS, 64>(s->A, c.A + (bh * c.z.chunks + chunk) * LA_ROWS * LA_ROWS, LA_ROWS,
+                         LA_ROWS, i);
+}
+
+/* A warp's columns of a [key][value] matrix in f32 to fragments of its transpose, and back. */
+static __device__ __forceinline__ void la_state_in(float S[16][4], const float *from, float scale)
+{
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    const int v = blockIdx.x * LA_COLUMNS + threadIdx.x / 32 * 16 + g;
+    la_zero<16>(S);
+    if (!from) return;
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            S[j][i] = scale * from[(8 * j + c + i % 2) * LA_WIDTH + v + i / 2 * 8];
+}
+static __device__ __forceinline__ void la_state_out(const float S[16][4], float *to, float scale)
+{
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    const int v = blockIdx.x * LA_COLUMNS + threadIdx.x / 32 * 16 + g;
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            to[(8 * j + c + i % 2) * LA_WIDTH + v + i / 2 * 8] = scale * S[j][i];
+}
+
+/* Sums of two neighbouring tiles as an operand A of 16 columns. */
+static __device__ __forceinline__ void la_operand(uint32_t a[4], const float x[4], const float y[4])
+{
+    a[0] = fg_pack2(x[0], x[1]);
+    a[1] = fg_pack2(x[2], x[3]);
+    a[2] = fg_pack2(y[0], y[1]);
+    a[3] = fg_pack2(y[2], y[3]);
+}
+/* Such an operand, columns from k on, to rows m of a matrix in shared memory. */
+template <int WIDTH>
+static __device__ __forceinline__ void la_share(const uint32_t a[4], bf16 *to, int m, int k)
+{
+#if __CUDA_ARCH__ >= 900
+    const int q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
+    const uint32_t at = fg_shared(to) + fg_swizzle<WIDTH>(m + (q & 1) * 8 + i, k / 8 + (q >> 1));
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+                 :: "r"(at), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+#else
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    *la_pair<WIDTH>(to, m + g, k + c) = a[0];
+    *la_pair<WIDTH>(to, m + g + 8, k + c) = a[1];
+    *la_pair<WIDTH>(to, m + g, k + 8 + c) = a[2];
+    *la_pair<WIDTH>(to, m + g + 8, k + 8 + c) = a[3];
+#endif
+}
+
+/* acc += a x: 16 columns of values by 64 rows, or by 128 keys.  A warp is alone with its tensor
+ * core here: operands are fetched LA_AHEAD products early, to hide what shared memory takes. */
+#define LA_AHEAD 5
+static __device__ __forceinline__ void la_to_rows(float acc[8][4], const uint32_t a[8][4],
+                                                  uint32_t x)
+{
+    uint32_t b[LA_AHEAD][4];
+#pragma unroll
+    for (int i = 0; i < LA_AHEAD; i++) la_b<LA_WIDTH>(b[i], x, i / 4 * 16, i % 4 * 16);
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        const int next = i + LA_AHEAD;
+        la_mma2(acc + i % 4 * 2, a[i / 4], b[i % LA_AHEAD]);
+        if (next < 32) la_b<LA_WIDTH>(b[i % LA_AHEAD], x, next / 4 * 16, next % 4 * 16);
+    }
+}
+static __device__ __forceinline__ void la_to_keys(float acc[16][4], const uint32_t a[4][4],
+                                                  uint32_t x)
+{
+    uint32_t b[LA_AHEAD][4];
+#pragma unroll
+    for (int i = 0; i < LA_AHEAD; i++) la_b_turned<LA_WIDTH>(b[i], x, i / 8 * 16, i % 8 * 16);
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        const int next = i + LA_AHEAD;
+        la_mma2(acc + i % 8 * 2, a[i / 8], b[i % LA_AHEAD]);
+        if (next < 32) la_b_turned<LA_WIDTH>(b[i % LA_AHEAD], x, next / 8 * 16, next % 8 * 16);
+    }
+}
+
+/* decay of the delta rule's chunk, 1 where there are no documents */
+static __device__ __forceinline__ float la_keep(const la_chain &c, int64_t b, int64_t chunk)
+{
+    return c.decay && chunk >= 0 && chunk < c.z.chunks ? c.decay[b * c.z.chunks + chunk] : 1.0f;
+}
+template <bool DELTA>
+static __device__ __forceinline__ void la_decay(float S[16][4], const float *factor, float keep)
+{
+    const int c = threadIdx.x % 4 * 2;
+    if (DELTA && keep == 1) return;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        const float2 d = DELTA ? make_float2(keep, keep) : *(const float2 *)&factor[8 * j + c];
+        S[j][0] *= d.x;
+        S[j][1] *= d.y;
+        S[j][2] *= d.x;
+        S[j][3] *= d.y;
+    }
+}
+
+/* A writer's share of S [32][128] to its place among the kept. */
+static __device__ __forceinline__ void la_keep_state(const bf16 *S, bf16 *to, int writer)
+{
+    to += blockIdx.x * LA_COLUMNS * LA_WIDTH;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        const int i = writer * 32 + threadIdx.x % 32 + 64 * k, r = i / 16, c = i % 16;
+        *(uint4 *)(to + r * LA_WIDTH + c * 8) =
+            *(const uint4 *)((const char *)S + fg_swizzle<LA_WIDTH>(r, c));
+    }
+}
+/* 16 rows of x [32][64], turned, to memory. */
+static __device__ __forceinline__ void la_keep_rows(const bf16 *x, const la_rows_to &to, int64_t b,
+                                                    int64_t h, int64_t t, int m, int n)
+{
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    bf16 *p = to.p + b * to.batch + h * to.head + t * to.row + blockIdx.x * LA_COLUMNS + c;
+#pragma unroll
+    for (int v = 0; v < LA_COLUMNS; v += 16) {
+        uint32_t a[4];
+        la_a_turned<LA_ROWS>(a, fg_shared(x), m, v);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (m + g + i % 2 * 8 < n)
+                *(uint32_t *)(p + (m + g + i % 2 * 8) * to.row + v + i / 2 * 8) = a[i];
+    }
+}
+
+/* o = scale (Q S + A u), 16 rows by 16 columns, by one writer */
+static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_late *s,
+                                                    const bf16 *S, const bf16 *u, int64_t b,
+                                                    int64_t h, int64_t t, int m, int v, int n)
+{
+    const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2;
+    float o[2][4];
+    la_zero<2>(o);
+#pragma unroll
+    for (int k = 0; k < LA_WIDTH; k += 16) {
+        uint32_t a[4], x[4];
+        la_a<LA_WIDTH>(a, fg_shared(s->q), m, k);
+        la_b<LA_WIDTH>(x, fg_shared(S), k, v);
+        la_mma2(o, a, x);
+    }
+#pragma unroll
+    for (int k = 0; k < LA_ROWS; k += 16) {
+        uint32_t a[4], x[4];
+        if (k > m) break;
+        la_a<LA_ROWS>(a, fg_shared(s->A), m, k);
+        la_b<LA_ROWS>(x, fg_shared(u), k, v);
+        la_mma2(o, a, x);
+    }
+    bf16 *p = c.o.p + b * c.o.batch + h * c.o.head + t * c.o.row + blockIdx.x * LA_COLUMNS + v + cc;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+            if (m + g + 8 * i < n)
+                *(uint32_t *)(p + (m + g + 8 * i) * c.o.row + 8 * j) =
+                    fg_pack2(c.z.scale * o[j][2 * i], c.z.scale * o[j][2 * i + 1]);
+}
+
+/* One chunk on the way forward: shares S before it, and u (or e), leaves S behind it. */
+template <bool DELTA, bool KEEP>
+static __device__ __forceinline__ void la_step(float S[16][4], la_stage<DELTA> *s, bf16 *S_to,
+                                               bf16 *u_to, float keep)
+{
+    const int m = threadIdx.x / 32 * 16, c = threadIdx.x % 4 * 2;
+    uint32_t u[4][4];
+    uint32_t a[8][4];
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        la_operand(a[k], S[2 * k], S[2 * k + 1]);
+        la_share<LA_WIDTH>(a[k], S_to, m, 16 * k);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) la_a_turned<LA_COLUMNS>(u[k], fg_shared(s->u), m, 16 * k);
+    if (DELTA) {
+        float e[8][4];
+        la_zero<8>(e);
+        la_to_rows(e, a, fg_shared(s->w));
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 beta = *(const float2 *)&s->factor[8 * j + c];
+            const uint32_t x = u[j / 2][j % 2 * 2], y = u[j / 2][j % 2 * 2 + 1];
+            e[j][0] = la_low_half(x) - e[j][0];
+            e[j][1] = la_high_half(x) - e[j][1];
+            e[j][2] = la_low_half(y) - e[j][2];
+            e[j][3] = la_high_half(y) - e[j][3];
+            if (KEEP) {
+                u[j / 2][j % 2 * 2] = fg_pack2(e[j][0], e[j][1]);
+                u[j / 2][j % 2 * 2 + 1] = fg_pack2(e[j][2], e[j][3]);
+            }
+            e[j][0] *= beta.x;
+            e[j][1] *= beta.y;
+            e[j][2] *= beta.x;
+            e[j][3] *= beta.y;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            if (KEEP) la_share<LA_ROWS>(u[k], u_to, m, 16 * k);
+            la_operand(u[k], e[2 * k], e[2 * k + 1]);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (!KEEP) la_share<LA_ROWS>(u[k], u_to, m, 16 * k);
+    la_decay<DELTA>(S, s->factor, keep);
+    la_to_keys(S, u, fg_shared(s->k));
+}
+
+/* From the first chunk to the last.  KEEP: the states, and e of the delta rule; else o. */
+template <bool DELTA, bool KEEP>
+static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_shared<DELTA> *sm)
+{
+    const int warp = threadIdx.x / 32;
+    const int64_t bh = blockIdx.y, b = bh / c.z.H, h = bh % c.z.H, size = LA_WIDTH * LA_WIDTH;
+    const int64_t chunks = c.z.chunks;
+    float S[16][4];
+    float keep = 1;
+    if (LA_IS_CHAIN(warp)) {
+        la_state_in(S, la_carried(c.z, b) ? c.z.state + bh * size : nullptr, 1);
+        if (DELTA) keep = la_keep(c, b, 0);
+    }
+    if (LA_IS_FETCHER(warp)) {
+        la_fetch<DELTA>(c, &sm->stage[0], bh, 0);
+        fg_copy_commit();
+        if (chunks > 1) la_fetch<DELTA>(c, &sm->stage[1], bh, 1);
+        if (!KEEP) la_fetch_late(c, &sm->late[0], bh, 0);
+        fg_copy_commit();
+        fg_copy_wait<1>();
+    }
+    __syncthreads();
+    for (int64_t i = 0; i <= chunks; i++) {      /* step i: chunk i; what is written is i - 1's */
+        if (LA_IS_CHAIN(warp)) {
+            if (i < chunks) {
+                const float next = DELTA ? la_keep(c, b, i + 1) : 1;
+                la_step<DELTA, KEEP>(S, &sm->stage[i % LA_STAGES], sm->S[i % 2], sm->u[i % 2],
+                                     keep);
+                keep = next;
+            }
+        } else if (LA_IS_FETCHER(warp)) {
+            if (i + 2 < chunks) la_fetch<DELTA>(c, &sm->stage[(i + 2) % LA_STAGES], bh, i + 2);
+            if (!KEEP && i + 1 < chunks)
+                la_fetch_late(c, &sm->late[(i + 1) % LA_STAGES], bh, i + 1);
+            fg_copy_commit();
+            fg_copy_wait<1>();                   /* what the next step needs is there */
+        } else if (warp >= (KEEP ? 6 : 4) && i > 0) {
+            const int64_t j = i - 1, t = j * LA_ROWS;
+            const int n = la_rows(c.z, j), m = 32 * (warp - 6);
+            if (KEEP) {
+                la_keep_state(sm->S[j % 2], c.kept + (bh * chunks + j) * size, warp - 6);
+                if (DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, m, n);
+                if (DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, m + 16, n);
+            } else {
+                la_write_out(c, &sm->late[j % LA_STAGES], sm->S[j % 2], sm->u[j % 2], b, h, t,
+                             warp % 4 * 16, warp / 8 * 16, n);
+            }
+        }
+        __syncthreads();
+    }
+    if (LA_IS_CHAIN(warp) && c.to) la_state_out(S, c.to + bh * size, 1);
+}
+
+/* One chunk on the way back, in units of scale: shares R behind it, and gu, leaves R before it. */
+template <bool DELTA>
+static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DELTA> *s,
+                                                    la_late *late, bf16 *R_to, bf16 *u_to,
+                                                    float keep, float scale)
+{
+    const int m = threadIdx.x / 32 * 16, c = threadIdx.x % 4 * 2;
+    uint32_t go[4][4], u[4][4];
+    float gu[8][4];
+    la_zero<8>(gu);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        la_a_turned<LA_COLUMNS>(go[k], fg_shared(s->u), m, 16 * k);
+#pragma unroll
+        for (int j = 0; j <= k; j++) {
+            uint32_t b[4];
+            la_b_turned<LA_ROWS>(b, fg_shared(late->A), 16 * k, 16 * j);
+            la_mma2(gu + 2 * j, go[k], b);
+        }
+    }
+    {
+        uint32_t a[8][4];
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            la_operand(a[k], R[2 * k], R[2 * k + 1]);
+            la_share<LA_WIDTH>(a[k], R_to, m, 16 * k);
+        }
+        la_to_rows(gu, a, fg_shared(s->k));
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 beta = DELTA ? *(const float2 *)&s->factor[8 * j + c] : make_float2(0, 0);
+        u[j / 2][j % 2 * 2] = fg_pack2(-beta.x * gu[j][0], -beta.y * gu[j][1]);
+        u[j / 2][j % 2 * 2 + 1] = fg_pack2(-beta.x * gu[j][2], -beta.y * gu[j][3]);
+#pragma unroll
+        for (int f = 0; f < 4; f++) gu[j][f] *= scale;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t a[4];
+        la_operand(a, gu[2 * k], gu[2 * k + 1]);
+        la_share<LA_ROWS>(a, u_to, m, 16 * k);
+    }
+    la_decay<DELTA>(R, s->factor, keep);
+    la_to_keys(R, go, fg_shared(late->q));
+    if (DELTA) la_to_keys(R, u, fg_shared(s->w));
+}
+
+/* From the last chunk to the first. */
+template <bool DELTA>
+static __device__ __forceinline__ void la_backward_chain(const la_chain &c, la_shared<DELTA> *sm)
+{
+    const int warp = threadIdx.x / 32;
+    const int64_t bh = blockIdx.y, b = bh / c.z.H, h = bh % c.z.H, size = LA_WIDTH * LA_WIDTH;
+    const int64_t chunks = c.z.chunks;
+    float R[16][4];
+    float keep = 1;
+    if (LA_IS_CHAIN(warp)) {
+        la_state_in(R, c.from ? c.from + bh * size : nullptr, 1 / c.z.scale);
+        if (DELTA) keep = la_keep(c, b, chunks - 1);
+    }
+    if (LA_IS_FETCHER(warp))
+        for (int64_t i = 0; i < 2; i++) {
+            if (i < chunks) {
+                la_fetch<DELTA>(c, &sm->stage[i], bh, chunks - 1 - i);
+                la_fetch_late(c, &sm->late[i], bh, chunks - 1 - i);
+            }
+            fg_copy_commit();
+            if (i == 1) fg_copy_wait<1>();
+        }
+    __syncthreads();
+    for (int64_t i = 0; i <= chunks; i++) {
+        const int64_t chunk = chunks - 1 - i;
+        if (LA_IS_CHAIN(warp)) {
+            if (i < chunks) {
+                const float next = DELTA ? la_keep(c, b, chunk - 1) : 1;
+                la_step_back<DELTA>(R, &sm->stage[i % LA_STAGES], &sm->late[i % LA_STAGES],
+                                    sm->S[i % 2], sm->u[i % 2], keep, c.z.scale);
+                keep = next;
+            }
+        } else if (LA_IS_FETCHER(warp)) {
+            if (i + 2 < chunks) {
+                la_fetch<DELTA>(c, &sm->stage[(i + 2) % LA_STAGES], bh, chunk - 2);
+                la_fetch_late(c, &sm->late[(i + 2) % LA_STAGES], bh, chunk - 2);
+            }
+            fg_copy_commit();
+            fg_copy_wait<1>();
+        } else if (warp >= 6 && i > 0) {
+            const int w = warp - 6;
+            la_keep_state(sm->S[(i - 1) % 2], c.kept + (bh * chunks + chunk + 1) * size, w);
+            for (int m = 32 * w; m < 32 * w + 32; m += 16)
+                la_keep_rows(sm->u[(i - 1) % 2], c.o, b, h, (chunk + 1) * LA_ROWS, m,
+                             la_rows(c.z, chunk + 1));
+        }
+        __syncthreads();
+    }
+    if (!LA_IS_CHAIN(warp)) return;
+    if (!la_carried(c.z, b)) la_zero<16>(R);
+    la_state_out(R, c.to + bh * size, c.z.scale);
+}
+
+template <bool DELTA>
+static __global__ void __launch_bounds__(LA_THREADS + 128, 1)
+la_forward(const __grid_constant__ la_chain c)
+{
+    extern __shared__ __align__(1024) char memory[];
+    la_forward_chain<DELTA, false>(c, (la_shared<DELTA> *)memory);
+}
+/* The two ways of the gradient do not need each other: half the blocks go forth, half back. */
+template <bool DELTA>
+static __global__ void __launch_bounds__(LA_THREADS, 1)
+la_both_ways(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain back)
+{
+    extern __shared__ __align__(1024) char memory[];
+    if (blockIdx.z) la_forward_chain<DELTA, true>(forth, (la_shared<DELTA> *)memory);
+    else la_backward_chain<DELTA>(back, (la_shared<DELTA> *)memory);
+}
+
+template <bool DELTA> static void la_run_forward(const la_chain &c, cudaStream_t stream)
+{
+    const int bytes = (int)sizeof(la_shared<DELTA>);
+    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(c.z.B * c.z.H));
+    cudaFuncSetAttribute(la_forward<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    la_forward<DELTA><<<grid, LA_THREADS + 128, bytes, stream>>>(c);
+}
+template <bool DELTA>
+static void la_run_both_ways(const la_chain &forth, const la_chain &back, cudaStream_t stream)
+{
+    const int bytes = (int)sizeof(la_shared<DELTA>);
+    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(forth.z.B * forth.z.H), 2);
+    cudaFuncSetAttribute(la_both_ways<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    la_both_ways<DELTA><<<grid, LA_THREADS, bytes, stream>>>(forth, back);
+}
+
+/* Cuts bytes off scratch, 256-byte aligned; base NULL: only counts. */
+static inline void *la_cut(char *base, size_t *used, size_t bytes)
+{
+    void *p = base ? base + *used : nullptr;
+    *used += (bytes + 255) / 256 * 256;
+    return p;
+}
+#endif

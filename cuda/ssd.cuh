@@ -1,0 +1,425 @@
+/* ssd.cuh - what ssd_scan.cu and its gradient share: decays of chunks, states between chunks.
+ *
+ * A chunk is R tokens.  Inside it, with l_t = dt_t a and sum_i = l_1 + ... + l_i,
+ *
+ *     decay from j to i   e^(sum_i - sum_j)      keep_i = e^(sum_i)     left_j = e^(sum_R - sum_j)
+ *
+ * Sums are made in double and kept as two floats in units of log2, so a difference is good to the
+ * last bit of a float however far both have gone; l is clamped at -1e4.  Where a document begins,
+ * the segment number goes up: decays between different segments, keep after the first and left
+ * before the last are 0.  Padding is a segment of its own with dt = 0.
+ *
+ * From j to an i in a later block of 16 tokens the decay is tail_j e^(sum_i - sum_last), with the
+ * last token of j's block between them and tail_j = e^(sum_last - sum_j): one product a pair.
+ *
+ * States enter and leave chunks in f32, in registers, and go to the other kernels as bf16 [P,N]. */
+#ifndef FG_SSD_CUH
+#define FG_SSD_CUH
+#include "attention.cuh"
+
+struct fg_ssd {
+    const int32_t *first, *past;
+    int64_t B, T, H, P, G, N;
+    bool resets;                                 /* first or past is given */
+};
+
+static inline fg_ssd fg_ssd_of(const fg_shape *x, const fg_shape *b)
+{
+    return { nullptr, nullptr, x->dim[0], x->dim[1], x->dim[2], x->dim[3], b->dim[2], b->dim[3],
+             false };
+}
+
+/* The first position that row (b,t) sees; -1: every row continues the one before. */
+static __device__ __forceinline__ int64_t fg_ssd_low(const fg_ssd &z, int64_t b, int64_t t)
+{
+    return z.first ? z.first[b * z.T + t] : z.resets ? 0 : -1;
+}
+
+/* Cuts count * size bytes off scratch, to whole 256 bytes; with base NULL only counts. */
+static inline void *fg_ssd_cut(void *base, size_t *used, int64_t count, size_t size)
+{
+    void *p = base ? (char *)base + *used : nullptr;
+    *used += ((size_t)count * size + 255) / 256 * 256;
+    return p;
+}
+
+/* ---- decays --------------------------------------------------------------------------------- */
+
+/* Per sequence and head, of tokens padded to whole chunks.  push = left dt. */
+struct fg_decays {
+    float2 *sum;                                 /* high and low part, log2 */
+    float *dt, *tail, *keep, *left, *push, *whole;         /* whole: [B,H,chunks] */
+    int32_t *segment;                            /* [B,padded]; below 0: padding */
+    int64_t chunks, padded;
+};
+
+static inline fg_decays fg_decays_cut(void *base, size_t *used, const fg_ssd &z, int R)
+{
+    fg_decays d;
+    d.chunks = (z.T + R - 1) / R;
+    d.padded = d.chunks * R;
+    const int64_t n = z.B * z.H * d.padded;
+    d.sum = (float2 *)fg_ssd_cut(base, used, n, sizeof(float2));
+    d.dt = (float *)fg_ssd_cut(base, used, n, sizeof(float));
+    d.tail = (float *)fg_ssd_cut(base, used, n, sizeof(float));
+    d.keep = (float *)fg_ssd_cut(base, used, n, sizeof(float));
+    d.left = (float *)fg_ssd_cut(base, used, n, sizeof(float));
+    d.push = (float *)fg_ssd_cut(base, used, n, sizeof(float));
+    d.whole = (float *)fg_ssd_cut(base, used, z.B * z.H * d.chunks, sizeof(float));
+    d.segment = (int32_t *)fg_ssd_cut(base, used, z.B * d.padded, sizeof(int32_t));
+    return d;
+}
+
+static __device__ __forceinline__ float fg_two_diff(float2 x, float2 y)
+{
+    return (x.x - y.x) + (x.y - y.y);
+}
+static __device__ __forceinline__ float2 fg_two(double x)
+{
+    const float high = (float)x;
+    return make_float2(high, (float)(x - (double)high));
+}
+
+/* A block per chunk of a sequence and eight heads, a warp each; a lane has R / 32 neighbouring
+ * tokens, `final` the last token of its block of 16. */
+template <int R>
+static __global__ void __launch_bounds__(256)
+fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
+{
+    constexpr int E = R / 32;
+    const int final = (int)threadIdx.x % 32 | (16 / E - 1);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t b = blockIdx.x / d.chunks, chunk = blockIdx.x % d.chunks, t0 = chunk * R;
+    const int64_t past = z.past ? *z.past : 0;
+    int count[E], total = 0;
+    bool pad[E];
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+        const int64_t t = t0 + E * lane + e;
+        const int64_t low = t < z.T ? fg_ssd_low(z, b, t) : -1;
+        pad[e] = t < z.T && low > past + t;
+        total += t < z.T && low >= past + t;
+        count[e] = total;
+    }
+    int before = total;
+#pragma unroll
+    for (int k = 1; k < 32; k *= 2) {
+        const int y = __shfl_up_sync(~0u, before, k);
+        if (lane >= k) before += y;
+    }
+    const int last = __shfl_sync(~0u, before, 31);
+    before -= total;
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+        count[e] += before;
+        if (warp == 0 && blockIdx.y == 0)
+            d.segment[b * d.padded + t0 + E * lane + e] = pad[e] ? -1 - count[e] : count[e];
+    }
+    const int block = __shfl_sync(~0u, pad[E - 1] ? -1 - count[E - 1] : count[E - 1], final);
+    const int64_t h = blockIdx.y * 8 + warp;
+    if (h < z.H) {
+        const double rate = (double)a[h] * FG_LOG2_E;
+        const int64_t at = (b * z.H + h) * d.padded + t0 + E * lane;
+        double sum[E], all = 0;
+        float step[E];
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+            const int64_t t = t0 + E * lane + e;
+            const float v = t < z.T && !pad[e] ? dt[(b * z.T + t) * z.H + h] : 0.0f;
+            const double l = (double)v * rate, floor = -1e4 * FG_LOG2_E;
+            sum[e] = all += l < floor ? floor : l;
+            step[e] = v;
+        }
+        const double upto = fg_warp_prefix(all), whole = __shfl_sync(~0u, upto, 31);
+        const double to = __shfl_sync(~0u, upto, final);
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+            const double s = upto - all + sum[e];
+            const float keep = count[e] == 0 ? fg_exp2((float)s) : 0.0f;
+            const float left = count[e] == last && !pad[e] ? fg_exp2((float)(whole - s)) : 0.0f;
+            d.sum[at + e] = fg_two(s);
+            d.dt[at + e] = step[e];
+            d.tail[at + e] = count[e] == block && !pad[e] ? fg_exp2((float)(to - s)) : 0.0f;
+            d.keep[at + e] = keep;
+            d.left[at + e] = left;
+            d.push[at + e] = left * step[e];
+        }
+        if (lane == 0)
+            d.whole[(b * z.H + h) * d.chunks + chunk] = last == 0 ? fg_exp2((float)whole) : 0.0f;
+    }
+}
+
+template <int R>
+static void fg_decays_launch(const fg_ssd &z, const float *dt, const float *a, const fg_decays &d,
+                             cudaStream_t stream)
+{
+    const dim3 blocks((unsigned)(z.B * d.chunks), (unsigned)((z.H + 7) / 8));
+    fg_decays_fill<R><<<blocks, 256, 0, stream>>>(z, dt, a, d);
+}
+
+/* ---- fragments of matrices in shared memory, WIDTH bf16 a row, swizzled ---------------------- */
+
+/* A = rows [r, r+16) x columns [k, k+16) of m. */
+template <int WIDTH>
+static __device__ __forceinline__ void fg_a(uint32_t *a, uint32_t m, int r, int k)
+{
+    const int lane = threadIdx.x % 32;
+    fg_ldmatrix(a, m + fg_swizzle<WIDTH>(r + lane / 8 % 2 * 8 + lane % 8, k / 8 + lane / 16));
+}
+/* A = the transpose of rows [k, k+16) x columns [r, r+16). */
+template <int WIDTH>
+static __device__ __forceinline__ void fg_a_trans(uint32_t *a, uint32_t m, int r, int k)
+{
+    const int lane = threadIdx.x % 32;
+    fg_ldmatrix_trans(a, m + fg_swizzle<WIDTH>(k + lane / 16 * 8 + lane % 8, r / 8 + lane / 8 % 2));
+}
+/* B of two 16 x 8 products, b[0..1] and b[2..3]: rows [k, k+16) x columns [n, n+16) of m. */
+template <int WIDTH>
+static __device__ __forceinline__ void fg_b(uint32_t *b, uint32_t m, int k, int n)
+{
+    const int lane = threadIdx.x % 32;
+    fg_ldmatrix_trans(b, m + fg_swizzle<WIDTH>(k + lane / 8 % 2 * 8 + lane % 8, n / 8 + lane / 16));
+}
+/* The same of the transpose: rows [n, n+16) x columns [k, k+16) of m. */
+template <int WIDTH>
+static __device__ __forceinline__ void fg_b_trans(uint32_t *b, uint32_t m, int k, int n)
+{
+    const int lane = threadIdx.x % 32;
+    fg_ldmatrix(b, m + fg_swizzle<WIDTH>(n + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
+}
+/* Columns c, c+1 of row r, c even. */
+template <int WIDTH>
+static __device__ __forceinline__ float2 fg_pair(const bf16 *m, int r, int c)
+{
+    const uint32_t at = fg_swizzle<WIDTH>(r, c / 8) + c % 8 * 2;
+    const uint32_t u = *(const uint32_t *)((const char *)m + at);
+    return make_float2(__uint_as_float(u << 16), __uint_as_float(u & 0xffff0000u));
+}
+
+/* ROWS tokens of WIDTH columns to shared memory; tokens from `real` on become 0. */
+template <int WIDTH, int ROWS, int THREADS>
+static __device__ __forceinline__ void fg_tile_load(bf16 *to, const bf16 *from, int64_t row,
+                                                    int real)
+{
+    constexpr int EIGHTS = WIDTH / 8, STEP = THREADS / EIGHTS;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "");
+    const int r0 = threadIdx.x / EIGHTS, c = threadIdx.x % EIGHTS;
+    const uint32_t m = fg_shared(to) + fg_swizzle<WIDTH>(r0, c);
+    const bf16 *p = from + r0 * row + c * 8;
+#pragma unroll
+    for (int k = 0; k < ROWS / STEP; k++) {
+        const bool in = r0 + k * STEP < real;
+        fg_copy_async(m + k * STEP * WIDTH * 2, in ? p + k * STEP * row : from, in);
+    }
+}
+/* The same rows one behind the other. */
+template <int WIDTH, int ROWS, int THREADS>
+static __device__ __forceinline__ void fg_tile_load(bf16 *to, const bf16 *from)
+{
+    constexpr int EIGHTS = WIDTH / 8, STEP = THREADS / EIGHTS;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "");
+    const int r0 = threadIdx.x / EIGHTS, c = threadIdx.x % EIGHTS;
+    const uint32_t m = fg_shared(to) + fg_swizzle<WIDTH>(r0, c);
+    const bf16 *p = from + threadIdx.x * 8;
+#pragma unroll
+    for (int k = 0; k < ROWS / STEP; k++)
+        fg_copy_async(m + k * STEP * WIDTH * 2, p + k * STEP * WIDTH, true);
+}
+/* N floats, a multiple of 4. */
+template <int N>
+static __device__ __forceinline__ void fg_floats_load(float *to, const float *from)
+{
+    const int i = threadIdx.x * 4;
+    if (i < N) fg_copy_async(fg_shared(to + i), from + i, true);
+}
+
+/* Lane q of four gets word q of each: v[k] becomes what lane k had in v[q].  So four columns of 16
+ * bits a lane and tile become eight of one tile: one store instead of four. */
+static __device__ __forceinline__ void fg_quad_turn(uint32_t *v)
+{
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    uint32_t s = odd ? v[0] : v[1], t = odd ? v[2] : v[3];
+    s = __shfl_xor_sync(~0u, s, 1);
+    t = __shfl_xor_sync(~0u, t, 1);
+    if (odd) v[0] = s, v[2] = t;
+    else v[1] = s, v[3] = t;
+    s = high ? v[0] : v[2];
+    t = high ? v[1] : v[3];
+    s = __shfl_xor_sync(~0u, s, 2);
+    t = __shfl_xor_sync(~0u, t, 2);
+    if (high) v[0] = s, v[1] = t;
+    else v[2] = s, v[3] = t;
+}
+static __device__ __forceinline__ void fg_store4(bf16 *to, const uint32_t *v)
+{
+    *(uint4 *)to = make_uint4(v[0], v[1], v[2], v[3]);
+}
+
+/* ---- states between chunks ------------------------------------------------------------------ */
+
+/* state = whole state + sum_j u_j weight_j v_j^T over a chunk, in both directions of time:
+ *     forward   u = x, v = b, weight = push: the states that enter chunks
+ *     back      u = gy, v = c, weight = keep: the gradients of the states that leave them
+ * First every chunk's sum, then a running state that takes each sum's place. */
+struct fg_states {
+    const bf16 *u, *v;
+    int64_t u_row, v_row;                        /* elements between tokens */
+    const float *weight;
+    const float *from;                           /* f32[B,H,P,N]; NULL: 0 */
+    float *to;                                   /* the same after the last chunk, or NULL */
+    bf16 *kept;                                  /* [B,H,chunks,P,N] before each chunk */
+    int64_t parts;                               /* blocks that share a group's heads */
+    bool back;
+};
+
+#define FG_STATE_P 64                            /* head width of the tensor core kernels */
+#define FG_STATE_BLOCKS 1024                     /* about */
+
+template <int R, int N> struct fg_state_tile {
+    alignas(128) bf16 v[R * N];
+    alignas(128) bf16 u[2][R * FG_STATE_P];
+    alignas(16) float weight[2][R];
+};
+
+static __device__ __forceinline__ uint32_t fg_scale2(uint32_t x, float a, float b)
+{
+    return fg_pack2(__uint_as_float(x << 16) * a, __uint_as_float(x & 0xffff0000u) * b);
+}
+
+/* A block is a chunk and some heads of a group; a warp has 16 rows p and half the columns. */
+template <int R, int N>
+static __global__ void __launch_bounds__(256)
+fg_states_sum(fg_ssd z, fg_decays d, fg_states s)
+{
+    extern __shared__ __align__(128) char memory[];
+    fg_state_tile<R, N> *m = (fg_state_tile<R, N> *)memory;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = 2 * (lane % 4);
+    const int parts = (int)s.parts, G = (int)z.G, chunks = (int)d.chunks, H = (int)z.H, M = H / G;
+    const int part = blockIdx.x % parts, rest = blockIdx.x / parts, group = rest % G;
+    const int chunk = rest / G % chunks, b = rest / G / chunks, t0 = chunk * R;
+    const int h0 = group * M + M * part / parts, h1 = group * M + M * (part + 1) / parts;
+    const int p = warp % 4 * 16, n0 = warp / 4 * (N / 2), real = (int)z.T - t0;
+    const bf16 *u = s.u + (b * z.T + t0) * s.u_row;
+    const float *weight = s.weight + (int64_t)b * H * d.padded + t0;
+    fg_tile_load<N, R, 256>(m->v, s.v + (b * z.T + t0) * s.v_row + group * N, s.v_row, real);
+    fg_tile_load<64, R, 256>(m->u[0], u + h0 * 64, s.u_row, real);
+    fg_floats_load<R>(m->weight[0], weight + h0 * d.padded);
+    fg_copy_commit();
+    for (int h = h0; h < h1; h++) {
+        const int stage = (h - h0) % 2;
+        fg_copy_wait<0>();
+        __syncthreads();
+        if (h + 1 < h1) {
+            fg_tile_load<64, R, 256>(m->u[1 - stage], u + (h + 1) * 64, s.u_row, real);
+            fg_floats_load<R>(m->weight[1 - stage], weight + (h + 1) * d.padded);
+        }
+        fg_copy_commit();
+        float sum[N / 16][4] = {};
+#pragma unroll
+        for (int j = 0; j < R; j += 16) {
+            uint32_t a[4];
+            fg_a_trans<64>(a, fg_shared(m->u[stage]), p, j);
+            const float2 w0 = *(const float2 *)&m->weight[stage][j + c];
+            const float2 w1 = *(const float2 *)&m->weight[stage][j + 8 + c];
+            a[0] = fg_scale2(a[0], w0.x, w0.y);
+            a[1] = fg_scale2(a[1], w0.x, w0.y);
+            a[2] = fg_scale2(a[2], w1.x, w1.y);
+            a[3] = fg_scale2(a[3], w1.x, w1.y);
+#pragma unroll
+            for (int n = 0; n < N / 32; n++) {
+                uint32_t q[4];
+                fg_b<N>(q, fg_shared(m->v), j, n0 + 16 * n);
+                fg_mma(sum[2 * n], a, q[0], q[1]);
+                fg_mma(sum[2 * n + 1], a, q[2], q[3]);
+            }
+        }
+        bf16 *to = s.kept + ((((int64_t)b * H + h) * chunks + chunk) * 64 + p + g) * N + n0
+            + 8 * (lane % 4);
+#pragma unroll
+        for (int n = 0; n < N / 16; n += 4)
+#pragma unroll
+            for (int low = 0; low < 2; low++) {
+                uint32_t v[4];
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    v[k] = fg_pack2(sum[n + k][2 * low], sum[n + k][2 * low + 1]);
+                fg_quad_turn(v);
+                fg_store4(to + 8 * low * N + 8 * n, v);
+            }
+    }
+}
+
+/* Eight elements a thread, FG_STATE_AHEAD chunks under way. */
+#define FG_STATE_AHEAD 8
+
+static __global__ void __launch_bounds__(128) fg_states_pass(fg_decays d, fg_states s, int64_t size)
+{
+    const int64_t blocks = (size + 1023) / 1024, row = blockIdx.x / blocks;
+    const int64_t i = 8 * ((int64_t)(blockIdx.x % blocks) * 128 + threadIdx.x);
+    const float *whole = d.whole + row * d.chunks;
+    bf16 *kept = s.kept + row * d.chunks * size + i;
+    float state[8] = {};
+    if (i >= size) return;
+#pragma unroll
+    for (int e = 0; e < 8; e++) if (s.from) state[e] = s.from[row * size + i + e];
+    for (int64_t c0 = 0; c0 < d.chunks; c0 += FG_STATE_AHEAD) {
+        uint4 raw[FG_STATE_AHEAD];
+        float decay[FG_STATE_AHEAD];
+#pragma unroll
+        for (int k = 0; k < FG_STATE_AHEAD; k++) {
+            const int64_t at = s.back ? d.chunks - 1 - (c0 + k) : c0 + k;
+            if (c0 + k >= d.chunks) continue;
+            raw[k] = *(const uint4 *)(kept + at * size);
+            decay[k] = whole[at];
+        }
+#pragma unroll
+        for (int k = 0; k < FG_STATE_AHEAD; k++) {
+            const int64_t at = s.back ? d.chunks - 1 - (c0 + k) : c0 + k;
+            float sum[8];
+            if (c0 + k >= d.chunks) continue;
+            *(uint4 *)(kept + at * size)
+                = make_uint4(fg_pack2(state[0], state[1]), fg_pack2(state[2], state[3]),
+                             fg_pack2(state[4], state[5]), fg_pack2(state[6], state[7]));
+            fg_unpack(raw[k], sum);
+#pragma unroll
+            for (int e = 0; e < 8; e++) state[e] = fmaf(state[e], decay[k], sum[e]);
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < 8; e++) if (s.to) s.to[row * size + i + e] = state[e];
+}
+
+/* Blocks that share a group's heads, so that there are about `blocks`. */
+static inline int64_t fg_ssd_parts(const fg_ssd &z, int64_t chunks, int64_t blocks)
+{
+    const int64_t each = z.B * chunks * z.G, M = z.H / z.G, parts = (blocks + each - 1) / each;
+    return parts < M ? parts : M;
+}
+
+template <int R, int N>
+static void fg_states_launch_of(const fg_ssd &z, const fg_decays &d, const fg_states &s,
+                                cudaStream_t stream)
+{
+    const int bytes = (int)sizeof(fg_state_tile<R, N>);
+    cudaFuncSetAttribute(fg_states_sum<R, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const unsigned blocks = (unsigned)(z.B * d.chunks * z.G * s.parts);
+    fg_states_sum<R, N><<<blocks, 256, bytes, stream>>>(z, d, s);
+    const unsigned passes = fg_blocks(64 * N, 1024) * (unsigned)(z.B * z.H);
+    fg_states_pass<<<passes, 128, 0, stream>>>(d, s, 64 * N);
+}
+
+template <int R>
+static void fg_states_launch(const fg_ssd &z, const fg_decays &d, fg_states s, cudaStream_t stream)
+{
+    s.parts = fg_ssd_parts(z, d.chunks, FG_STATE_BLOCKS);
+    if (z.N == 128) fg_states_launch_of<R, 128>(z, d, s, stream);
+    else fg_states_launch_of<R, 64>(z, d, s, stream);
+}
+
+/* Whether the tensor core kernels take these shapes and dtypes. */
+static inline bool fg_ssd_fits(const fg_infer *c, int x, int b)
+{
+    return c->in[x].dim[3] == FG_STATE_P && (c->in[b].dim[3] == 64 || c->in[b].dim[3] == 128)
+           && c->in_type[x] == FG_BF16 && c->in_type[b] == FG_BF16 && c->in_type[b + 1] == FG_BF16;
+}
+#endif

@@ -1,0 +1,109 @@
+/* hgrn2.c - HGRN2: gated linear attention whose keys are what the forget gates let go.
+ *
+ * Source: Qin et al. 2024, "HGRN2: Gated Linear RNNs with State Expansion" (arXiv 2404.07904),
+ *         section 3; parameters named as in the checkpoints of Lin et al. 2025 (arXiv 2503.02130).
+ * Shapes: B batch, T positions, h model width, H heads, K = expand_ratio key width, d = h/H value
+ * width, L layers.
+ * HGRN2's paper bounds the forget gate of layer l from below by lb_l; the code of the release makes
+ * the parameter lower_bounds and saves it, but does not use it.  Both can be had: hgrn2_bounds. */
+#include <math.h>
+#include "fox_models.h"
+
+typedef struct { const hgrn2_config *c; fg_tensor bounds; } hgrn2;      /* [L,h], or absent */
+
+static int64_t expand_of(const hgrn2_config *c)
+{
+    return c->expand_ratio > 0 ? c->expand_ratio : 128;
+}
+
+static int64_t heads_of(const hgrn2_config *c, int64_t width)
+{
+    return c->num_heads > 0 ? c->num_heads : width / expand_of(c);
+}
+
+/* f_t = lb + (1 - lb) sigmoid(z_t),  k_t = 1 - f_t;  *log_f is f32, as z is: it is summed over t */
+static fg_tensor gate(fg_tensor z, const hgrn2 *m, int64_t layer, fg_tensor *log_f)
+{
+    fg_tensor k = fg_sigmoid(fg_neg(z));                              /* 1 - sigmoid, exactly    */
+    *log_f = fg_log_sigmoid(z);
+    if (fg_absent(m->bounds) || layer == 0) return k;
+    fg_tensor lb = fg_slice(m->bounds, 0, layer, layer + 1);                        /* [1,h]     */
+    fg_tensor rest = fg_scale(lb, -1, 1);
+    fg_tensor f = fg_mul(rest, fg_sigmoid(z));
+    f = fg_add(f, lb);
+    *log_f = fg_log(f);
+    return fg_mul(rest, k);
+}
+
+/* S_t = diag(f_t) S_(t-1) + (1 - f_t) i_t^T,   o_t = S_t^T q_t / sqrt(K) */
+static fg_tensor mixer(fg_tensor x, const void *config, int64_t layer)
+{
+    const hgrn2 *m = config;
+    const int64_t h = fg_dim(x, -1), H = heads_of(m->c, h), K = expand_of(m->c);
+    if (!fg_absent(m->bounds) && H * K != h)
+        return fg_fail(x, FG_ERR_SHAPE, "%lld heads of %lld keys do not fit bounds for a width of"
+                       " %lld", (long long)H, (long long)K, (long long)h);
+
+    fg_tensor log_f;                                                                /* [B,T,H,K] */
+    fg_tensor q = fg_nn_heads(fg_silu(fg_nn_xavier(x, "q_proj", H * K)), H);        /* [B,T,H,K] */
+    fg_tensor z = fg_cast(fg_nn_xavier(x, "f_proj", H * K), FG_F32);                /* [B,T,H*K] */
+    fg_tensor i = fg_nn_heads(fg_nn_xavier(x, "i_proj", h), H);                     /* [B,T,H,d] */
+    fg_tensor k = gate(z, m, layer, &log_f);
+    k = fg_nn_heads(fg_cast(k, fg_dtype_of(q)), H);                                 /* [B,T,H,K] */
+    log_f = fg_nn_heads(log_f, H);
+    const fg_tensor none = { 0 };
+    fg_tensor o = fg_gated_linear_attention(q, k, i, log_f, 1 / sqrt((double)K), none);
+    o = fg_nn_norm(fg_nn_merge(o), "g_norm", m->c->norm_eps);                       /* [B,T,h]   */
+    return fg_nn_xavier(o, "o_proj", h);
+}
+
+static fg_nn_skeleton skeleton(const hgrn2 *m)
+{
+    const hgrn2_config *c = m->c;
+    return (fg_nn_skeleton){ .mixer = mixer, .config = m, .vocab = c->vocab_size,
+        .width = c->hidden_size, .layers = c->num_hidden_layers,
+        .heads = heads_of(c, c->hidden_size), .hidden = c->intermediate_size,
+        .ratio = c->hidden_ratio, .eps = c->norm_eps, .tied = c->tie_word_embeddings,
+        .recompute = c->recompute, .small_down = true };
+}
+
+/* lb_l = sum_(1<=i<=l) softmax_i(lower_bounds): 0 for the first layer, below 1 for the last */
+static fg_tensor lower_bounds(fg_graph *g, const hgrn2_config *c)
+{
+    const int64_t L = c->num_hidden_layers, h = c->hidden_size;
+    const bool used = c->lower_bound == HGRN2_BOUNDS_APPLIED && L > 1;
+    const fg_init zeros = { FG_ZEROS, .no_decay = true, .frozen = !used };
+    fg_scope_push(g, "model");
+    fg_tensor raw = fg_param(g, "lower_bounds", FG_DIMS(L, h), zeros);              /* [L,h]     */
+    fg_scope_pop(g);
+    if (!used) return (fg_tensor){ 0 };
+    fg_tensor p = fg_softmax(fg_permute(raw, FG_DIMS(1, 0)));                       /* [h,L]     */
+    p = fg_cumsum(fg_permute(p, FG_DIMS(1, 0)), 0, false);                          /* [L,h]     */
+    return fg_sub(p, fg_slice(p, 0, 0, 1));
+}
+
+fg_tensor (hgrn2_block)(fg_loc at, fg_tensor x, const hgrn2_config *c)
+{
+    const hgrn2 m = { c, { 0 } };
+    return (fg_nn_block)(at, x, skeleton(&m));
+}
+
+fg_tensor (hgrn2_lm)(fg_loc at, fg_tensor tokens, const hgrn2_config *c)
+{
+    hgrn2 m = { c, { 0 } };
+    hgrn2_config_record(tokens.graph, c);
+    if (c->lower_bound != HGRN2_NO_BOUNDS) m.bounds = lower_bounds(tokens.graph, c);
+    return (fg_nn_lm)(at, tokens, skeleton(&m));
+}
+
+#ifndef FG_LIBRARY        /* fox-graph run hgrn2.c --set width=512 --set layers=8 --set expand=64 */
+#include <fox_graph.h>
+fg_tensor fg_model(fg_tensor tokens)
+{
+    fg_graph *g = tokens.graph;
+    const hgrn2_config c = hgrn2_lm_config(
+        fg_setting_int(g, "vocab_size", 256), fg_setting_int(g, "width", 128),
+        fg_setting_int(g, "layers", 4), fg_setting_int(g, "expand", 32));
+    return hgrn2_lm(tokens, &c);
+}
+#endif

@@ -1,0 +1,118 @@
+#!/bin/bash
+# gpu.sh BUILD - everything that needs a GPU: the tests of the kernels and of the models, the same
+# under compute-sanitizer, failures on purpose, and the table of speeds for docs/benchmarks.md.
+#
+# BUILD holds the programs (cmake -B BUILD && cmake --build BUILD).  For a machine without Criterion
+# or cmake, build elsewhere with -DFG_PLAIN_TESTS=ON and bring the folder.  Run at the top of the
+# tree.  QUICK=1 leaves out the sanitizer and the long measurements.
+set -u
+build=${1:?usage: tests/gpu.sh BUILD}
+bad=0
+start=$(date +%s)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+say() { printf '\n== [%ds] %s\n' $(($(date +%s) - start)) "$*"; }
+fail() { echo "FAILED: $*"; bad=1; }
+fox() { "$build/fox-graph" "$@"; }
+
+nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv,noheader ||
+    { echo "there is no NVIDIA GPU here"; exit 2; }
+
+say "kernels and models"
+for t in "$build"/test_*cuda*; do
+    [ -x "$t" ] && [ -f "$t" ] || continue
+    mode=
+    [ "$(basename "$t")" = test_cuda_plain ] && mode=check
+    "$t" $mode >"$work/log" 2>&1 || { fail "$(basename "$t")"; grep -v '^/' "$work/log" | head -40; }
+    tail -n 12 "$work/log"
+done
+
+if [ -z "${QUICK:-}" ] && command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck initcheck synccheck; do
+        say "compute-sanitizer $tool"
+        FG_TEST_DRAWS=1 timeout 300 compute-sanitizer --tool $tool --error-exitcode 9 \
+            --kernel-regex-exclude kns=cutlass --kernel-regex-exclude kns=cublas \
+            "$build/test_f64_cuda_ops" >"$work/log" 2>&1
+        status=$?
+        tail -n 2 "$work/log"
+        [ $status = 0 ] || { fail "$tool: status $status"; head -30 "$work/log"; }
+    done
+fi
+
+say "failures on purpose"
+# refused STATUS WORDS COMMAND...: ends with that status and says so
+refused() {
+    local want=$1 words=$2 got=0
+    shift 2
+    "$@" >"$work/log" 2>&1 || got=$?
+    if [ "$got" = "$want" ] && grep -q "$words" "$work/log"; then
+        echo "ok: $(grep -m 1 "$words" "$work/log" | cut -c1-150)"
+    else
+        fail "status $got, not $want, or without \"$words\": $*"
+        head -5 "$work/log"
+    fi
+}
+cat docs/*.md README.md >"$work/text"
+refused 6 "out of memory" fox bench fox-pro-760m --set batch=16 --set context=16384 \
+    --set recompute=0 --step --repeat 1
+refused 6 "there is no cuda:63" fox bench fox-pro-125m --device cuda:63
+small=(--set width=64 --set layers=2 --set heads=2 --set batch=4 --set context=64
+       --data "$work/text")
+fox train models/fox.c "${small[@]}" --steps 20 --set save_every=10 --out "$work/run" -q ||
+    fail "a run of 20 steps"
+refused 6 "out of memory" fox train models/fox.c "${small[@]}" --set batch=4096 \
+    --set context=16384 --steps 30 --out "$work/other" -q
+FG_CHECK=1 fox train models/fox.c "${small[@]}" --steps 3 --out "$work/checked" -q ||
+    fail "a checked run"
+refused 7 "is not finite\|is nan\|is inf" env FG_CHECK=1 "$build/fox-graph" train \
+    tests/golden/cli/nan.c --data "$work/text" --steps 3 --out "$work/nan"
+fox eval "$work/run" --data "$work/text" --json >/dev/null || fail "the checkpoint is not whole"
+
+say "the same bits: resumed and not, with and without graphs"
+sum() { sha256sum "$1/ckpt/step-000000020/model.safetensors" | cut -c1-16; }
+cp -r "$work/run" "$work/half"
+rm -r "$work/half/ckpt/step-000000020"
+fox train models/fox.c "${small[@]}" --steps 20 --set save_every=10 --out "$work/half" \
+    --resume -q ||
+    fail "a resumed run"
+[ "$(sum "$work/run")" = "$(sum "$work/half")" ] || fail "a resumed run gives other parameters"
+FG_NO_GRAPHS=1 fox train models/fox.c "${small[@]}" --steps 20 --out "$work/plain" -q
+[ "$(sum "$work/run")" = "$(sum "$work/plain")" ] ||
+    fail "a run without graphs gives other parameters"
+fox generate "$work/run" --prompt "The " --max-tokens 200 --temperature 0 >"$work/a"
+FG_NO_GRAPHS=1 fox generate "$work/run" --prompt "The " --max-tokens 200 --temperature 0 >"$work/b"
+cmp "$work/a" "$work/b" || fail "generation without graphs gives other tokens"
+echo "parameters after 20 steps: $(sum "$work/run"), $(sum "$work/half"), $(sum "$work/plain")"
+
+say "speed"
+at16k=(--set batch=1 --set context=16384)
+echo "\$ fox-graph bench fox-pro-760m --set batch=1 --set context=16384 --set recompute=0 --ops"
+fox bench fox-pro-760m "${at16k[@]}" --set recompute=0 --ops --repeat "${REPEAT:-20}" || fail bench
+nvidia-smi --query-gpu=clocks.sm,power.draw,temperature.gpu --format=csv,noheader
+echo "\$ fox-graph info fox-pro-760m --set batch=1 --set context=16384 --set recompute=0"
+fox info fox-pro-760m "${at16k[@]}" --set recompute=0 | sed -n '/memory of training/,$p'
+if [ -z "${QUICK:-}" ]; then
+    for model in fox-pro-760m fox-llama-760m transformer-llama-760m; do
+        recompute=1
+        echo "\$ fox-graph bench $model ... --set recompute=$recompute"
+        fox bench "$model" "${at16k[@]}" --set recompute=$recompute --step --repeat 5 | sed -n 2,4p
+    done
+fi
+say "from process start to the first step done"
+for model in fox-pro-760m; do
+    begin=$(date +%s.%N)
+    fox train $model --data "$work/text" "${at16k[@]}" --set recompute=0 --set eval_fraction=0.3 \
+        --steps 1000 2>&1 | while read -r line; do
+        case $line in
+        "step 1/"*)
+            echo "$line"
+            echo "$begin $(date +%s.%N)" | awk '{ printf "%s: %.2f s\n", m, $2 - $1 }' m=$model
+            pkill -INT -f "fox-graph train $model"
+            break ;;
+        *) echo "$line" ;;
+        esac
+    done
+    wait
+done
+say "$([ $bad = 0 ] && echo "all passed" || echo "something FAILED")"
+exit $bad
