@@ -11,8 +11,8 @@
  *
  * Settings of `shape` measured on an H100 SXM (132 multiprocessors), November 2026, one sequence of
  * 16384, causal: 24 heads of 64 2.05 ms, 1.79 without gates; 12 of 128 1.66 ms, 1.37.
- * ptxas 13.0: registers 32 and 160 (D = 64), 56 and 224; with D = 64 24 bytes are spilled, mostly by
- * the warpgroup that loads. */
+ * ptxas 13.0: registers 32 and 160 (D = 64), 56 and 224; for D = 64 24 bytes are spilled, mostly
+ * by the warpgroup that loads. */
 #include "forget_attention.cuh"
 #include "wgmma.cuh"
 
