@@ -29,4 +29,8 @@ void     fg__built(fg_rewrite *r, uint32_t k, uint32_t first);
 /* The node that made t takes the slot of node k. */
 void     fg__take_slot(fg_rewrite *r, uint32_t k, fg_tensor t);
 void     fg__instead(fg_rewrite *r, uint32_t old, fg_tensor t);   /* readers of old read t */
+/* Node k, whose results nothing needs any more, reads nothing any more. */
+void     fg__unread(fg_rewrite *r, uint32_t k);
+/* Node k overwrites something that another node overwrites from now on: it is not to run. */
+void     fg__drop(fg_rewrite *r, uint32_t k);
 #endif

@@ -291,11 +291,11 @@ template <bool GATED> static void norm_launch(const norm_forward &a, cudaStream_
 struct norm_backward {
     norm_size s;
     fg_in gy, x, w, g, more;     /* more: added to gx; g.p, more.p NULL: none */
-    fg_out gx, gg;
+    fg_out gx, gg, gx16;         /* gx16: gx once more; gx16.p NULL: none */
     const float *rstd;
     float *part;                 /* rows of partial sums of gw */
     int64_t parts;               /* blocks that share the rows */
-    norm_rows gy_rows, x_rows, g_rows, more_rows, gx_rows, gg_rows;
+    norm_rows gy_rows, x_rows, g_rows, more_rows, gx_rows, gg_rows, gx16_rows;
 };
 
 /* Rows [first, last) of one of `parts` blocks. */
@@ -404,6 +404,8 @@ norm_grad_whole(const norm_backward a)
         }
         norm_put(r.gy, a.gx, norm_row(a.gx_rows, row), place.at, place.ok);
         if (GATED) norm_put(r.other, a.gg, norm_row(a.gg_rows, row), place.at, place.ok);
+        else if (a.gx16.p)
+            norm_put(r.gy, a.gx16, norm_row(a.gx16_rows, row), place.at, place.ok);
     }
     const int64_t from = blockIdx.y * a.s.segment;
 #pragma unroll
@@ -440,7 +442,9 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_grad_elements(con
     for (int64_t i = lane; i < n; i += 32) {
         const float s = GATED ? norm_sigmoid(a.g[g_at + i]) : 1;
         const float m = a.gy[gy_at + i] * s * a.w[w_at + i], h = a.x[x_at + i] * rstd;
-        a.gx.put(gx_at + i, rstd * (m - h * mean) + (more ? a.more[more_at + i] : 0));
+        const float gx = rstd * (m - h * mean) + (more ? a.more[more_at + i] : 0);
+        a.gx.put(gx_at + i, gx);
+        if (!GATED && a.gx16.p) a.gx16.put(norm_row(a.gx16_rows, row) + from + i, gx);
         if (GATED) a.gg.put(gg_at + i, m * h * (1 - s));
     }
 }

@@ -375,6 +375,9 @@ int cmd_bench(const cli *c)
     cli_model m;
     step t = { 0 };
     figures f = { .repeat = 5 };
+    int64_t behind = 0;
+    if (!cli_int(c, OPT_decode_at, 1, INT32_MAX / 2, &behind)) return CLI_USAGE;
+    if (behind) return cli_bench_decoding(c, behind);
     int status = cli_open(c, c->args[0], &m);
     if (!status && !cli_int(c, OPT_repeat, 1, 10000, &f.repeat)) status = CLI_USAGE;
     if (!status) t.graph = cli_training(c, &m, &t.update, &status);

@@ -2,11 +2,11 @@
  * in double; skipped, with the reason, where there is no GPU.
  *
  * The yardstick is the op's definition run on the same inputs with every node rounded to the
- * dtype in question (no definition: the exact result, rounded once).  Over a few draws of the
- * inputs, a kernel may be twice as far from the exact result as that is, plus four units in the
- * last place of an f32 at the greatest value: sums go in another order, and exp, log and sin of a
- * GPU are good to two. Every kernel runs three times, alone and from a CUDA graph, and must give
- * the same bits. */
+ * dtype in question (no definition, or one that ends in a cast: the exact result, rounded once).
+ * Over a few draws of the inputs, a kernel may be twice as far from the exact result as that is,
+ * plus four units in the last place of an f32 at the greatest value: sums go in another order, and
+ * exp, log and sin of a GPU are good to two.  Every kernel runs three times, alone and from a CUDA
+ * graph, and must give the same bits. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include "device_cuda.h"
@@ -174,7 +174,8 @@ static void look(const trial *t, int o, const double *exact, const double *base,
 
 static void judge(const trial *t, int o, const verdict *v)
 {
-    const double may = 2 * v->base + 4 * 0x1p-23 * v->most;
+    const double once = fg_dtype_of(t->out[o]) == FG_BF16 ? 0x1p-9 * v->most : 0;
+    const double may = 2 * fmax(v->base, once) + 4 * 0x1p-23 * v->most;
     cr_expect(v->far <= may, "%s: output %d is off by %.3g at element %lld (%.9g, not %.9g); %.3g "
               "is allowed", t->what, o, v->far, (long long)v->at, (double)v->was, v->should, may);
 }
