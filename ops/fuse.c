@@ -5,6 +5,7 @@
  *                                              gradients: one product for x, one for all weights
  *   rms_norm(a + b, w)                         add_rms_norm(a, b, w)
  *   rms_norm_grad(...) + r                     rms_norm_grad(..., more = r)
+ *   cast(rms_norm_grad(...))                   rms_norm_grad_cast(...), whose third result it is
  *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
  *
  * Rules compute the same sums, in another order at most: what a plan shows is what it runs. */
@@ -71,9 +72,9 @@ static void find_gradients(const fg_rewrite *r, group *m)
     }
 }
 
-static fg_tensor as_type(fg_tensor t, fg_tensor like)
+static fg_tensor in_type(fg_tensor t, fg_dtype type)
 {
-    return fg_dtype_of(t) == fg_dtype_of(like) ? t : fg__cast(t, fg_dtype_of(like));
+    return fg_dtype_of(t) == type ? t : fg__cast(t, type);
 }
 
 static int64_t padded(int64_t n) { return (n + WHOLE - 1) / WHOLE * WHOLE; }
@@ -115,7 +116,8 @@ static void merge_products(fg_rewrite *r, const group *m, fg_tensor w)
     for (int j = 0; j < m->n; j++) {
         first = fg__build_as(r, m->node[j]);
         fg_tensor part = fg_slice(y, -1, at, at + m->rows[j]);
-        if (own[j].in[2]) part = fg_add(part, as_type(fg__now_tensor(r, own[j].in[2]), y));
+        if (own[j].in[2]) part = fg_add(part, in_type(fg__now_tensor(r, own[j].in[2]),
+                                                                fg_dtype_of(y)));
         fg__built(r, m->node[j], first);
         fg__instead(r, own[j].out[0], part);
         at += padded(m->rows[j]);
@@ -313,6 +315,33 @@ static void fuse_norm_grad_add(fg_rewrite *r, uint32_t k)
     }
 }
 
+/* A gradient in f32 that is also read in bf16 is written in both at once. */
+static void fuse_norm_grad_cast(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    const fg_node cast = g->nodes[k];
+    const fg_tensor gx = fg__now_tensor(r, cast.in[0]);
+    const fg_node *n = maker(r, gx.id);
+    if (!n || !is_op(n, FG_OP_rms_norm_grad) || gx.id != n->out[0]) return;
+    if (fg_dtype_of(gx) != FG_F32 || g->values[cast.out[0]].type != FG_BF16) return;
+    const fg_node old = *n;
+    const uint32_t j = g->values[gx.id].node;
+    const struct fg_attr_rms_norm_grad *a = old.attr;
+    fg_tensor in[5];
+    if (j >= r->n_nodes) return;
+    for (int i = 0; i < 5; i++) in[i] = fg__now_tensor(r, i < old.n_in ? old.in[i] : 0);
+    const uint32_t first = fg__build_as(r, j);
+    const fg_tensor t = FG_APPLY(rms_norm_grad_cast, FG_HERE, in, a->groups);
+    fg__built(r, j, first);
+    if (!fg_ok(t)) return;
+    g->values[t.id].type = FG_F32;
+    g->values[fg_result(t, 1).id].type = g->values[old.out[1]].type;
+    fg__instead(r, cast.out[0], fg_result(t, 2));
+    fg__instead(r, old.out[0], t);
+    fg__instead(r, old.out[1], fg_result(t, 1));
+    fg__take_slot(r, j, t);
+}
+
 /* ---- sums of padded parts ------------------------------------------------------------------- */
 
 typedef struct { fg_tensor gy; int axis; int64_t start, stop, extent; } part;
@@ -339,7 +368,35 @@ static int by_start(const void *a, const void *b)
     return (x->start > y->start) - (x->start < y->start);
 }
 
-/* Gradients of all spans of one tensor, each padded with zeros and summed, are these spans joined. */
+/* The dtype that all readers of v cast it to; its own if they do not. */
+static fg_dtype wanted(const fg_rewrite *r, fg_tensor v)
+{
+    const fg_graph *g = r->g;
+    const fg_dtype own = fg_dtype_of(v);
+    fg_dtype to = own;
+    uint32_t casts = 0;
+    for (uint32_t k = 0; k < r->n_nodes; k++) {
+        const fg_node *n = &g->nodes[k];
+        if (!is_op(n, FG_OP_cast) || fg__now(r, n->in[0]) != v.id) continue;
+        const fg_dtype is = g->values[n->out[0]].type;
+        if (casts++ && is != to) return own;
+        to = is;
+    }
+    return casts == fg__uses(r, v.id) ? to : own;
+}
+
+/* Casts of `old` to the dtype that t has read t. */
+static void skip_casts(fg_rewrite *r, uint32_t old, fg_tensor t)
+{
+    for (uint32_t k = 0; k < r->n_nodes; k++) {
+        const fg_node *n = &r->g->nodes[k];
+        if (is_op(n, FG_OP_cast) && fg__now(r, n->in[0]) == old &&
+            r->g->values[n->out[0]].type == fg_dtype_of(t)) fg__instead(r, n->out[0], t);
+    }
+}
+
+/* Gradients of all spans of one tensor, each padded with zeros and summed, are these spans joined,
+ * in the dtype in which the whole is read. */
 static void join_parts(fg_rewrite *r, uint32_t k)
 {
     fg_graph *g = r->g;
@@ -354,13 +411,15 @@ static void join_parts(fg_rewrite *r, uint32_t k)
         at = parts[i].stop;
     }
     if (at != parts[0].extent) return;
+    const fg_dtype type = wanted(r, sum);
     const uint32_t first = fg__build_as(r, k);
-    fg_tensor all = as_type(parts[0].gy, sum);
+    fg_tensor all = in_type(parts[0].gy, type);
     for (int i = 1; i < n; i++) {
-        const fg_tensor next = as_type(parts[i].gy, sum);
+        const fg_tensor next = in_type(parts[i].gy, type);
         all = fg_concat(all, next, parts[0].axis);
     }
     fg__built(r, k, first);
+    skip_casts(r, sum.id, all);
     fg__instead(r, sum.id, all);
     fg__take_slot(r, k, all);
 }
@@ -378,5 +437,7 @@ void fg__fuse(fg_rewrite *r)
         if (is_op(&g->nodes[k], FG_OP_rms_norm)) fuse_add_norm(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_add)) fuse_norm_grad_add(r, k);
+    for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
+        if (is_op(&g->nodes[k], FG_OP_cast)) fuse_norm_grad_cast(r, k);
     free(done);
 }
