@@ -306,7 +306,7 @@ template <norm_gate GATED> static void norm_launch(const norm_forward &a, cudaSt
 struct norm_backward {
     norm_size s;
     fg_in gy, x, w, g, more;     /* more: added to gx; g.p, more.p NULL: none */
-    fg_out gx, gg, narrow;       /* narrow: gx once more; its p NULL: none */
+    fg_out gx, gg;
     const float *rstd;
     float *part;                 /* rows of partial sums of gw */
     int64_t parts;               /* blocks that share the rows */
@@ -454,7 +454,6 @@ norm_grad_whole(const norm_backward a)
             }
         }
         norm_put(r.gy, a.gx, norm_row(a.gx_rows, row), place.at, place.ok);
-        if (!GATED && a.narrow.p) norm_put(r.gy, a.narrow, row * a.s.D, place.at, place.ok);
         if (GATED) norm_put(r.other, a.gg, norm_row(a.gg_rows, row), place.at, place.ok);
     }
     const int64_t from = blockIdx.y * a.s.segment;
@@ -509,7 +508,6 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_grad_elements(con
         m *= s;
         const float gx = rstd * (m - h * mean) + (more ? a.more[more_at + i] : 0);
         a.gx.put(gx_at + i, gx);
-        if (!GATED && a.narrow.p) a.narrow.put(row * a.s.D + from + i, gx);
         if (GATED) a.gg.put(gg_at + i, m * h * (1 - s));
     }
 }

@@ -43,11 +43,11 @@ static size_t grad_scratch(const fg_infer *c)
     return norm_grad_scratch(norm_size_of(&c->in[1], &c->in[2], at->groups));
 }
 
-static void back(const fg_exec *e, int64_t groups, const fg_out &narrow, cudaStream_t stream)
+static void grad_launch(const fg_exec *e, cudaStream_t stream)
 {
+    const struct fg_attr_rms_norm_grad *at = (const struct fg_attr_rms_norm_grad *)e->attr;
     norm_backward a = {};
-    a.s = norm_size_of(&e->in_shape[1], &e->in_shape[2], groups);
-    a.narrow = narrow;
+    a.s = norm_size_of(&e->in_shape[1], &e->in_shape[2], at->groups);
     a.gy = fg_input_of(e, 0), a.x = fg_input_of(e, 1), a.w = fg_input_of(e, 2);
     a.rstd = (const float *)e->in[3], a.gx = fg_output_of(e, 0), a.part = (float *)e->scratch;
     a.gy_rows = norm_rows_of(&e->in_rows[0], a.s.D);
@@ -60,30 +60,7 @@ static void back(const fg_exec *e, int64_t groups, const fg_out &narrow, cudaStr
     norm_grad_launch<NORM_PLAIN>(a, fg_output_of(e, 1), stream);
 }
 
-static void grad_launch(const fg_exec *e, cudaStream_t stream)
-{
-    const fg_out none = { NULL, false };
-    back(e, ((const struct fg_attr_rms_norm_grad *)e->attr)->groups, none, stream);
-}
-
 FG_KERNEL(rms_norm_grad) = {
     .launch = grad_launch, .scratch = grad_scratch,
-    .pitched_in = 1u << 0 | 1u << 1 | 1u << 4, .pitched_out = 1u << 0,
-};
-
-static size_t cast_scratch(const fg_infer *c)
-{
-    const struct fg_attr_rms_norm_grad_cast *at = (const struct fg_attr_rms_norm_grad_cast *)c->attr;
-    return norm_grad_scratch(norm_size_of(&c->in[1], &c->in[2], at->groups));
-}
-
-static void cast_launch(const fg_exec *e, cudaStream_t stream)
-{
-    back(e, ((const struct fg_attr_rms_norm_grad_cast *)e->attr)->groups, fg_output_of(e, 2),
-         stream);
-}
-
-FG_KERNEL(rms_norm_grad_cast) = {
-    .launch = cast_launch, .scratch = cast_scratch,
     .pitched_in = 1u << 0 | 1u << 1 | 1u << 4, .pitched_out = 1u << 0,
 };

@@ -5,7 +5,6 @@
  *                                              gradients: one product for x, one for all weights
  *   rms_norm(a + b, w)                         add_rms_norm(a, b, w)
  *   rms_norm_grad(...) + r                     rms_norm_grad(..., more = r)
- *   cast(rms_norm_grad(...))                   rms_norm_grad_cast(...), whose third result it is
  *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
  *
  * Rules compute the same sums, in another order at most: what a plan shows is what it runs. */
@@ -315,33 +314,6 @@ static void fuse_norm_grad_add(fg_rewrite *r, uint32_t k)
     }
 }
 
-/* A gradient in f32 that is also read in bf16 is written in both at once. */
-static void fuse_norm_grad_cast(fg_rewrite *r, uint32_t k)
-{
-    fg_graph *g = r->g;
-    const fg_node cast = g->nodes[k];
-    const fg_tensor gx = fg__now_tensor(r, cast.in[0]);
-    const fg_node *n = maker(r, gx.id);
-    if (!n || !is_op(n, FG_OP_rms_norm_grad) || gx.id != n->out[0]) return;
-    if (fg_dtype_of(gx) != FG_F32 || g->values[cast.out[0]].type != FG_BF16) return;
-    const fg_node old = *n;
-    const uint32_t j = g->values[gx.id].node;
-    const struct fg_attr_rms_norm_grad *a = old.attr;
-    fg_tensor in[5];
-    if (j >= r->n_nodes) return;
-    for (int i = 0; i < 5; i++) in[i] = fg__now_tensor(r, i < old.n_in ? old.in[i] : 0);
-    const uint32_t first = fg__build_as(r, j);
-    const fg_tensor t = FG_APPLY(rms_norm_grad_cast, FG_HERE, in, a->groups);
-    fg__built(r, j, first);
-    if (!fg_ok(t)) return;
-    g->values[t.id].type = FG_F32;
-    g->values[fg_result(t, 1).id].type = g->values[old.out[1]].type;
-    fg__instead(r, cast.out[0], fg_result(t, 2));
-    fg__instead(r, old.out[0], t);
-    fg__instead(r, old.out[1], fg_result(t, 1));
-    fg__take_slot(r, j, t);
-}
-
 /* ---- sums of padded parts ------------------------------------------------------------------- */
 
 typedef struct { fg_tensor gy; int axis; int64_t start, stop, extent; } part;
@@ -437,7 +409,5 @@ void fg__fuse(fg_rewrite *r)
         if (is_op(&g->nodes[k], FG_OP_rms_norm)) fuse_add_norm(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_add)) fuse_norm_grad_add(r, k);
-    for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
-        if (is_op(&g->nodes[k], FG_OP_cast)) fuse_norm_grad_cast(r, k);
     free(done);
 }

@@ -219,52 +219,6 @@ const fg_op_code fg_code_rms_norm_grad = {
     .bf16 = { .wide_in = 8, .like = { 2 }, .wide_out = 2 },
 };
 
-/* ---- rms_norm_grad_cast --------------------------------------------------------------------- */
-
-static fg_status cast_infer(fg_infer *c)
-{
-    const struct fg_attr_rms_norm_grad_cast *a = c->attr;
-    const struct fg_attr_rms_norm_grad same = { a->groups };
-    fg_infer own = *c;
-    own.attr = &same;
-    const fg_status s = grad_infer(&own);
-    own.attr = a;
-    own.out[2] = own.in[1];
-    own.out_type[2] = FG_BF16;
-    *c = own;
-    return s;
-}
-
-static void cast_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
-{
-    const struct fg_attr_rms_norm_grad_cast *a = attr;
-    const fg_tensor same[] = { in[0], in[1], in[2], in[3], in[4] };
-    out[0] = FG_APPLY(rms_norm_grad, FG_HERE, same, a->groups);
-    out[1] = fg_result(out[0], 1);
-    out[2] = fg_cast(out[0], FG_BF16);
-}
-
-static fg_tensor cast_example(fg_graph *g, int i)
-{
-    if (i > 1) return (fg_tensor){ 0 };
-    const int64_t T = i ? 35 : 3, D = i ? 24 : 5;
-    const fg_tensor gy = fg_random(g, T, D);
-    const fg_tensor x = fg_random(g, T, D);
-    const fg_tensor w = fg_random(g, D);
-    const fg_tensor rstd = fg_random(g, T, 1);
-    fg_tensor more = { 0 };
-    if (i) more = fg_random(g, T, D);
-    const fg_tensor in[] = { gy, x, w, rstd, more };
-    return FG_APPLY(rms_norm_grad_cast, FG_HERE, in, 1);
-}
-
-/* Lowering makes it of a gradient that goes on in f32 and is also the input of a product. */
-const fg_op_code fg_code_rms_norm_grad_cast = {
-    .infer = cast_infer, .cost = grad_cost, .decompose = cast_decompose, .example = cast_example,
-    .reuse = 1u << 0 | 1u << 1,
-    .bf16 = { .wide_in = 8, .like = { 2 }, .wide_out = 2, .narrow_out = 4 },
-};
-
 /* ---- add_rms_norm --------------------------------------------------------------------------- */
 
 fg_tensor fg__add_rms_norm(fg_loc at, fg_tensor a, fg_tensor b, fg_tensor w, double eps)
