@@ -25,7 +25,8 @@ fi
 
 say "building in build/quickstart"
 mkdir -p build
-{ cmake -B build/quickstart -DFG_TESTS=OFF &&
+if nvidia-smi -L >/dev/null 2>&1; then cuda=AUTO; else cuda=OFF; fi
+{ cmake -B build/quickstart -DFG_TESTS=OFF -DFG_CUDA=$cuda &&
   cmake --build build/quickstart -j"$(nproc)"; } >build/quickstart.log 2>&1 ||
     fail "the build failed (see build/quickstart.log)"
 

@@ -17,11 +17,12 @@ static bool trained(const fg_param_info *p) { return !p->init.frozen; }
 /* Gradients in the order of names, ten to a node, whose sums are added in order. */
 static fg_tensor global_squares(fg_graph *g, const group *all)
 {
+    enum { TEN = 10 };                   /* inputs of sum_squares */
     fg_tensor sum = { 0 };
     for (int i = 0; i < all->n; ) {
-        fg_tensor in[FG_MAX_IN] = { { 0 } };
+        fg_tensor in[TEN] = { { 0 } };
         int n = 0;
-        for (; i < all->n && n < FG_MAX_IN; i++)
+        for (; i < all->n && n < TEN; i++)
             if (fg_ok(all->grad[i])) in[n++] = all->grad[i];
         if (!n) break;
         fg_tensor part = FG_APPLY(sum_squares, FG_HERE, in, 0);

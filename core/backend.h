@@ -26,7 +26,7 @@ typedef struct fg_backend_ops {
     fg_status    (*recorded)(fg_backend *b, void **recording);
     fg_status    (*replay)(fg_backend *b, void *recording);
     void         (*forget)(fg_backend *b, void *recording);
-    /* Puts the i-th mark between two launches; after sync, elapsed gives seconds between i and j. */
+    /* Puts the i-th mark between two launches; after sync, elapsed gives seconds from i to j. */
     fg_status    (*mark)(fg_backend *b, int i);
     double       (*elapsed)(fg_backend *b, int i, int j);
     size_t       (*memory)(fg_backend *b, size_t *total);     /* bytes free, and in all */

@@ -119,18 +119,13 @@ static void scopes(const writer *w)
     }
 }
 
-static uint32_t root_of(const fg_plan *p, uint32_t v)
-{
-    while (p->slots[v].root != v) v = p->slots[v].root;
-    return v;
-}
-
 static void slot(const writer *w, const part *p, uint32_t v)
 {
     static const char *const where[] = { "arena", "io", "store", "none" };
-    const uint32_t root = root_of(p->plan, v);
+    const uint32_t root = fg__root_of(p->plan, v);
     const fg_slot *s = &p->plan->slots[v], *r = &p->plan->slots[root];
     out(w, ",\"root\":%u,\"place\":\"%s\"", p->id[root], where[r->place]);
+    if (s->shift) out(w, ",\"shift\":%zu", s->shift);
     if (s->reused) field(w, "reused", s->reused);
     if (root != v || r->place != FG_IN_ARENA || r->from < 0) return;
     const int64_t last = p->g->n_nodes ? (int64_t)p->g->n_nodes - 1 : 0;
@@ -223,8 +218,9 @@ static void node(const writer *w, const part *p, uint32_t k)
     out(w, "},\"flops\":%.17g,\"bytes\":%.17g,\"pair\":", c.flops, c.bytes);
     if (n->pair == FG_NO_NODE) out(w, "null");
     else out(w, "%u", p->first_node + n->pair);
-    if (n->op->code->memory != FG_FRESH)
-        field(w, "memory", n->op->code->memory == FG_VIEW ? "view" : "overwrites");
+    static const char *const memory[] = { "", "view", "part", "join", "overwrites" };
+    field(w, "memory", memory[n->op->code->memory]);
+    if (p->plan && p->plan->fixed && p->plan->fixed[k]) out(w, ",\"fixed\":true");
     out(w, ",\"recomputed\":%s", n->recomputed ? "true" : "false");
     place(w, "src", n->at);
     place(w, "user", users_line(p->g, n->scope, n->at));
@@ -299,7 +295,8 @@ static void totals(const writer *w)
         for (uint32_t k = 0; k < w->parts[i].g->n_nodes; k++) {
             const fg_node *n = &w->parts[i].g->nodes[k];
             const fg_cost c = fg__cost_of(w->parts[i].g, n);
-            if (!shown(w, n)) continue;
+            const fg_plan *p = w->parts[i].plan;
+            if (!shown(w, n) || (p && p->fixed && p->fixed[k])) continue;
             sum[n->pass].flops += c.flops;
             sum[n->pass].bytes += c.bytes;
         }
@@ -388,7 +385,7 @@ static bool number_values(writer *w, int i, uint32_t *next)
     for (uint32_t e = 0; e < g->n_errors; e++)
         for (int j = 0; j < g->errors[e].n_in; j++) p->new[g->errors[e].in[j]] = true;
     for (uint32_t v = 1; p->plan && v < g->n_values; v++)
-        if (p->new[v]) p->new[root_of(p->plan, v)] = true;
+        if (p->new[v]) p->new[fg__root_of(p->plan, v)] = true;
     p->new[0] = false;
     for (uint32_t v = 1; v < g->n_values; v++, ++*next) {
         if (!p->new[v]) continue;

@@ -207,7 +207,7 @@ FG_API void        fg_backend_close(fg_backend *b);
 FG_API fg_status   fg_backend_status(const fg_backend *b);
 FG_API const char *fg_backend_message(const fg_backend *b);
 FG_API const char *fg_backend_name(const fg_backend *b);
-FG_API const char *fg_backend_device(const fg_backend *b);  /* what the device calls itself, or "" */
+FG_API const char *fg_backend_device(const fg_backend *b); /* what the device calls itself, or "" */
 FG_API size_t      fg_backend_memory(fg_backend *b, size_t *total);   /* bytes free; 0: not known */
 FG_API int         fg_backend_threads(const fg_backend *b);
 
@@ -280,8 +280,8 @@ FG_API fg_plan_info fg_plan_describe(const fg_plan *p);
 /* Data are float or int32_t. */
 FG_API fg_status   fg_write(fg_plan *p, fg_tensor input, const void *data, size_t bytes);
 FG_API fg_status   fg_read(fg_plan *p, fg_tensor output, void *data, size_t bytes);
-/* The same in order with the runs, without waiting for them: data are there after the next call that
- * waits (fg_run, fg_read of any plan on that device) and must stay valid until then. */
+/* The same in order with the runs, without waiting for them: data are there after the next call
+ * that waits (fg_run, fg_read of any plan on that device) and must stay valid until then. */
 FG_API fg_status   fg_read_later(fg_plan *p, fg_tensor output, void *data, size_t bytes);
 FG_API fg_status   fg_run(fg_plan *p);
 /* The same without waiting for the device: errors of the run may show in a later call.  What is
@@ -318,6 +318,7 @@ FG_API fg_status   fg_graph_json(int n, const fg_json_part *parts, const fg_json
  * finite).  Noting values waits for every node and copies what it made. */
 enum { FG_RECORD_TIMES = 1, FG_RECORD_VALUES = 2 };
 FG_API fg_status   fg_plan_record(fg_plan *p, unsigned what);
+FG_API bool        fg_plan_recorded(const fg_plan *p);     /* is anything noted? FG_RECORD=1: times */
 
 #ifdef __cplusplus
 }

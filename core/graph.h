@@ -35,11 +35,18 @@ typedef struct {
     int n_in, n_out;
     fg_pass pass;
     bool recomputed;                     /* a second computation of its pair */
+    bool dropped;                        /* runs for no reader's sake, though it overwrites */
     uint32_t pair;                    /* the forward node that this one belongs to, or FG_NO_NODE */
     uint32_t in[FG_MAX_IN], out[FG_MAX_OUT];   /* in: 0 where an optional input is absent */
 } fg_node;
 
 #define FG_NO_NODE UINT32_MAX
+
+/* Outputs of n, the first, that overwrite an input. */
+static inline int fg__overwritten(const fg_node *n)
+{
+    return n->op->code->memory == FG_MUTATE ? n->n_out - n->op->code->fresh : 0;
+}
 
 typedef struct fg_block { struct fg_block *next; size_t used, size; } fg_block;
 typedef struct { const char *key, *value; bool used; } fg_pair;

@@ -31,7 +31,7 @@ typedef struct {
     uint32_t *value, *node;              /* from -> to */
     uint32_t *table, cap;                /* equal nodes: hash -> node of `to` + 1 */
     int stage;
-    uint32_t *casts, cap_casts;          /* per value of `to`: itself in the other dtype, 0 if none */
+    uint32_t *casts, cap_casts; /* per value of `to`: itself in the other dtype, 0 if none */
     bool again;                         /* a definition was put in: its nodes must be lowered too */
 } lowering;
 
@@ -190,7 +190,7 @@ static fg_dtype narrowed(lowering *w, const fg_node *n, int o, fg_dtype was)
     const fg_bf16_rule *r = &n->op->code->bf16;
     fg_value *values = w->to->values;
     if (was == FG_I32 || r->as_inferred) return was;
-    if (n->op->code->memory == FG_MUTATE) {
+    if (o < fg__overwritten(n)) {
         fg_value *state = &values[n->in[o]];
         if (r->like[o] && state->kind == FG_OF_STATE)
             state->type = values[n->in[r->like[o] - 1]].type;
@@ -274,7 +274,7 @@ static int list_roots(const fg_graph *g, uint32_t *roots)
         if (g->values[g->outputs[i].id].node != FG_NO_NODE)
             roots[n_roots++] = g->values[g->outputs[i].id].node;
     for (uint32_t k = 0; k < g->n_nodes; k++)
-        if (g->nodes[k].op->code->memory == FG_MUTATE)
+        if (g->nodes[k].op->code->memory == FG_MUTATE && !g->nodes[k].dropped)
             marks[n++] = (fg_mark){ overwritten(g, k), k };
     if (n) qsort(marks, n, sizeof *marks, by_name);
     for (uint32_t i = 0; i < n; i++) roots[n_roots++] = marks[i].id;

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 typedef FG_REAL fg_real;                 /* what the CPU backend stores f32 and bf16 tensors in */
 
-#define FG_MAX_IN  10
+#define FG_MAX_IN  18
 #define FG_MAX_OUT 8
 
 typedef struct { double flops, bytes; } fg_cost;
@@ -62,8 +62,9 @@ typedef enum {
     FG_PART,                             /* output 0 is a span of input 0 along one axis: a view
                                             where its readers can read it in place, else a copy */
     FG_JOIN,                             /* output 0 is its inputs, one behind the other along one
-                                            axis: made in place where their makers can, else copied */
-    FG_MUTATE                            /* output i overwrites input i, a parameter or state */
+                                            axis: in place where their makers can, else copied */
+    FG_MUTATE                            /* output i overwrites input i, a parameter or state; the
+                                            last `fresh` outputs are new values */
 } fg_memory_use;
 
 /* Dtypes when a graph is lowered to bf16 (fg_store_precision).  An output takes the widest dtype of
@@ -85,6 +86,7 @@ typedef struct fg_op_code {
     fg_tensor (*example)(fg_graph *g, int i);                /* i-th test case, {0} past the last */
     size_t    (*scratch)(const fg_infer *c, int threads);   /* bytes a cpu call needs; NULL: none */
     fg_memory_use memory;
+    int       fresh;                  /* of FG_MUTATE */
     unsigned  reuse;       /* bit i: output 0 may take input i's memory, even where another input
                               whose bit is set is the same value */
     void      (*span)(const void *attr, int *axis, int64_t *start);   /* of FG_PART and FG_JOIN */
@@ -120,6 +122,7 @@ FG_API int64_t   fg__rows(const fg_shape *s);               /* elements / extent
 struct fg_rewrite;
 fg_tensor fg__cast(fg_tensor x, fg_dtype to);
 void      fg__fuse(struct fg_rewrite *r);
+void      fg__fuse_few(struct fg_rewrite *r);                  /* ops/fuse_few.c, called by fg__fuse */
 
 /* Test inputs: parameters with N(0,1) entries, named random0, random1, ... in order of creation,
  * and integers drawn from [lo, hi).  Make them in statements of their own, one per line. */

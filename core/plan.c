@@ -57,7 +57,7 @@ static fg_status find_late_readers(fg_plan *p)
                               n->at.line, n->op->name, name ? name : "a value", before->op->name,
                               fg__base(before->at.file), before->at.line);
         }
-        for (int o = 0; o < n->n_out && n->op->code->memory == FG_MUTATE; o++)
+        for (int o = 0; o < fg__overwritten(n); o++)
             by[base[n->in[o]]] = k;
     }
     free(base);
@@ -93,9 +93,8 @@ static void find_fixed(fg_plan *p)
 {
     const fg_graph *g = p->low;
     for (uint32_t k = 0; k < g->n_nodes; k++)
-        if (g->nodes[k].op->code->memory == FG_MUTATE)
-            for (int o = 0; o < g->nodes[k].n_out; o++)
-                p->changes_params |= is_parameter(p, g->nodes[k].out[o]);
+        for (int o = 0; o < fg__overwritten(&g->nodes[k]); o++)
+            p->changes_params |= is_parameter(p, g->nodes[k].out[o]);
     if (p->changes_params || !p->store->backend->fuses) return;
     for (uint32_t k = 0; k < g->n_nodes; k++)
         p->fixed[k] = g->nodes[k].op->code->memory != FG_MUTATE;

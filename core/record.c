@@ -14,6 +14,8 @@ fg_status fg_plan_record(fg_plan *p, unsigned what)
     return FG_OK;
 }
 
+bool fg_plan_recorded(const fg_plan *p) { return p && p->records && p->runs > 0; }
+
 /* How many elements behind the first element i lies. */
 static int64_t lies_at(const fg_rows *rows, int64_t i)
 {

@@ -103,3 +103,15 @@ void fg__instead(fg_rewrite *r, uint32_t old, fg_tensor t)
     r->uses[v] += r->uses[old];
     r->uses[old] = 0;
 }
+
+void fg__unread(fg_rewrite *r, uint32_t k)
+{
+    fg_node *n = &r->g->nodes[k];
+    for (int i = 0; i < n->n_in; i++) {
+        const uint32_t v = fg__now(r, n->in[i]);
+        if (v && v < r->cap && r->uses[v]) r->uses[v]--;
+        n->in[i] = 0;
+    }
+}
+
+void fg__drop(fg_rewrite *r, uint32_t k) { r->g->nodes[k].dropped = true; }

@@ -11,7 +11,7 @@
 typedef struct fg_rewrite {
     fg_graph *g;
     uint32_t  n_nodes;                   /* nodes that were there before the first rule */
-    uint32_t *now, *uses, cap;           /* per value: what stands in its place, or itself; readers */
+    uint32_t *now, *uses, cap; /* per value: what stands in its place, or itself; readers */
 } fg_rewrite;
 
 bool     fg__rewrite_open(fg_rewrite *r, fg_graph *g);     /* false: out of memory */
@@ -23,10 +23,14 @@ static inline fg_tensor fg__now_tensor(const fg_rewrite *r, uint32_t v)
 {
     return v ? (fg_tensor){ r->g, fg__now(r, v) } : (fg_tensor){ 0 };
 }
-/* What is built between the two belongs to node k: its scope, pass, pair and place in the source. */
+/* What is built between the two belongs to node k: scope, pass, pair and place in the source. */
 uint32_t fg__build_as(fg_rewrite *r, uint32_t k);          /* returns what fg__built wants */
 void     fg__built(fg_rewrite *r, uint32_t k, uint32_t first);
 /* The node that made t takes the slot of node k. */
 void     fg__take_slot(fg_rewrite *r, uint32_t k, fg_tensor t);
 void     fg__instead(fg_rewrite *r, uint32_t old, fg_tensor t);   /* readers of old read t */
+/* Node k, whose results nothing needs any more, reads nothing any more. */
+void     fg__unread(fg_rewrite *r, uint32_t k);
+/* Node k overwrites something that another node overwrites from now on: it is not to run. */
+void     fg__drop(fg_rewrite *r, uint32_t k);
 #endif

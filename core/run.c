@@ -44,7 +44,7 @@ fg_plan *fg_plan_new(const fg_graph *g, fg_store *s)
                           n->op->name, why);
     }
     if (!p->status) fg__lay_out(p);
-    if (!p->status && p->profile) fg_plan_record(p, FG_RECORD_TIMES);
+    if (!p->status && asked("FG_RECORD")) fg_plan_record(p, FG_RECORD_TIMES);
     return p;
 }
 
@@ -246,7 +246,26 @@ static fg_status launch_marked(fg_plan *p)
         const double seconds = b->ops->elapsed(b, (int)k, (int)end);
         for (uint32_t i = k; i < end; i = next_launched(p, i + 1))
             add_timing(p, &p->low->nodes[i], i == k ? seconds : 0);
-        if (p->record && fg__record_node(p, k, seconds)) return p->status;
+    }
+    return FG_OK;
+}
+
+/* The time of every node, between two marks of the device's own clock. */
+static fg_status note_marked(fg_plan *p)
+{
+    fg_backend *b = p->store->backend;
+    const uint32_t n = p->low->n_nodes;
+    fg_status s = FG_OK;
+    for (uint32_t k = next_launched(p, 0); k < n && !s; k = next_launched(p, k + 1)) {
+        s = b->ops->mark(b, (int)k);
+        if (!s && launch(p, k)) return p->status;
+    }
+    if (!s) s = b->ops->mark(b, (int)n);
+    if (!s) s = b->ops->sync(b);
+    if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
+    for (uint32_t k = next_launched(p, 0), next; k < n; k = next) {
+        next = next_launched(p, k + 1);
+        if (fg__record_node(p, k, b->ops->elapsed(b, (int)k, (int)next))) return p->status;
     }
     return FG_OK;
 }
@@ -260,9 +279,7 @@ static fg_status launch_timed(fg_plan *p)
         if (launch(p, k)) return p->status;
         const fg_status s = b->ops->sync(b);
         if (s) return fg__plan_fail(p, s, "%s", fg_backend_message(b));
-        const double took = now() - start;
-        add_timing(p, &p->low->nodes[k], took);
-        if (p->record && fg__record_node(p, k, took)) return p->status;
+        add_timing(p, &p->low->nodes[k], now() - start);
     }
     return FG_OK;
 }
@@ -297,7 +314,8 @@ fg_status fg_run_later(fg_plan *p)
         p->fixed_ran = true;
     }
     if (p->changes_params) p->store->version++;
-    if (p->profile) return launch_timed(p);
+    if (p->record == FG_RECORD_TIMES && b->ops->mark) return note_marked(p);
+    if (p->profile && !p->record) return launch_timed(p);
     return whole ? launch_recorded(p) : launch_all(p, false);
 }
 

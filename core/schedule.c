@@ -23,9 +23,8 @@ static uint32_t before(const walk *w, uint32_t k, uint32_t *cursor)
         const uint32_t v = n->in[(*cursor)++];
         if (v && w->g->values[v].node != FG_NO_NODE) return w->g->values[v].node;
     }
-    if (n->op->code->memory != FG_MUTATE) return FG_NO_NODE;
     uint32_t skip = *cursor - (uint32_t)n->n_in;  /* then the other readers of what it overwrites */
-    for (int o = 0; o < n->n_out; o++)
+    for (int o = 0; o < fg__overwritten(n); o++)
         for (uint32_t v = w->base[n->in[o]], r = w->reader_at[v]; r < w->reader_at[v + 1]; r++)
             if (w->readers[r] != k && skip-- == 0) { ++*cursor; return w->readers[r]; }
     return FG_NO_NODE;

@@ -40,7 +40,7 @@ static bool overwrites(finder *f, uint32_t k)
 {
     fg_plan *p = f->p;
     const fg_node *n = &p->low->nodes[k];
-    for (int o = 0; o < n->n_out; o++) {
+    for (int o = 0; o < fg__overwritten(n); o++) {
         if (p->slots[fg__root_of(p, n->in[o])].place != FG_IN_STORE) {
             fg__plan_fail(p, FG_ERR_USAGE,
                           "%s:%d: %s: overwrites its input %d, which is neither a parameter nor a "
@@ -79,7 +79,7 @@ static bool list_touches(finder *f)
     return true;
 }
 
-/* Do all that read or make base take rows of another pitch?  Its joiner or parter does by nature. */
+/* Do all that read or make base take rows of a pitch?  Its joiner or parter does by nature. */
 static bool all_take(const finder *f, uint32_t base, uint32_t except)
 {
     const fg_plan *p = f->p;

@@ -7,25 +7,25 @@
  *
  * Gates: C_i - C_j = ell_i + (base_I - base_J) - ell_j, as attention.cuh says.
  *
- * bf16, D <= 128: a block of threads keeps one tile of keys and walks the tiles of queries below
- * the diagonal.  A warp owns 16 or 32 keys: it makes S^T = K Q^T and dP^T = V dO^T for 16 queries at
- * a time, so that P^T and dS^T are, in registers, the left operands of gV += P^T dO and
- * gK += dS^T Q.  Only dS goes through shared memory, for gQ = dS K, which is added up in f32 in
- * device memory.  The tiles of keys add in one fixed order, from the diagonal to the left: a turn
- * per tile of queries says who is next.  A tile of keys starts at its own diagonal, so those that
- * run side by side reach a tile of queries one after the other, and hardly wait.
+ * bf16, D <= 128: five products.  A block of threads keeps one tile of keys and walks the tiles of
+ * queries below the diagonal.  On Hopper that is forget_attention_grad_sm90.cu; here, a warp owns
+ * 16 or 32 keys and makes S^T = K Q^T and dP^T = V dO^T for 16 queries at a time, so that P^T and
+ * dS^T are, in registers, the left operands of gV += P^T dO and gK += dS^T Q.  Only dS goes through
+ * shared memory, for gQ = dS K.  That is added up in f32 in device memory by one tile of keys after
+ * the other: a turn per tile of queries says who is next (walk, in forget_attention_grad.cuh).
  *
- * The gate's gradient takes column sums in f32 before rounding, and the sum of each tile of
- * queries, added under the same turn and spread over its rows: rows sum to 0 but for rounding, and
- * without that residue the long sum over m would be a random walk of roundings.  Sums over tokens
- * are in double.
+ * The gate's gradient takes column sums in f32 before rounding, and the sum of every 16 queries,
+ * added under the same turn and spread over them: rows sum to 0 but for rounding, and without that
+ * residue the long sum over m would be a random walk of roundings.  Sums over tokens are in double.
  *
  * All else (f32, or any D up to 256): two kernels, one per tile of keys and one per tile of
  * queries, in f32 throughout, with exact sums over rows.
  *
- * Bytes at the least, bf16: q, k, v, o, go, gq, gk, gv once, 16 B N H D; moved besides: gq in f32,
- * through the L2 cache, 256 / 128 bytes a pair and 128 keys.
- * Source: as ops/forget_attention_grad.c; tiles and order as in Dao 2023, "FlashAttention-2". */
+ * Bytes at the least, bf16, H = Hkv: q, k, v, o, go, gq, gk, gv once and go twice, 18 B N H D.
+ * Moved besides: gq in f32 once to and from device memory, 8 B N H D, and through the L2 cache
+ * for every 128 keys; go and q for every 128 keys, from the L2 cache.
+ * Source: as ops/forget_attention_grad.c; tiles and order as in Dao 2023, "FlashAttention-2:
+ * Faster Attention with Better Parallelism and Work Partitioning", 3.1-3.2. */
 #include "forget_attention_grad.cuh"
 
 enum { GO, GLSE, Q, K, V, LOG_F, O, LSE, FIRST };
@@ -123,6 +123,7 @@ static __device__ __forceinline__ void add_float4(float4 *to, float4 x)
     atomicAdd(p, x.x), atomicAdd(p + 1, x.y), atomicAdd(p + 2, x.z), atomicAdd(p + 3, x.w);
 #endif
 }
+
 /* Sizes of a tile and where its parts lie in shared memory.  Rows of 16-byte chunks; chunk c of row
  * r lies at c ^ r % 8, so that eight rows of a matrix never meet in a bank. */
 template <int D_, int WARPS_, int MT_, int PER_SM_, int KEEP_> struct shape {
@@ -131,7 +132,7 @@ template <int D_, int WARPS_, int MT_, int PER_SM_, int KEEP_> struct shape {
     static constexpr int THREADS = WARPS * 32, OWN = MT * 16, KEYS = WARPS * OWN;
     static constexpr int CH = SOME;                        /* queries at a time */
     static constexpr int KS = D / 16, NT = D / 8;          /* steps of 16, columns of 8 */
-    static constexpr int WIDE = D / (WARPS / 2), WT = WIDE / 8;    /* a warp's part of gq: 32 rows */
+    static constexpr int WIDE = D / (WARPS / 2), WT = WIDE / 8;   /* a warp's part of gq: 32 rows */
     static constexpr int BYTES = D * 2;                    /* of a row */
     static constexpr int K_AT = 0, V_AT = K_AT + KEYS * BYTES, Q_AT = V_AT + KEYS * BYTES;
     static constexpr int GO_AT = Q_AT + 2 * ROWS * BYTES, DS_AT = GO_AT + 2 * ROWS * BYTES;
@@ -158,9 +159,10 @@ struct step {
     bool masked;
 };
 
-/* Offset of a lane's row in the 16 x 16 that an ldmatrix reads.  OUTER: matrices 1 and 3 are the
- * rows' second half, otherwise the second half of columns. */
-template <bool ROWS_FIRST> static __device__ __forceinline__ unsigned lane_offset(int lane, int bytes)
+/* Offset of a lane's row in the 16 x 16 that an ldmatrix reads.  ROWS_FIRST: matrices 1 and 3 are
+ * the rows' second half, otherwise the columns'. */
+template <bool ROWS_FIRST>
+static __device__ __forceinline__ unsigned lane_offset(int lane, int bytes)
 {
     const int m = lane / 8, row = lane % 8 + 8 * (ROWS_FIRST ? m & 1 : m >> 1);
     const int half = ROWS_FIRST ? m >> 1 : m & 1;
@@ -213,7 +215,8 @@ static __device__ __forceinline__ void queries_load(const args &a, const share<S
 
 /* Where the warp's 16 keys m and columns 16 k lie, as a left operand. */
 template <class S>
-static __device__ __forceinline__ unsigned keys_at(unsigned memory, int lane, int warp, int m, int k)
+static __device__ __forceinline__ unsigned keys_at(unsigned memory, int lane, int warp, int m,
+                                                   int k)
 {
     const unsigned at = memory + lane_offset<true>(lane, S::BYTES) + warp * S::OWN * S::BYTES;
     return (at ^ (32 * (k & 3))) + m * 16 * S::BYTES + (k >> 2) * 128;
@@ -370,8 +373,8 @@ static __device__ __forceinline__ void step_keys(const args &a, share<S> &s, ste
         float sum = 0;
         const bool any = p.i * ROWS + n + S::CH > s.key0 + s.warp * S::OWN;
         if (any) {
-            const float2 level[2] = { shared_float2(rows + n * 4), shared_float2(rows + n * 4 + 32) };
-            const unsigned deltas = rows + 2 * ROWS * 4 + n * 4;
+            const unsigned levels = rows + n * 4, deltas = levels + 2 * ROWS * 4;
+            const float2 level[2] = { shared_float2(levels), shared_float2(levels + 32) };
             const float2 delta[2] = { shared_float2(deltas), shared_float2(deltas + 32) };
             float z[S::MT][2][4] = {}, dp[S::MT][2][4];
 #pragma unroll
@@ -547,8 +550,10 @@ tile_of_keys(const args a)
     s.memory = fg_shared(memory), s.lane = (int)threadIdx.x % 32, s.warp = (int)threadIdx.x / 32;
     s.key0 = w.j * S::KEYS, s.b = w.b;
 #pragma unroll
-    for (int e = 0; e < S::MT * S::NT * 4; e++)
-        s.gk[e / (4 * S::NT)][e / 4 % S::NT][e % 4] = s.gv[e / (4 * S::NT)][e / 4 % S::NT][e % 4] = 0;
+    for (int e = 0; e < S::MT * S::NT * 4; e++) {
+        const int m = e / (4 * S::NT), n = e / 4 % S::NT;
+        s.gk[m][n][e % 4] = s.gv[m][n][e % 4] = 0;
+    }
     step p = { w.i, 0, w.h, false };
     columns_begin(a, s, p.h);
     keys_load(a, s, kv);
@@ -853,15 +858,11 @@ static __global__ void __launch_bounds__(256) gates_zero(const args a)
 
 /* ---- host side ------------------------------------------------------------------------------ */
 
-/* Measured on: see the commit. */
-#ifndef KEEP64
-#define KEEP64 1
-#endif
-#ifndef KEEP128
-#define KEEP128 0
-#endif
-using shape64 = shape<64, 4, 2, 2, KEEP64>;
-using shape128 = shape<128, 8, 1, 1, KEEP128>;
+/* D, warps, 16s of keys of a warp, blocks of a processor, whether k and v stay in registers.
+ * Measured on one H100 80GB HBM3, 2026-11-26, 1 x 16384 with gates, all kernels of the op, before
+ * sums of ds went from 64 queries to 16: 24 heads of 64 9.0 ms, 12 heads of 128 10.6 ms. */
+using shape64 = shape<64, 4, 2, 2, 1>;
+using shape128 = shape<128, 8, 1, 1, 0>;
 
 static bool on_tensor_cores(fg_dtype type, int64_t D, double scale)
 {

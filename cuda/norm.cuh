@@ -306,11 +306,11 @@ template <norm_gate GATED> static void norm_launch(const norm_forward &a, cudaSt
 struct norm_backward {
     norm_size s;
     fg_in gy, x, w, g, more;     /* more: added to gx; g.p, more.p NULL: none */
-    fg_out gx, gg;
+    fg_out gx, gg, gx16;         /* gx16: gx once more; gx16.p NULL: none */
     const float *rstd;
     float *part;                 /* rows of partial sums of gw */
     int64_t parts;               /* blocks that share the rows */
-    norm_rows gy_rows, x_rows, g_rows, more_rows, gx_rows, gg_rows;
+    norm_rows gy_rows, x_rows, g_rows, more_rows, gx_rows, gg_rows, gx16_rows;
 };
 
 /* Rows [first, last) of one of `parts` blocks. */
@@ -412,12 +412,20 @@ norm_grad_whole(const norm_backward a)
     const norm_place<THREADS, VECS> place(a.s, blockIdx.y);
     const int64_t last = norm_first(a.s.rows, a.parts, blockIdx.x + 1);
     int64_t row = norm_first(a.s.rows, a.parts, blockIdx.x) + warp;
-    const bool kept = GATED != NORM_OF_GATED;    /* else registers are short: read for every row */
+    const bool kept = GATED != NORM_OF_GATED;    /* w and gw in registers: else they do not suffice */
     fg_vec8 w[VECS];
 #pragma unroll
     for (int i = 0; i < VECS; i++)
         if (kept) w[i] = fg_load8(a.w, place.w[i]);
     norm_values<VECS> gw = {};
+    const int64_t from = blockIdx.y * a.s.segment;
+    float *own = part + warp * a.s.segment - from;
+    if (!kept)
+#pragma unroll
+        for (int i = 0; i < VECS; i++)
+            if (place.ok[i])
+#pragma unroll
+                for (int k = 0; k < 8; k++) own[place.at[i] + k] = 0;
     norm_backward_row<VECS> next;
     if (row < last) norm_backward_fetch<GATED>(next, a, row, place);
     for (int slot = 0; row < last; row += held, slot ^= 1) {
@@ -431,8 +439,10 @@ norm_grad_whole(const norm_backward a)
 #pragma unroll
         for (int i = 0; i < VECS; i++) {
             if constexpr (GATED == NORM_OF_GATED) {
+                sum[i] = 0;
+                if (!place.ok[i]) continue;
                 sum[i] = norm_gate_terms(r.gy.v[i], r.x.v[i], r.other.v[i], r.rstd[i],
-                                         fg_load8(a.w, place.w[i]), gw.v[i]);
+                                         fg_load8(a.w, place.w[i]), own + place.at[i]);
             } else {
 #pragma unroll
                 for (int k = 0; k < 8; k++) r.x.v[i][k] *= r.rstd[i];
@@ -455,14 +465,15 @@ norm_grad_whole(const norm_backward a)
         }
         norm_put(r.gy, a.gx, norm_row(a.gx_rows, row), place.at, place.ok);
         if (GATED) norm_put(r.other, a.gg, norm_row(a.gg_rows, row), place.at, place.ok);
+        else if (a.gx16.p)
+            norm_put(r.gy, a.gx16, norm_row(a.gx16_rows, row), place.at, place.ok);
     }
-    const int64_t from = blockIdx.y * a.s.segment;
+    if (kept)
 #pragma unroll
-    for (int i = 0; i < VECS; i++)
-        if (place.ok[i])
+        for (int i = 0; i < VECS; i++)
+            if (place.ok[i])
 #pragma unroll
-            for (int k = 0; k < 8; k++)
-                part[warp * a.s.segment + place.at[i] - from + k] = gw.v[i][k];
+                for (int k = 0; k < 8; k++) own[place.at[i] + k] = gw.v[i][k];
     __syncthreads();
     norm_leave<THREADS>(a, part);
 }
@@ -508,6 +519,7 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_grad_elements(con
         m *= s;
         const float gx = rstd * (m - h * mean) + (more ? a.more[more_at + i] : 0);
         a.gx.put(gx_at + i, gx);
+        if (!GATED && a.gx16.p) a.gx16.put(norm_row(a.gx16_rows, row) + from + i, gx);
         if (GATED) a.gg.put(gg_at + i, m * h * (1 - s));
     }
 }

@@ -37,17 +37,15 @@ static void add_launch(const fg_exec *e, cudaStream_t stream)
 
 FG_KERNEL(add_rms_norm) = { .launch = add_launch };
 
-static size_t grad_scratch(const fg_infer *c)
+static size_t scratch_of(const fg_infer *c, int64_t groups)
 {
-    const struct fg_attr_rms_norm_grad *at = (const struct fg_attr_rms_norm_grad *)c->attr;
-    return norm_grad_scratch(norm_size_of(&c->in[1], &c->in[2], at->groups));
+    return norm_grad_scratch(norm_size_of(&c->in[1], &c->in[2], groups));
 }
 
-static void grad_launch(const fg_exec *e, cudaStream_t stream)
+static void start_grad(const fg_exec *e, int64_t groups, bool both, cudaStream_t stream)
 {
-    const struct fg_attr_rms_norm_grad *at = (const struct fg_attr_rms_norm_grad *)e->attr;
     norm_backward a = {};
-    a.s = norm_size_of(&e->in_shape[1], &e->in_shape[2], at->groups);
+    a.s = norm_size_of(&e->in_shape[1], &e->in_shape[2], groups);
     a.gy = fg_input_of(e, 0), a.x = fg_input_of(e, 1), a.w = fg_input_of(e, 2);
     a.rstd = (const float *)e->in[3], a.gx = fg_output_of(e, 0), a.part = (float *)e->scratch;
     a.gy_rows = norm_rows_of(&e->in_rows[0], a.s.D);
@@ -57,10 +55,37 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
         a.more = fg_input_of(e, 4);
         a.more_rows = norm_rows_of(&e->in_rows[4], a.s.D);
     }
+    if (both) {
+        a.gx16 = fg_output_of(e, 2);
+        a.gx16_rows = norm_rows_of(&e->out_rows[2], a.s.D);
+    }
     norm_grad_launch<NORM_PLAIN>(a, fg_output_of(e, 1), stream);
+}
+
+static size_t grad_scratch(const fg_infer *c)
+{
+    return scratch_of(c, ((const struct fg_attr_rms_norm_grad *)c->attr)->groups);
+}
+static void grad_launch(const fg_exec *e, cudaStream_t stream)
+{
+    start_grad(e, ((const struct fg_attr_rms_norm_grad *)e->attr)->groups, false, stream);
 }
 
 FG_KERNEL(rms_norm_grad) = {
     .launch = grad_launch, .scratch = grad_scratch,
     .pitched_in = 1u << 0 | 1u << 1 | 1u << 4, .pitched_out = 1u << 0,
+};
+
+static size_t both_scratch(const fg_infer *c)
+{
+    return scratch_of(c, ((const struct fg_attr_rms_norm_grad_bf16 *)c->attr)->groups);
+}
+static void both_launch(const fg_exec *e, cudaStream_t stream)
+{
+    start_grad(e, ((const struct fg_attr_rms_norm_grad_bf16 *)e->attr)->groups, true, stream);
+}
+
+FG_KERNEL(rms_norm_grad_bf16) = {
+    .launch = both_launch, .scratch = both_scratch,
+    .pitched_in = 1u << 0 | 1u << 1 | 1u << 4, .pitched_out = 1u << 0 | 1u << 2,
 };

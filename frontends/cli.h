@@ -163,6 +163,9 @@ void cli_precision(const cli *c, fg_store *s, const fg_backend *b);
 fg_store *cli_store(const cli *c, const cli_model *m, fg_backend *b, const fg_graph *g,
                     int *status);
 
+/* cmd_bench_decode.c: bench --decode-at; the status to end with. */
+int cli_bench_decoding(const cli *c, int64_t behind);
+
 /* ---- commands (cmd_*.c) ---------------------------------------------------------------------- */
 
 #define CLI_COMMAND(id, arguments, summary, text) int cmd_##id(const cli *c);

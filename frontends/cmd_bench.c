@@ -14,7 +14,7 @@ typedef struct { const char *op; double seconds, flops, bytes; int64_t calls; } 
 typedef struct {
     double   sgemm;                      /* floating-point operations a second of the product */
     double   copy;                       /* bytes a second of a large copy, in and out */
-    double   peak;                       /* operations a second by the card's datasheet; 0: unknown */
+    double peak; /* operations a second by the card's datasheet; 0: unknown */
     double   step, step_flops, tokens;   /* seconds, operations and tokens of an update */
     double   first, slow;                /* seconds of the first update; 95 of 100 take at most */
     double   decode;                     /* seconds a token, one sequence; 0: not measured */
@@ -54,7 +54,7 @@ static double op_seconds(const fg_plan *p, const char *op)
     return 0;
 }
 
-/* Seconds that the op's nodes take in a run of g, the median of five; in: what the input is given. */
+/* Seconds that the op's nodes take in a run of g, the median of five; data: for input `in`. */
 static int time_op(const cli *c, fg_backend *b, const fg_graph *g, const char *op, fg_tensor in,
                    const void *data, double *median_seconds)
 {
@@ -85,7 +85,11 @@ static int time_product(const cli *c, fg_backend *b, figures *f)
     double seconds = 0;
     int32_t *ids = malloc((size_t)side * sizeof *ids);
     fg_graph *g = fg_graph_new();
-    if (!ids || !g) { free(ids); fg_graph_free(g); return cli_fail(c, CLI_DEVICE, "out of memory"); }
+    if (!ids || !g) {
+        free(ids);
+        fg_graph_free(g);
+        return cli_fail(c, CLI_DEVICE, "out of memory");
+    }
     for (int32_t i = 0; i < side; i++) ids[i] = i;
     fg_tensor rows = fg_input(g, "rows", FG_I32, fg_dims(1, &side));
     fg_tensor table = fg_param(g, "x", fg_dims(2, square), random);
@@ -107,7 +111,11 @@ static int time_copy(const cli *c, fg_backend *b, figures *f)
     double seconds = 0;
     float *data = malloc((size_t)n * sizeof *data);
     fg_graph *g = fg_graph_new();
-    if (!data || !g) { free(data); fg_graph_free(g); return cli_fail(c, CLI_DEVICE, "out of memory"); }
+    if (!data || !g) {
+        free(data);
+        fg_graph_free(g);
+        return cli_fail(c, CLI_DEVICE, "out of memory");
+    }
     for (int64_t i = 0; i < n; i++) data[i] = (float)(i % 1021) - 510.5f;
     fg_tensor x = fg_input(g, "x", FG_F32, fg_dims(1, &n));
     fg_tensor y = fg_scale(x, 2, 0);
@@ -367,6 +375,9 @@ int cmd_bench(const cli *c)
     cli_model m;
     step t = { 0 };
     figures f = { .repeat = 5 };
+    int64_t behind = 0;
+    if (!cli_int(c, OPT_decode_at, 1, INT32_MAX / 2, &behind)) return CLI_USAGE;
+    if (behind) return cli_bench_decoding(c, behind);
     int status = cli_open(c, c->args[0], &m);
     if (!status && !cli_int(c, OPT_repeat, 1, 10000, &f.repeat)) status = CLI_USAGE;
     if (!status) t.graph = cli_training(c, &m, &t.update, &status);
@@ -377,7 +388,8 @@ int cmd_bench(const cli *c)
     if (s && !status) status = time_training(c, &m, &t, s, &f);
     if (s && !status && cli_has(c, OPT_bench_ops)) status = time_copy(c, b, &f);
     if (b) f.peak = peak_of(fg_backend_device(b));
-    if (s && !status && m.model.build && !cli_has(c, OPT_bench_step)) status = time_decoding(c, &m, s, &f);
+    if (s && !status && m.model.build && !cli_has(c, OPT_bench_step))
+        status = time_decoding(c, &m, s, &f);
     qsort(f.kinds, (size_t)f.n_kinds, sizeof f.kinds[0], slower);
     if (s && !status && c->json) status = print_json(c, &m, b, &f);
     else if (s && !status) print_text(&m, b, &f);

@@ -58,7 +58,7 @@ static bool read_wish(const cli *c, wish *w)
     w->graph.run = w->graph.values || (heat == FG_HEAT_TIME && !w->profile);
     w->view.heat = (fg_heat)heat;
     w->view.depth = (int)depth;
-    w->view.memory = cli_has(c, OPT_memory) || w->format == HTML;
+    w->view.memory = cli_has(c, OPT_memory);
     const bool plan = cli_has(c, OPT_memory) || w->graph.run || w->profile || w->format == HTML;
     if (!w->graph.stage_given && plan) w->graph.stage = CLI_PLANNED;
     return true;
@@ -67,6 +67,12 @@ static bool read_wish(const cli *c, wish *w)
 /* What contradicts itself. */
 static int check_wish(const cli *c, const wish *w, bool file)
 {
+    if (file && (cli_has(c, OPT_stage) || cli_has(c, OPT_pass)))
+        return cli_fail(c, CLI_USAGE, "--stage and --pass say what to make of a model; %s is made",
+                        c->args[0]);
+    if (file && cli_has(c, OPT_values))
+        return cli_fail(c, CLI_USAGE, "--values needs a model to run; %s is only its graph",
+                        c->args[0]);
     if (w->graph.stage != CLI_PLANNED && w->graph.run && !file)
         return cli_fail(c, CLI_USAGE, "what a run measures needs --stage planned");
     if (w->graph.stage != CLI_PLANNED && cli_has(c, OPT_memory) && !file)

@@ -29,7 +29,7 @@ typedef struct {
  * FG_ERR_FORMAT or FG_ERR_MEMORY with a message of one line, and *out NULL. */
 FG_API fg_status fg_view_read(const char *json, size_t n, fg_view **out, char message[400]);
 FG_API void      fg_view_free(fg_view *v);
-/* FG_OK if options fit the view; else FG_ERR_USAGE and why: no scope of that path, no such heat. */
+/* FG_OK if options fit the view; else FG_ERR_USAGE and why: no scope of that path, no times. */
 FG_API fg_status fg_view_check(const fg_view *v, const fg_view_options *o, char message[400]);
 FG_API const char *fg_heat_name(fg_heat h);              /* "flops" */
 

@@ -44,20 +44,46 @@ fg_generate_options fg_generate_default(void)
 
 /* ---- choosing -------------------------------------------------------------------------------- */
 
-static int32_t likeliest(const float *x, int64_t n)
-{
-    int64_t best = 0;
-    for (int64_t i = 1; i < n; i++)
-        if (x[i] > x[best])
-            best = i;
-    return (int32_t)best;
-}
-
 static uint32_t bits_of(float x)
 {
     uint32_t u;
     memcpy(&u, &x, sizeof u);
     return u;
+}
+
+/* The first of the greatest; *finite, unless NULL, becomes false if one of x is not.  In blocks,
+ * and by bits, as integers are compared many at a time: those of floats, but for the sign, are in
+ * the order of the floats. */
+static int32_t likeliest(const float *x, int64_t n, bool *finite)
+{
+    enum { BLOCK = 512 };
+    const int32_t infinite = 0x7f800000;
+    int64_t best = 0;
+    int32_t most = INT32_MIN, worst = 0;
+    for (int64_t from = 0; from < n; from += BLOCK) {
+        const int64_t to = from + BLOCK < n ? from + BLOCK : n;
+        int32_t here = INT32_MIN;
+        for (int64_t i = from; i < to; i++) {
+            int32_t u;
+            memcpy(&u, x + i, sizeof u);
+            const int32_t size = u & INT32_MAX, key = u < 0 ? -size : size;
+            here = key > here ? key : here;
+            worst = size > worst ? size : worst;
+        }
+        if (here > most) {
+            most = here;
+            best = from;
+        }
+    }
+    if (finite)
+        *finite = worst < infinite;
+    for (int64_t i = best; i < n; i++) {
+        int32_t u;
+        memcpy(&u, x + i, sizeof u);
+        if ((u < 0 ? -(u & INT32_MAX) : u) == most)
+            return (int32_t)i;
+    }
+    return 0;
 }
 
 /* What the probabilities from `least` up come to: how many they are, or their sum. */
@@ -98,8 +124,8 @@ int32_t fg_sample(float *logits, int64_t vocab, const fg_generate_options *o, in
                   int64_t index)
 {
     if (!(o->temperature > 0))
-        return likeliest(logits, vocab);
-    const double most = logits[likeliest(logits, vocab)];
+        return likeliest(logits, vocab, NULL);
+    const double most = logits[likeliest(logits, vocab, NULL)];
     double sum = 0;
     for (int64_t i = 0; i < vocab; i++) {
         logits[i] = (float)exp((logits[i] - most) / o->temperature);
@@ -236,7 +262,7 @@ static fg_status run(generation *g, stage *s, int64_t past)
     if (status == FG_OK && !fg_absent(s->first))
         status = fg_write(s->plan, s->first, g->first, bytes);
     if (status == FG_OK)
-        status = fg_run(s->plan);
+        status = fg_run_later(s->plan);                  /* reading waits for it */
     if (status == FG_OK)
         status = fg_read(s->plan, s->logits, g->logits,
                          (size_t)(g->n * fg_dim(s->logits, 2)) * sizeof *g->logits);
@@ -258,7 +284,7 @@ static fg_status read_prompts(generation *g)
     return s;
 }
 
-static fg_status check_finite(generation *g, int64_t sequence, const float *x)
+static fg_status not_finite(generation *g, int64_t sequence, const float *x)
 {
     for (int64_t i = 0; i < g->vocab; i++)
         if (!isfinite(x[i]))
@@ -278,10 +304,12 @@ static fg_status choose(generation *g, int64_t index, int32_t *out, int64_t *cou
         if (g->ended[i])
             continue;
         float *x = g->logits + i * width;
-        fg_status s = check_finite(g, i, x);
-        if (s != FG_OK)
-            return s;
-        const int32_t token = fg_sample(x, g->vocab, o, i, index);
+        bool finite;
+        int32_t token = likeliest(x, g->vocab, &finite);
+        if (!finite)
+            return not_finite(g, i, x);
+        if (o->temperature > 0)
+            token = fg_sample(x, g->vocab, o, i, index);
         out[i * o->max_tokens + index] = token;
         counts[i] = index + 1;
         g->ended[i] = (o->token && !o->token(o->to, (int)i, token)) || token == o->end_token;

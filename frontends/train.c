@@ -456,15 +456,12 @@ static bool asked_to_stop(const training *t)
            (limit > 0 && fg__seconds() - t->started >= limit);
 }
 
-/* graph.json as it ran, with the time of every node, where the plans were profiled. */
+/* graph.json as it ran, with the time of every node, where the plans noted it (FG_RECORD=1). */
 static fg_status write_times(training *t)
 {
     const fg_json_part parts[2] = { { NULL, t->plan, FG_STAGE_PLANNED },
                                     { NULL, t->update_plan, FG_STAGE_PLANNED } };
-    const char *op;
-    double seconds, flops, bytes;
-    int64_t calls;
-    if (!t->folder || !fg_plan_profile_at(t->plan, 0, &op, &seconds, &calls, &flops, &bytes))
+    if (!t->folder || !fg_plan_recorded(t->plan))
         return FG_OK;
     return fg__folder_graph(t->folder, t->update ? 2 : 1, parts, t->model->name, t->message);
 }

@@ -64,7 +64,9 @@ for (const c of C) {
   c.rowOf = new Int32Array(c.cells.length);
   for (let r = 0; r + 1 < c.rows.length; r++) c.rowOf.fill(r, c.rows[r], c.rows[r + 1]);
   c.ports = [new Map(), new Map()];
+  c.cellOf = [];
   c.cells.forEach((x, i) => {
+    if (x[0] === ITEM) c.cellOf[x[1]] = i;
     if (x[0] === PORT_IN) c.ports[0].set(x[1], i);
     if (x[0] === PORT_OUT) c.ports[1].set(x[1], i);
   });
@@ -89,6 +91,15 @@ const chips = k => {                      /* updates beside node k, by parameter
   return [...by.values()];
 };
 const nodesOf = function* (b) { for (let i = B.first[b]; i < B.end[b]; i++) yield D.drawn[i]; };
+const inLanes = new Map();
+const inLaneOf = (b, lane) => {            /* nodes of a lane in a box */
+  if (!inLanes.has(b)) {
+    const n = [0, 0, 0];
+    for (const k of nodesOf(b)) n[N.pass[k]]++;
+    inLanes.set(b, n);
+  }
+  return inLanes.get(b)[lane];
+};
 const paths = new Map();
 for (let b = nBoxes - 1; b >= 0; b--) paths.set(S[B.path[b]], b);
 
@@ -261,7 +272,7 @@ function layout() {
 /* ---- drawing --------------------------------------------------------------------------------- */
 
 const canvas = $('canvas'), g = canvas.getContext('2d');
-let colors = {}, hits = [], width = 0, height = 0, frameTime = 0, marks = new Map(), locate = null;
+let colors = {}, hits = [], width = 0, height = 0, frameTime = 0, marks = new Map();
 const rgba = (hue, a) => `rgba(${colors[hue]},${a})`;
 function readColors() {
   const css = getComputedStyle(document.documentElement);
@@ -307,7 +318,7 @@ const inkOn = (hue, a) => a > 0.6 && document.documentElement.dataset.theme !== 
 function drawForward(k, x, y, s) {
   const w = s.w[0], h = s.h[0], left = x - w / 2, top = y - h / 2;
   if (!seen(left, top, w, h)) return;
-  const view = N.flags[k] & 2, bad = N.error[k] > 0, a = strength(heat(k, state.heat));
+  const view = N.flags[k] & 8, bad = N.error[k] > 0, a = strength(heat(k, state.heat));
   const hue = bad ? 'x' : 'f', sign = !bad && SIGN[op(k)];
   if (sign) { g.beginPath(); g.arc(x, y, 15, 0, 7); } else round(left, top, w, h, view ? 10 : 6);
   g.fillStyle = view ? colors.pill : colors.panel; g.fill();
@@ -382,9 +393,7 @@ function drawClosed(b, item, inner, lane, x, y, s) {
   g.fillStyle = rgba(hue, a); g.fill();
   g.lineWidth = 1.4; g.strokeStyle = rgba(hue, 0.9); g.stroke();
   text('\u25b8 ' + boxName(b, item), x, y - 3, 12, inkOn(hue, a), 'center', true, w - 8);
-  let n = 0;
-  for (const k of nodesOf(inner)) n += N.pass[k] === lane;
-  const words = state.heat === 'none' ? n + ' nodes' : heatWords(boxHeat(inner, lane), state.heat);
+  const words = state.heat === 'none' ? inLaneOf(inner, lane) + ' nodes' : heatWords(boxHeat(inner, lane), state.heat);
   text(words, x, y + 13, 10.5, a > 0.6 ? inkOn(hue, a) : colors.soft, 'center');
   hit('box', inner, lane, left, top, w, h, { closed: true });
   ring('box', inner, left, top, w, h, 7);
@@ -579,19 +588,36 @@ function zoom(by, x = width / 2, y = height / 2) {
   const k = Math.max(0.02, Math.min(4, state.k * by)), q = k / state.k;
   moveTo(x - (x - state.x) * q, y - (y - state.y) * q, k, true);
 }
-/* The rectangle, on the graph, of what is selected, by a drawing that leaves nothing out. */
+/* The rectangle, on the graph, of a scope, node or value in one lane; undefined if it is not drawn. */
 function whereIs(kind, ref, lane) {
-  const k = state.k, x = state.x, y = state.y, w = width, h = height;
-  state.k = 1; state.x = state.y = 0; width = height = 1e9;
-  const list = hits;
-  hits = [];
-  g.save(); g.beginPath(); g.rect(0, 0, 0, 0); g.clip();
-  drawOpen(0, lanes, 0, -1, null);
-  g.restore();
-  const found = hits.find(q => q.kind === kind && q.ref === ref && (lane === undefined || q.lane === lane));
-  hits = list;
-  Object.assign(state, { k, x, y }); width = w; height = h;
-  return found;
+  const way = [];
+  let inner = kind === 'box' ? ref : kind === 'node' ? N.box[ref] : 0;
+  if (kind === 'node' && lane === undefined) lane = N.pass[ref];
+  for (let b = inner; b > 0; b = B.parent[b]) way.unshift(b);
+  let at = 0, x = lanes.slice(), y = 0;
+  const enter = item => {                  /* moves to an item of box at; its size */
+    const c = C[B.cls[at]], f = frames.get(at), i = c.cellOf[item];
+    if (!f || i === undefined) return null;
+    const s = f.size[item], my = middle(f, c, i, y);
+    x = x.map((q, k) => q + f.x[k][i] - s.w[k] / 2);
+    y = my - (s.open >= 0 ? frames.get(s.open).h : Math.max(...s.h)) / 2;
+    return { w: s.w, h: s.open >= 0 ? frames.get(s.open).h : Math.max(...s.h), open: s.open };
+  };
+  const rect = s => {
+    if (!s) return undefined;
+    const k = lane === undefined || !(s.w[lane] > 0) ? [0, 1, 2].find(q => s.w[q] > 0) : lane;
+    return k === undefined ? undefined : { x: x[k], y, w: s.w[k], h: s.h, lane: k };
+  };
+  for (const b of way) {
+    const item = B.items[at].findIndex(t => shown(at, t) === b), s = item < 0 ? null : enter(item);
+    if (!s) return undefined;
+    if (b === ref && kind === 'box') return rect(s);
+    if (s.open < 0) return undefined;
+    at = b;
+  }
+  const item = B.items[at].findIndex(t => kind === 'node' ? t[0] === NODE && t[1] === N.home[ref]
+    : t[0] === INPUT ? t[1] === ref : t[0] === OUTPUT && D.outputs[t[1]][0] === ref);
+  return item < 0 ? undefined : rect(enter(item));
 }
 function center(kind, ref) {
   const r = whereIs(kind, ref);
@@ -691,6 +717,17 @@ function findPath(a, b) {
     }
   }
   return null;
+}
+/* The way back from a node: of its inputs each time the one with the greatest value. */
+function ancestors(k) {
+  const way = [k];
+  const most = x => { const s = D.stats[V.stats[x]]; return s ? (s[4] ? Infinity : Math.max(Math.abs(s[0]), Math.abs(s[1]))) : -1; };
+  while (way.length < 40) {
+    const from = N.in[way[0]].filter(x => x >= 0 && V.maker[x] >= 0).sort((p, q) => most(q) - most(p))[0];
+    if (from === undefined) break;
+    way.unshift(V.maker[from]);
+  }
+  return way;
 }
 let pathFrom = -1;
 function pathTo(k) {
@@ -805,17 +842,19 @@ function differs(b) {
   }
   return p.length !== q.length ? `not as ${name}: ${q.length} nodes, there ${p.length}` : `not as ${name}: wired in another way`;
 }
+const knownParams = new Map();
 const paramsOf = b => {
+  if (knownParams.has(b)) return knownParams.get(b);
   const path = S[B.path[b]];
   let sum = 0;
   for (let v = 0; v < nValues; v++)
     if (V.kind[v] === 2 && (!path || S[V.name[v]].startsWith(path + '.')))
       sum += S[V.shape[v]].split(',').reduce((p, x) => p * (x === '' ? 1 : +x), 1);
+  knownParams.set(b, sum);
   return sum;
 };
 function boxInfo(to, b) {
-  const run = runOf.get(b), count = [0, 0, 0];
-  for (const k of nodesOf(b)) count[N.pass[k]]++;
+  const run = runOf.get(b), count = [0, 1, 2].map(lane => inLaneOf(b, lane));
   to.append(el('span', b ? 'scope' : 'model', { class: 'soft' }));
   to.append(el('h2', b ? S[B.name[b]] : M.model || 'graph'), el('div', S[B.path[b]], { class: 'soft' }));
   if (differs(b)) to.append(el('p', differs(b)));
@@ -850,11 +889,15 @@ function boxInfo(to, b) {
     ['saved for backward', B.saved[b] ? bytes(B.saved[b]) : '', 1],
     ['recomputed', B.recompute[b] ? 'yes' : '']]));
   if (b) return;
-  for (const p of D.plans) section(to, 'plan', table([['parameters', bytes(p[3]), 1], ['states', bytes(p[4]), 1],
+  for (const [i, p] of D.plans.entries()) section(to, D.plans.length > 1 ? `plan, graph ${i + 1}` : 'plan', table([['parameters', bytes(p[3]), 1], ['states', bytes(p[4]), 1],
     ['inputs', bytes(p[5]), 1], ['arena', bytes(p[2]), 1], ['scratch', bytes(p[6]), 1], ['total', bytes(p[7]), 1]]));
   if (D.errors.length) section(to, 'errors', ...D.errors.map(k => link(S[N.error[k]].split('\n')[0],
     () => select('node', k, { reveal: true }))));
-  if (D.firstBad >= 0) section(to, 'first value that is not finite', goNode(D.firstBad));
+  if (D.firstBad >= 0) section(to, 'first value that is not finite', goNode(D.firstBad),
+    el('button', 'where it comes from', { type: 'button', onclick: () => {
+      state.path = ancestors(D.firstBad);
+      select('node', D.firstBad, { reveal: true, path: true });
+    } }));
   if (state.heat !== 'none') {
     const top = [...Array(nNodes).keys()].sort((p, q) => heat(q, state.heat) - heat(p, state.heat)).slice(0, 10);
     section(to, 'ten largest, ' + state.heat, ...top.map(k => {
@@ -1427,14 +1470,14 @@ readColors();
 $('memory').hidden = !state.memory;
 if (!state.sel && D.errors.length) state.sel = { kind: 'node', ref: D.errors[0] };
 layout();
-resize();
 mark();
+panels();
+tree();
+resize();
 if (where) { state.k = where[2]; state.x = where[0] * where[2]; state.y = where[1] * where[2]; }
 else if (D.errors.length) { fit(true); center('node', D.errors[0]); }
 else if (M.focus > 0) { fit(true); center('box', M.focus); }
 else fit(true);
-panels();
-tree();
 drawNow();
 new ResizeObserver(resize).observe($('map'));
 window.addEventListener('hashchange', () => {

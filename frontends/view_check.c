@@ -7,6 +7,8 @@ fg_status fg_view_check(const fg_view *v, const fg_view_options *o, char message
     message[0] = 0;
     if (o->focus && fg__view_find_box(v, o->focus) < 0)
         snprintf(message, 400, "no scope '%.200s' in this graph", o->focus);
+    else if (o->memory && !v->planned)
+        snprintf(message, 400, "this graph has no memory plan");
     else if (o->heat == FG_HEAT_TIME && !v->timed)
         snprintf(message, 400, "this graph has no times: they come from a run or --profile");
     else if ((o->heat == FG_HEAT_ABSMAX || o->heat == FG_HEAT_GRADNORM) && !v->seen)

@@ -14,6 +14,7 @@ typedef struct {
     const char **text;                   /* the list of texts */
     int32_t n_texts, *table;             /* hash table: number of a text + 1 */
     uint32_t mask;
+    int columns;                         /* of the object being written */
 } page;
 
 static uint64_t hash(const char *s)
@@ -63,20 +64,30 @@ static bool open_texts(page *p)
 
 /* ---- columns --------------------------------------------------------------------------------- */
 
-/* "name":[f(0),f(1),...] for n numbers. */
+static void begin(page *p, const char *name)
+{
+    fg__view_say(&p->out, "\"%s\":{", name);
+    p->columns = 0;
+}
+
+static void begin_column(page *p, const char *name)
+{
+    fg__view_say(&p->out, "%s\"%s\":[", p->columns++ ? ",\n" : "", name);
+}
+
+/* "name":[x(0),x(1),...] for n whole numbers, x an expression in i. */
 #define COLUMN(p, name, n, expression)                                                         \
     do {                                                                                       \
-        fg__view_say(&(p)->out, "%s\"%s\":[", name[0] == '-' ? "" : ",\n",                     \
-                     name[0] == '-' ? name + 1 : name);                                        \
+        begin_column(p, name);                                                                 \
         for (int32_t i = 0; i < (n); i++)                                                      \
             fg__view_say(&(p)->out, i ? ",%" PRId64 : "%" PRId64, (int64_t)(expression));      \
         fg__view_say(&(p)->out, "]");                                                          \
     } while (0)
 
-static void reals(const page *p, const char *name, int which)
+static void reals(page *p, const char *name, int which)
 {
     const fg_view *v = p->v;
-    fg__view_say(&p->out, ",\n\"%s\":[", name);
+    begin_column(p, name);
     for (int32_t i = 0; i < v->n_nodes; i++) {
         const view_node *n = &v->node[i];
         const double x = which == 0 ? n->flops : which == 1 ? n->bytes : n->time;
@@ -85,10 +96,10 @@ static void reals(const page *p, const char *name, int which)
     fg__view_say(&p->out, "]");
 }
 
-static void lists(const page *p, const char *name, bool out)
+static void lists(page *p, const char *name, bool out)
 {
     const fg_view *v = p->v;
-    fg__view_say(&p->out, ",\n\"%s\":[", name);
+    begin_column(p, name);
     for (int32_t i = 0; i < v->n_nodes; i++) {
         const int n = out ? v->node[i].n_out : v->node[i].n_in;
         const int32_t *list = out ? v->node[i].out : v->node[i].in;
@@ -110,8 +121,8 @@ static void nodes(page *p)
 {
     const fg_view *v = p->v;
     const view_node *n = v->node;
-    fg__view_say(&p->out, "\"nodes\":{");
-    COLUMN(p, "-id", v->n_nodes, n[i].id);
+    begin(p, "nodes");
+    COLUMN(p, "id", v->n_nodes, n[i].id);
     COLUMN(p, "op", v->n_nodes, number(p, n[i].op));
     COLUMN(p, "pass", v->n_nodes, n[i].pass);
     COLUMN(p, "box", v->n_nodes, v->drawn_in[i]);
@@ -119,7 +130,8 @@ static void nodes(page *p)
     COLUMN(p, "home", v->n_nodes, n[i].home);
     COLUMN(p, "param", v->n_nodes, n[i].param);
     COLUMN(p, "info", v->n_nodes, n[i].op_info);
-    COLUMN(p, "flags", v->n_nodes, n[i].recomputed + 2 * n[i].view + 4 * n[i].overwrites);
+    COLUMN(p, "flags", v->n_nodes, n[i].recomputed + 2 * n[i].view + 4 * n[i].overwrites
+           + 8 * n[i].thin);
     COLUMN(p, "src", v->n_nodes, number(p, n[i].src));
     COLUMN(p, "user", v->n_nodes, number(p, n[i].user));
     COLUMN(p, "error", v->n_nodes, number(p, n[i].error));
@@ -146,8 +158,8 @@ static void values(page *p)
     const fg_view *v = p->v;
     const view_value *x = v->value;
     int32_t stats = 0;
-    fg__view_say(&p->out, "\"values\":{");
-    COLUMN(p, "-kind", v->n_values, x[i].kind);
+    begin(p, "values");
+    COLUMN(p, "kind", v->n_values, x[i].kind);
     COLUMN(p, "dtype", v->n_values, number(p, x[i].dtype));
     COLUMN(p, "name", v->n_values, number(p, x[i].name));
     COLUMN(p, "shape", v->n_values, shape_of(p, &x[i]));
@@ -175,8 +187,8 @@ static void boxes(page *p)
 {
     const fg_view *v = p->v;
     const view_box *b = v->box;
-    fg__view_say(&p->out, "\"boxes\":{");
-    COLUMN(p, "-name", v->n_boxes, number(p, b[i].name));
+    begin(p, "boxes");
+    COLUMN(p, "name", v->n_boxes, number(p, b[i].name));
     COLUMN(p, "path", v->n_boxes, number(p, b[i].path));
     COLUMN(p, "parent", v->n_boxes, b[i].parent);
     COLUMN(p, "cls", v->n_boxes, b[i].class);
@@ -244,10 +256,12 @@ static void small_lists(page *p)
     for (int32_t i = 0; i < v->n_nodes; i++)
         fg__view_say(&p->out, i ? ",%d" : "%d", (int)v->drawn[i]);
     fg__view_say(&p->out, "],\n\"ops\":[");
-    for (int32_t i = 0; i < v->n_ops; i++)
-        fg__view_say(&p->out, "%s[%d,%d,%d,%d]", i ? "," : "", (int)number(p, v->op[i].name),
-                     (int)number(p, v->op[i].ins), (int)number(p, v->op[i].outs),
-                     (int)number(p, v->op[i].formula));
+    for (int32_t i = 0; i < v->n_ops; i++) {
+        const int32_t name = number(p, v->op[i].name), ins = number(p, v->op[i].ins);
+        const int32_t outs = number(p, v->op[i].outs), formula = number(p, v->op[i].formula);
+        fg__view_say(&p->out, "%s[%d,%d,%d,%d]", i ? "," : "", (int)name, (int)ins, (int)outs,
+                     (int)formula);
+    }
     fg__view_say(&p->out, "],\n\"outputs\":[");
     for (int32_t i = 0; i < v->n_outputs; i++)
         fg__view_say(&p->out, "%s[%d,%d]", i ? "," : "", (int)v->output[i].value,
@@ -290,7 +304,7 @@ static void data(page *p)
     fg__view_say(&p->out, ",\"heat\":\"%s\",\"depth\":%d,\"focus\":%d,\"memory\":%s,\"timed\":%s,"
                  "\"seen\":%s,\"has\":[%s,%s,%s]},\n", fg_heat_name(p->o->heat), p->o->depth,
                      (int)focus,
-                 p->o->memory && v->planned ? "true" : "false", v->timed ? "true" : "false",
+                 v->planned ? "true" : "false", v->timed ? "true" : "false",
                  v->seen ? "true" : "false", v->has[0] ? "true" : "false",
                  v->has[1] ? "true" : "false", v->has[2] ? "true" : "false");
     nodes(p);

@@ -67,7 +67,7 @@ static view_size node_size(const fg_view *v, int32_t k)
         attached += v->node[a].pass == VIEW_BACKWARD;
     if (lane != VIEW_FORWARD) stack(&s, lane, 1, lane == VIEW_BACKWARD ? VIEW_PILL_W : VIEW_CHIP_W);
     else if (fg__view_sign(n)) s.w[0] = s.h[0] = 30;
-    else if (n->view) {
+    else if (n->thin) {
         s.w[0] = wider(text_width(n->op, 6) + text_width(shape, 5.6) + 30, 72);
         s.h[0] = 20;
     } else {

@@ -293,7 +293,8 @@ static void read_node(reader *r, const fg_json_value *x, int32_t k)
     n->box = at < 0 ? 0 : r->box_of[at];
     n->in = read_ids(r, x, "in", &n->n_in);
     n->out = read_ids(r, x, "out", &n->n_out);
-    n->view = !strcmp(text_of(x, "memory"), "view");
+    n->view = !strcmp(text_of(x, "memory"), "view") || !strcmp(text_of(x, "memory"), "part");
+    n->thin = n->view || !strcmp(text_of(x, "memory"), "join");
     n->overwrites = !strcmp(text_of(x, "memory"), "overwrites");
     for (int o = 0; o < n->n_out && n->out; o++) {
         view_value *y = n->out[o] < 0 ? NULL : &v->value[n->out[o]];

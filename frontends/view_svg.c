@@ -103,9 +103,9 @@ static void forward_node(const drawing *d, int32_t k, double x, double y, view_s
         label(d, x, y + 5, "t", "middle", sign);
     } else {
         const double w = s.w[0], h = s.h[0];
-        rectangle(d, x - w / 2, y - h / 2, w, h, n->view ? 10 : 6, n->view ? "pill n" : class,
-                  n->view ? 1 : fill);
-        if (n->view) {
+        rectangle(d, x - w / 2, y - h / 2, w, h, n->thin ? 10 : 6, n->thin ? "pill n" : class,
+                  n->thin ? 1 : fill);
+        if (n->thin) {
             fg__view_say(&d->out,
                          "<text x=\"%.1f\" y=\"%.1f\" class=\"s\" text-anchor=\"middle\">", x,
                          y + 3.5);

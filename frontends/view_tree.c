@@ -66,20 +66,29 @@ static int32_t find_name(const named *list, int32_t n, const char *name)
     return found ? found->at : -1;
 }
 
-/* The parameter that an update is for: one that it reads, or whose name ends a state's. */
+/* The parameter that a state belongs to, whose name ends the state's; -1 if there is none. */
+static int32_t param_of(const view_value *x, const named *list, int32_t n_list)
+{
+    int32_t found = -1;
+    for (const char *dot = strchr(x->name, '.'); dot && found < 0; dot = strchr(dot + 1, '.'))
+        found = find_name(list, n_list, dot + 1);
+    return found;
+}
+
+/* The parameter that an update is for: the one that it reads, or whose states it reads; -1 if that
+ * is none or several. */
 static int32_t updated(const fg_view *v, const view_node *n, const named *list, int32_t n_list)
 {
-    for (int i = 0; i < n->n_in; i++)
-        if (n->in[i] >= 0 && v->value[n->in[i]].kind == VIEW_PARAM) return n->in[i];
+    int32_t one = -1;
     for (int i = 0; i < n->n_in; i++) {
         const view_value *x = n->in[i] < 0 ? NULL : &v->value[n->in[i]];
-        if (!x || x->kind != VIEW_STATE) continue;
-        for (const char *dot = strchr(x->name, '.'); dot; dot = strchr(dot + 1, '.')) {
-            const int32_t found = find_name(list, n_list, dot + 1);
-            if (found >= 0) return found;
-        }
+        const int32_t found = !x ? -1 : x->kind == VIEW_PARAM ? n->in[i]
+                            : x->kind == VIEW_STATE ? param_of(x, list, n_list) : -1;
+        if (found < 0) continue;
+        if (one >= 0 && one != found) return -1;
+        one = found;
     }
-    return -1;
+    return one;
 }
 
 static int32_t home_of_backward(const fg_view *v, const view_node *n)
@@ -101,11 +110,14 @@ static int32_t home_of_update(const fg_view *v, view_node *n, const named *list,
 {
     n->param = updated(v, n, list, n_list);
     if (n->param >= 0) return forward_reader(v, n->param);
+    int32_t home = -1;                   /* that of all gradients that it reads, if it is one */
     for (int i = 0; i < n->n_in; i++) {
         const int32_t m = n->in[i] < 0 ? -1 : v->value[n->in[i]].maker;
-        if (m >= 0 && v->node[m].pass == VIEW_BACKWARD) return v->node[m].home;
+        if (m < 0 || v->node[m].pass != VIEW_BACKWARD) continue;
+        if (home >= 0 && v->node[m].home != home) return -1;
+        home = v->node[m].home;
     }
-    return -1;
+    return home;
 }
 
 static bool find_homes(fg_view *v)
@@ -412,6 +424,19 @@ static uint64_t hash_input(const fg_view *v, const view_box *b, int32_t mark, in
     return y->kind == VIEW_PARAM || y->kind == VIEW_STATE ? hash_name(h, y->name, b->path) : h;
 }
 
+/* Attributes, but not where a span of a value from outside the box lies, or whose gradient goes
+ * there: blocks that take each a row of one table are equal. */
+static uint64_t hash_attrs(const fg_view *v, const view_box *b, const view_node *n, uint64_t h)
+{
+    const bool span = !strcmp(n->op, "slice") && n->n_in > 0 && n->in[0] >= 0;
+    const int32_t maker = span ? v->value[n->in[0]].maker : -1;
+    const bool outside = (span && (maker < 0 || !fg__view_inside(v, b, maker))) ||
+                         !strcmp(n->op, "slice_grad");
+    for (const fg_json_value *a = n->attrs ? n->attrs->first : NULL; a; a = a->next)
+        if (!outside || (strcmp(a->key, "start") && strcmp(a->key, "stop"))) h = hash_json(h, a);
+    return h;
+}
+
 static void hash_box(fg_view *v, int32_t at, outsiders *o, const bool *output)
 {
     view_box *b = &v->box[at];
@@ -428,7 +453,7 @@ static void hash_box(fg_view *v, int32_t at, outsiders *o, const bool *output)
     for (int32_t i = b->first; i < b->end; i++) {
         const view_node *k = &v->node[v->drawn[i]];
         h = mix_text(mix(h, (uint64_t)k->pass), k->op, strlen(k->op));
-        h = hash_json(mix(h, k->recomputed), k->attrs);
+        h = hash_attrs(v, b, k, mix(h, k->recomputed));
         h = mix_text(h, k->error, strlen(k->error));
         h = mix(h, (uint64_t)(v->at[k->home] - b->first));
         for (int j = 0; j < k->n_in; j++) h = hash_input(v, b, at + 1, k->in[j], o, h);

@@ -1,11 +1,15 @@
 /* fuse.c - the rules by which a device with fused kernels gets fewer and larger nodes.
  *
- *   linear(x, w1), linear(x, w2), ...          one product of x with the rows of w1, w2, ... joined;
- *                                              its columns are the results.  The same for their
- *                                              gradients: one product for x, one for all weights
+ *   linear(x, w1), linear(x, w2), ...          one product of x with the rows of w1, w2, ...,
+ *                                              joined; its columns are the results.  The same for
+ *                                              their gradients: one product for x, one for weights
  *   rms_norm(a + b, w)                         add_rms_norm(a, b, w)
  *   rms_norm_grad(...) + r                     rms_norm_grad(..., more = r)
+ *   rms_norm_grad(...) and its cast to bf16    rms_norm_grad_bf16(...), which gives both
+ *   shift_mix(x, sigmoid(z))                   shift_gate(x, z), and behind rms_norm of every head
+ *                                              shift_norm(x, z, w); the same for their gradients
  *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
+ *   what one token goes through                fuse_few.c
  *
  * Rules compute the same sums, in another order at most: what a plan shows is what it runs. */
 #include <stdlib.h>
@@ -224,7 +228,7 @@ static void merge_input_gradients(fg_rewrite *r, const group *m, fg_tensor w)
     uint32_t gone[GROUP_MAX], n_gone = 0;
     for (int j = 0; j < m->n; j++)
         if (m->dx[j] != last) gone[n_gone++] = g->nodes[m->dx[j]].out[0];
-    for (uint32_t k = 0; k < last && k < r->n_nodes; k++)    /* sums of gone ones must be gone too */
+    for (uint32_t k = 0; k < last && k < r->n_nodes; k++) /* sums of gone ones must be gone too */
         for (int i = 0; i < g->nodes[k].n_in; i++)
             for (uint32_t j = 0; j < n_gone; j++)
                 if (g->nodes[k].in[i] == gone[j] && !is_op(&g->nodes[k], FG_OP_add)) return;
@@ -314,11 +318,198 @@ static void fuse_norm_grad_add(fg_rewrite *r, uint32_t k)
     }
 }
 
+/* A cast of v to bf16, FG_NO_NODE if there is none. */
+static uint32_t narrow_cast(const fg_rewrite *r, uint32_t v)
+{
+    const fg_graph *g = r->g;
+    if (g->values[v].type != FG_F32) return FG_NO_NODE;
+    for (uint32_t k = 0; k < r->n_nodes; k++)
+        if (is_op(&g->nodes[k], FG_OP_cast) && fg__now(r, g->nodes[k].in[0]) == v &&
+            g->values[g->nodes[k].out[0]].type == FG_BF16) return k;
+    return FG_NO_NODE;
+}
+
+/* The gradient that goes on in f32 along the residual stream, and in bf16 into products. */
+static void fuse_norm_grad_cast(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    const fg_node old = g->nodes[k];
+    const struct fg_attr_rms_norm_grad *a = old.attr;
+    const uint32_t cast = narrow_cast(r, old.out[0]);
+    if (cast == FG_NO_NODE) return;
+    const fg_tensor in[] = { fg__now_tensor(r, old.in[0]), fg__now_tensor(r, old.in[1]),
+                             fg__now_tensor(r, old.in[2]), fg__now_tensor(r, old.in[3]),
+                             fg__now_tensor(r, old.in[4]) };
+    const uint32_t first = fg__build_as(r, k);
+    const fg_tensor t = FG_APPLY(rms_norm_grad_bf16, FG_HERE, in, a->groups);
+    fg__built(r, k, first);
+    if (!fg_ok(t)) return;
+    for (int o = 0; o < 2; o++)
+        g->values[fg_result(t, o).id].type = g->values[old.out[o]].type;
+    fg__instead(r, g->nodes[cast].out[0], fg_result(t, 2));
+    for (int o = 0; o < 2; o++) fg__instead(r, old.out[o], fg_result(t, o));
+    fg__take_slot(r, k, t);
+}
+
+/* ---- shifts --------------------------------------------------------------------------------- */
+
+/* The value that v shows in another shape. */
+static uint32_t unshaped(const fg_rewrite *r, uint32_t v)
+{
+    const fg_node *n = maker(r, v);
+    for (; n && is_op(n, FG_OP_reshape); n = maker(r, v)) v = n->in[0];
+    return fg__now(r, v);
+}
+
+/* The node that is the only reader of v, through reshapes that nothing else reads; `at`: by which
+ * input.  FG_NO_NODE if there are several, or v is an output. */
+static uint32_t only_reader(const fg_rewrite *r, uint32_t v, int *at)
+{
+    for (;;) {
+        uint32_t reader = FG_NO_NODE;
+        if (fg__uses(r, v) != 1) return FG_NO_NODE;
+        for (uint32_t k = 0; k < r->g->n_nodes && reader == FG_NO_NODE; k++)
+            for (int i = 0; i < r->g->nodes[k].n_in; i++)
+                if (r->g->nodes[k].in[i] && fg__now(r, r->g->nodes[k].in[i]) == fg__now(r, v))
+                    reader = k, *at = i;
+        if (reader == FG_NO_NODE || !is_op(&r->g->nodes[reader], FG_OP_reshape)) return reader;
+        v = r->g->nodes[reader].out[0];
+    }
+}
+
+static bool same(const fg_rewrite *r, uint32_t a, uint32_t b)
+{
+    return fg__now(r, a) == fg__now(r, b);
+}
+
+/* What a = sigmoid(logit) was made of; 0 if it was made otherwise. */
+static uint32_t logit_of(const fg_rewrite *r, uint32_t a)
+{
+    const fg_node *n = maker(r, a);
+    return n && is_op(n, FG_OP_sigmoid) ? fg__now(r, n->in[0]) : 0;
+}
+
+/* Groups of a norm are the heads of x. */
+static bool by_head(const fg_rewrite *r, int64_t groups, uint32_t normed, uint32_t x)
+{
+    const fg_shape *s = &r->g->values[x].shape;
+    const int64_t row = fg_dim(fg__now_tensor(r, normed), -1);
+    return s->rank == 4 && row == groups * s->dim[3] && s->dim[2] % groups == 0;
+}
+
+static void set_types(const fg_rewrite *r, fg_tensor t, const uint32_t *like, int n)
+{
+    for (int o = 0; o < n; o++)
+        r->g->values[fg_result(t, o).id].type = r->g->values[like[o]].type;
+}
+
+static fg_tensor shaped_as(const fg_rewrite *r, fg_tensor t, uint32_t like)
+{
+    const fg_shape s = r->g->values[like].shape;
+    return fg_shape_equal(s, fg_shape_of(t)) ? t : fg_reshape(t, s);
+}
+
+/* shift_mix with its sigmoid, and with the norm behind it where that is its only reader. */
+static void fuse_shift(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    const fg_node shift = g->nodes[k];
+    const uint32_t x = fg__now(r, shift.in[0]), logit = logit_of(r, shift.in[1]);
+    if (!logit) return;
+    int at = 0;
+    const uint32_t j = only_reader(r, shift.out[0], &at);
+    const fg_node norm = j == FG_NO_NODE ? shift : g->nodes[j];
+    const struct fg_attr_rms_norm *a = norm.attr;
+    const bool normed = is_op(&norm, FG_OP_rms_norm) && at == 0 && norm.pass == shift.pass &&
+                        by_head(r, a->groups, norm.in[0], x);
+    const fg_tensor s[] = { fg__now_tensor(r, x), fg__now_tensor(r, logit),
+                            fg__now_tensor(r, shift.in[2]), fg__now_tensor(r, shift.in[3]),
+                            fg__now_tensor(r, shift.in[4]) };
+    const uint32_t first = fg__build_as(r, k);
+    if (!normed) {
+        const fg_tensor y = FG_APPLY(shift_gate, FG_HERE, s, 0);
+        if (fg_ok(y)) set_types(r, y, shift.out, 1);
+        fg__built(r, k, first);
+        fg__instead(r, shift.out[0], y);
+        fg__take_slot(r, k, y);
+        return;
+    }
+    const fg_tensor in[] = { s[0], s[1], fg__now_tensor(r, norm.in[1]), s[2], s[3], s[4] };
+    const fg_tensor y = FG_APPLY(shift_norm, FG_HERE, in, a->eps);
+    if (!fg_ok(y)) { fg__built(r, k, first); return; }
+    set_types(r, y, norm.out, 2);
+    const fg_tensor rows = shaped_as(r, y, norm.out[0]);
+    const fg_tensor rstd = shaped_as(r, fg_result(y, 1), norm.out[1]);
+    fg__built(r, k, first);
+    fg__instead(r, norm.out[0], rows);
+    fg__instead(r, norm.out[1], rstd);
+    fg__take_slot(r, k, y);
+}
+
+/* What a gradient by a gate's logit is put in place of: the gradient by the sigmoid's input, or
+ * the cast that alone reads that. */
+static uint32_t logit_gradient(const fg_rewrite *r, const fg_node *shift, fg_node *sigmoid)
+{
+    int at = 0;
+    const uint32_t k = only_reader(r, shift->out[1], &at);
+    if (k == FG_NO_NODE || at != 0 || !is_op(&r->g->nodes[k], FG_OP_sigmoid_grad)) return 0;
+    *sigmoid = r->g->nodes[k];
+    if (!same(r, sigmoid->in[1], shift->in[2])) return 0;
+    const uint32_t cast = only_reader(r, sigmoid->out[0], &at);
+    const bool is_cast = cast != FG_NO_NODE && is_op(&r->g->nodes[cast], FG_OP_cast) &&
+                         same(r, r->g->nodes[cast].in[0], sigmoid->out[0]);
+    return is_cast ? r->g->nodes[cast].out[0] : sigmoid->out[0];
+}
+
+/* The gradients of the same, in the slot of the first of them. */
+static void fuse_shift_grad(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    const fg_node shift = g->nodes[k];
+    const uint32_t x = fg__now(r, shift.in[1]), logit = logit_of(r, shift.in[2]);
+    fg_node sigmoid;
+    const uint32_t glogit = logit ? logit_gradient(r, &shift, &sigmoid) : 0;
+    if (!glogit) return;
+    const uint32_t gs = unshaped(r, shift.in[0]), j = g->values[gs].node;
+    int at = 0;
+    const fg_node norm = j == FG_NO_NODE ? shift : g->nodes[j];
+    const fg_node *made = maker(r, unshaped(r, norm.in[1]));
+    const struct fg_attr_rms_norm_grad *a = norm.attr;
+    const bool normed = is_op(&norm, FG_OP_rms_norm_grad) && gs == norm.out[0] && !norm.in[4] &&
+        only_reader(r, gs, &at) == k && made && is_op(made, FG_OP_shift_mix) &&
+        same(r, made->in[0], x) && same(r, made->in[1], shift.in[2]) &&
+        same(r, made->in[2], shift.in[3]) && by_head(r, a->groups, norm.in[1], x);
+    const fg_tensor xt = fg__now_tensor(r, x), zt = fg__now_tensor(r, logit);
+    const fg_tensor start = fg__now_tensor(r, shift.in[3]);
+    const uint32_t place = normed ? j : k, first = fg__build_as(r, place);
+    fg_tensor t;
+    if (normed) {
+        const fg_tensor gy = fg__now_tensor(r, norm.in[0]), rstd = fg__now_tensor(r, norm.in[3]);
+        const fg_tensor gy4 = shaped_as(r, gy, x), rstd3 = shaped_as(r, rstd, logit);
+        const fg_tensor in[] = { gy4, xt, zt, fg__now_tensor(r, norm.in[2]), rstd3, start };
+        t = FG_APPLY(shift_norm_grad, FG_HERE, in, 0);
+    } else {
+        const fg_tensor in[] = { fg__now_tensor(r, shift.in[0]), xt, zt, start };
+        t = FG_APPLY(shift_gate_grad, FG_HERE, in, 0);
+    }
+    const uint32_t like[] = { shift.out[0], normed ? norm.out[1] : glogit, glogit };
+    if (fg_ok(t)) set_types(r, t, like, normed ? 3 : 2);
+    fg__built(r, place, first);
+    if (!fg_ok(t)) return;
+    fg__unread(r, k);
+    fg__unread(r, g->values[sigmoid.out[0]].node);
+    if (normed) fg__unread(r, j);
+    fg__instead(r, shift.out[0], t);
+    fg__instead(r, glogit, fg_result(t, normed ? 2 : 1));
+    if (normed) fg__instead(r, norm.out[1], fg_result(t, 1));
+    fg__take_slot(r, place, t);
+}
+
 /* ---- sums of padded parts ------------------------------------------------------------------- */
 
 typedef struct { fg_tensor gy; int axis; int64_t start, stop, extent; } part;
 
-/* The slice_grads that node k, an add, sums up by way of other adds; -1 if there is anything else. */
+/* The slice_grads that node k, an add, sums up by way of other adds; -1: there is more. */
 static int list_parts(const fg_rewrite *r, uint32_t v, part *parts, int n, bool top)
 {
     const fg_node *m = maker(r, v);
@@ -401,13 +592,20 @@ void fg__fuse(fg_rewrite *r)
     fg_graph *g = r->g;
     uint8_t *done = calloc((size_t)r->n_nodes + 1, 1);
     if (!done) { fg__out_of_memory(g); return; }
-    for (uint32_t k = r->n_nodes; k-- > 0 && !g->status; )   /* the last sum first: it has all parts */
+    for (uint32_t k = r->n_nodes; k-- > 0 && !g->status;) /* the last sum first: it has all parts */
         if (is_op(&g->nodes[k], FG_OP_add)) join_parts(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_linear)) merge_linears(r, k, done);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_rms_norm)) fuse_add_norm(r, k);
+    if (!g->status) fg__fuse_few(r);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_add)) fuse_norm_grad_add(r, k);
+    for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
+        if (is_op(&g->nodes[k], FG_OP_rms_norm_grad)) fuse_norm_grad_cast(r, k);
+    for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
+        if (is_op(&g->nodes[k], FG_OP_shift_mix_grad)) fuse_shift_grad(r, k);
+    for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
+        if (is_op(&g->nodes[k], FG_OP_shift_mix)) fuse_shift(r, k);
     free(done);
 }

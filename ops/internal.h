@@ -65,6 +65,12 @@ fg_tensor fg__lse_grad(fg_tensor glse, fg_tensor logits, fg_tensor lse);
 /* fg_rms_norm(a + b, w, eps, 1) with fg_result(y, 1) = a + b. */
 fg_tensor fg__add_rms_norm(fg_loc at, fg_tensor a, fg_tensor b, fg_tensor w, double eps);
 
+/* ---- shift_mix.c, shift_norm.c -------------------------------------------------------------- */
+
+/* Refuses x = input 0 unless [B,T,H,D], a = input 1 unless [B,T,H], and the optional inputs first,
+ * past and prev that stand from input `first` on. */
+fg_status fg__check_shift(fg_infer *c, int first);
+
 /* Refuses inputs first and past of x = input 0, [B,T,...], unless absent or i32[B,T] and i32[1]. */
 fg_status fg__check_sequence(fg_infer *c, int first, int past);
 

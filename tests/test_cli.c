@@ -572,10 +572,10 @@ Test(cli, a_dumped_graph_is_dumped_again_without_its_model)
            "grep -q time_us timed.json", 0);
     expect("fox-graph dump g.json --profile timed.json | grep -q ' us'", 0);
     expect("fox-graph dump lm.c --values stats | grep -q rms", 0);
-    expect("head -c 20000 /dev/urandom >text && FG_PROFILE=1 fox-graph train lm.c --data text "
+    expect("head -c 20000 /dev/urandom >text && FG_RECORD=1 fox-graph train lm.c --data text "
            "--steps 2 -q --out run && grep -q time_us run/graph.json", 0);
     expect("fox-graph dump run --pass all --profile run --heat time --format svg -o t.svg", 0);
-    expect("fox-graph dump g.json --pass opt", 0);
+    expect("fox-graph dump g.json --memory | grep -q arena", 0);
 }
 
 Test(cli, diff_tells_graphs_checkpoints_and_runs_apart)

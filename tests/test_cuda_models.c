@@ -1,6 +1,6 @@
 /* test_cuda_models.c - every family on the GPU against the official code's numbers: f32 within the
- * bounds of the CPU, bf16 within 1e-3 of the loss and with a gradient of the same direction; skipped
- * where there is no GPU. */
+ * bounds of the CPU, bf16 within 1e-3 of the loss and with a gradient of the same direction;
+ * skipped where there is no GPU. */
 #include <criterion/criterion.h>
 #include <dirent.h>
 #include <math.h>

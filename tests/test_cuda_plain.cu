@@ -23,6 +23,8 @@
     X(permute) X(slice) X(slice_grad) X(concat) X(softmax) X(softmax_grad) X(log_sum_exp)        \
     X(log_sum_exp_grad) X(attention_mask) X(embedding) X(embedding_grad) X(cross_entropy)        \
     X(cross_entropy_grad) X(rope) X(shift_mix) X(shift_mix_grad) X(cache_write) X(cache_last)    \
+    X(shift_gate) X(shift_gate_grad) X(shift_norm) X(shift_norm_grad) X(rms_norm_grad)            \
+    X(rms_norm_grad_bf16)                                                                        \
     X(sum_squares) X(clip_factor) X(accumulate) X(adamw)
 
 extern "C" {
@@ -953,6 +955,17 @@ static void time_rest()
                 { t, t });
         measure("shift_mix_grad", nullptr, { shaped(s, t, C), shaped(s, t, C), shaped(g, t, 24),
                 absent() }, 2, { t, t }, w);
+        const tensor gains = shaped(dims({ C }), F), rstd = shaped(g, F);
+        const int64_t w3[3] = { C, 0, 24 };
+        const struct fg_attr_shift_norm eps = { 1e-5 };
+        measure("shift_gate", nullptr, { shaped(s, t, C), shaped(g, t, 24), absent(), absent(),
+                absent() }, 1, { t });
+        measure("shift_gate_grad", nullptr, { shaped(s, t), shaped(s, t, C), shaped(g, t, 24),
+                absent() }, 2, { t, t }, w);
+        measure("shift_norm", &eps, { shaped(s, t, C), shaped(g, t, 24), gains, absent(), absent(),
+                absent() }, 2, { t, F });
+        measure("shift_norm_grad", nullptr, { shaped(s, t), shaped(s, t, C), shaped(g, t, 24),
+                gains, rstd, absent() }, 3, { t, F, t }, w3);
         const struct fg_attr_permute heads = { dims({ 0, 2, 1, 3 }) }, turned = { dims({ 1, 0 }) };
         measure("permute", &heads, { shaped(s, t) }, 1, { t });
         measure("permute", &turned, { shaped(dims({ T, C }), t) }, 1, { t });

@@ -1,5 +1,5 @@
-/* test_f64_lower.c - what lowering does for a GPU, run on the CPU in double: fused and merged nodes,
- * parts and joins in place, bf16. */
+/* test_f64_lower.c - what lowering does for a GPU, run on the CPU in double: fused and merged
+ * nodes, parts and joins in place, bf16. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include "device_cpu.h"
@@ -104,7 +104,8 @@ static double turned(const trial *a, const trial *b)
 {
     double dot = 0, aa = 0, bb = 0;
     for (int i = 0; i < a->n; i++) {
-        const double *x = fg__plan_data(a->plan, a->grad[i]), *y = fg__plan_data(b->plan, b->grad[i]);
+        const double *x = fg__plan_data(a->plan, a->grad[i]),
+                     *y = fg__plan_data(b->plan, b->grad[i]);
         for (int64_t k = 0; k < fg_count(a->grad[i]); k++) {
             dot += x[k] * y[k];
             aa += x[k] * x[k];
@@ -143,7 +144,7 @@ Test(lower, a_device_that_fuses_computes_the_same)
 Test(lower, products_of_one_input_are_one)
 {
     trial a = start(FOX_PRO, false, FG_F32), b = start(FOX_PRO, true, FG_F32);
-    /* of a layer: q, k, v, two shifts, two gates; o; the two of the MLP.  The head is in the loss */
+    /* a layer's q, k, v, shifts, gates; o; two of the MLP.  The head is in the loss */
     cr_expect_eq(count(&a, "linear"), 2 * 10);
     cr_expect_eq(count(&b, "linear"), 2 * 4);
     cr_expect_eq(count(&b, "linear_dw"), 2 * 4);
@@ -169,4 +170,62 @@ Test(lower, bf16_keeps_the_loss_and_the_direction_of_the_gradient)
         finish(&a);
         finish(&b);
     }
+}
+
+/* ---- a device that has every kernel: what is fused stays whole ------------------------------- */
+
+static const char *fits(fg_backend *b, const fg_op *op, const fg_infer *c)
+{
+    (void)b; (void)op; (void)c;
+    return NULL;
+}
+
+/* Nodes of that op, on a device with every kernel, of the loss's and gradients' graph; -1: none. */
+static int fused(const trial *r, fg_dtype precision, const char *op)
+{
+    fg_backend *b = fg__device_open();
+    fg_backend_ops ops = *b->ops;
+    uint32_t *map = NULL;
+    int n = 0;
+    ops.unfit = fits;
+    b->ops = &ops;
+    fg_graph *low = fg__lower(r->g, b, precision, &map);
+    cr_assert(low && !low->status, "%s", low ? fg_graph_message(low) : "out of memory");
+    for (uint32_t k = 0; k < low->n_nodes; k++) n += !strcmp(low->nodes[k].op->name, op);
+    fg_graph_free(low);
+    free(map);
+    fg_backend_close(b);
+    return n;
+}
+
+Test(lower, shifts_take_their_gates_and_norms)
+{
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        trial a = start(FOX_PRO, true, bf16 ? FG_BF16 : FG_F32);
+        const fg_dtype t = bf16 ? FG_BF16 : FG_F32;
+        /* of a layer: keys are shifted and normed, values shifted, queries normed */
+        cr_expect_eq(fused(&a, t, "shift_norm"), 2);
+        cr_expect_eq(fused(&a, t, "shift_norm_grad"), 2);
+        cr_expect_eq(fused(&a, t, "shift_gate"), 2);
+        cr_expect_eq(fused(&a, t, "shift_gate_grad"), 2);
+        for (const char *const *op = (const char *const[]){ "sigmoid", "sigmoid_grad", "shift_mix",
+                                                            "shift_mix_grad", NULL }; *op; op++)
+            cr_expect_eq(fused(&a, t, *op), 0, "%s: %d", *op, fused(&a, t, *op));
+        finish(&a);
+    }
+    trial a = start(RECOMPUTED, true, FG_BF16);
+    cr_expect_eq(fused(&a, FG_BF16, "shift_norm"), 2 * 2);
+    cr_expect_eq(fused(&a, FG_BF16, "shift_norm_grad"), 2);
+    cr_expect_eq(fused(&a, FG_BF16, "shift_mix"), 0);
+    finish(&a);
+}
+
+Test(lower, the_residual_gradient_is_rounded_where_it_is_made)
+{
+    trial a = start(FOX_PRO, true, FG_BF16);
+    /* of a layer: behind both norms but the first, whose gradient goes into the table; the last */
+    cr_expect_eq(fused(&a, FG_BF16, "rms_norm_grad_bf16"), 2 * 2);
+    cr_expect_eq(fused(&a, FG_BF16, "rms_norm_grad"), 2 + 1);    /* of queries; of the first norm */
+    cr_expect_eq(fused(&a, FG_F32, "rms_norm_grad_bf16"), 0);
+    finish(&a);
 }

@@ -2,7 +2,9 @@
  * no crash, no leak (under the sanitizer build), and a clear status each time. */
 #include <criterion/criterion.h>
 #include <stdlib.h>
+#include <string.h>
 #include "fox_graph.h"
+#include "fox_view.h"
 
 /* The linker sends the library's calls here (--wrap). */
 void *__real_malloc(size_t n);
@@ -53,6 +55,67 @@ done:
     fg_store_free(s);
     fg_backend_close(b);
     return st;
+}
+
+/* ---- drawing ---------------------------------------------------------------------------------- */
+
+typedef struct { char *text; size_t n, room; } page;
+
+static void add(void *to, const char *text)
+{
+    page *p = to;
+    const size_t n = strlen(text);
+    if (p->n + n >= p->room) return;             /* what is drawn is only counted */
+    memcpy(p->text + p->n, text, n + 1);
+    p->n += n;
+}
+
+static fg_status draw(const fg_graph *g, page *json)
+{
+    static const fg_view_options o = { .depth = -1, .memory = true };
+    const fg_json_part part = { g, NULL, FG_STAGE_BUILT };
+    char nothing[1], message[400];
+    page out = { nothing, 0, 1 };
+    fg_view *v = NULL, *w = NULL;
+    bool differ;
+    json->n = 0;
+    fg_status s = fg_graph_json(1, &part, NULL, add, json);
+    if (!s) s = fg_view_read(json->text, json->n, &v, message);
+    if (!s) s = fg_view_read(json->text, json->n, &w, message);
+    if (!s) s = fg_view_text(v, &o, add, &out);
+    if (!s) s = fg_view_dot(v, &o, add, &out);
+    if (!s) s = fg_view_svg(v, &o, add, &out);
+    if (!s) s = fg_view_html(v, &o, add, &out);
+    for (int f = FG_DIFF_TEXT; f <= FG_DIFF_HTML && !s; f++)
+        s = fg_view_diff(v, w, (fg_diff_format)f, add, &out, &differ);
+    fg_view_free(v);
+    fg_view_free(w);
+    return s;
+}
+
+Test(oom, every_allocation_of_drawing_failed_in_turn)
+{
+    fg_graph *g = fg_graph_new(), *update = NULL;
+    const fox_config c = fox_pro_config(17, 16, 2, 2);
+    const fg_optimizer o = { 0.9, 0.95, 1e-8, 0.1, 1, 1 };
+    fg_tensor tokens = fg_input(g, "tokens", FG_I32, FG_DIMS(1, 8));
+    fg_tensor labels = fg_input(g, "labels", FG_I32, FG_DIMS(1, 8));
+    fg_tensor logits = fox_lm(tokens, &c);
+    cr_assert_eq(fg_train_graph(fg_nn_loss(logits, labels), &o, &update), FG_OK);
+    page json = { malloc(1 << 22), 0, 1 << 22 };
+    cr_assert_eq(draw(g, &json), FG_OK);
+    long n = 1;
+    for (;; n++) {
+        left = n;
+        const fg_status s = draw(g, &json);
+        const bool all = left > 0;
+        left = -1;
+        if (all) { cr_assert_eq(s, FG_OK); break; }
+        cr_assert_eq(s, FG_ERR_MEMORY, "allocation %ld failed: %s", n, fg_status_text(s));
+    }
+    cr_assert_gt(n, 1000, "only %ld allocations were seen", n);
+    free(json.text);
+    fg_graph_free(g);
 }
 
 Test(oom, every_allocation_failed_in_turn)

@@ -21,7 +21,7 @@ for model in fox_pro_tiny fox_llama_ops transformer_tiny mamba2_tiny hybrid hgrn
         export FOX_CC=$cc
         "$build/fox-graph" dump "$source" --pass all --stage planned --stable --json \
             >"$work/$name.dump"
-        "$build/fox-graph" dump "$source" --pass all --stable --format html | grep -v Policy \
+        "$build/fox-graph" dump "$source" --pass all --stable --format html \
             >>"$work/$name.dump"
         for threads in 1 2; do
             out=$work/$model-$name-$threads

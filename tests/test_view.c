@@ -271,6 +271,52 @@ Test(view, operations_are_those_of_the_closed_form)
     }
 }
 
+static double sum_of(fg_graph *g)
+{
+    fg_view *v = view_of_graph(g);
+    double flops = 0;
+    for (int32_t k = 0; k < v->n_nodes; k++) flops += v->node[k].flops;
+    fg_view_free(v);
+    fg_graph_free(g);
+    return flops;
+}
+
+/* The families with a state instead of keys: chunks of 16 positions (64 in the state space scan). */
+Test(view, operations_of_the_recurrent_families_are_those_of_the_closed_form)
+{
+    const double B = 2, T = 24, h = 64, H = 4, L = 3, V = 50, n = B * T * h, d = h / H;
+    const double I = (double)fg_nn_mlp_width(64, 4), head = 4 * n + 2 * n * V;
+    const double halves = 8 * n + 2 * n + 6 * n * I + 6 * B * T * I;       /* norms, sums, MLP */
+    fg_graph *g = fg_graph_new();
+    delta_net_config delta = { .vocab_size = 50, .hidden_size = 64, .num_hidden_layers = 3,
+                               .num_heads = 4, .conv_size = 4 };
+    delta_net_lm(fg_input(g, "tokens", FG_I32, FG_DIMS(2, 24)), &delta);
+    double block = halves + 8 * n * h + 3 * 12 * n + 2 * 3 * n + 4 * n + 2 * n * H + 10 * B * T * H
+                 + B * T * H * (6 * d * d + 16 * 4 * d);
+    const double of_delta = sum_of(g);
+    cr_expect_eq(of_delta, L * block + head, "%.0f, closed form %.0f", of_delta, L * block + head);
+
+    hgrn2_config hgrn2 = { .vocab_size = 50, .hidden_size = 64, .num_hidden_layers = 3,
+                           .expand_ratio = 16, .lower_bound = HGRN2_BOUNDS_APPLIED };
+    g = fg_graph_new();
+    hgrn2_lm(fg_input(g, "tokens", FG_I32, FG_DIMS(2, 24)), &hgrn2);
+    block = halves + 8 * n * h + 4 * n + 31 * n + B * T * H * (4 * d * d + 16 * 2 * d);
+    const double bounds = (L - 1) * (h + 23 * n) + 14 * L * h;
+    const double of_hgrn2 = sum_of(g);
+    cr_expect_eq(of_hgrn2, L * block + bounds + head, "%.0f, closed form %.0f", of_hgrn2,
+                 L * block + bounds + head);
+
+    mamba2_config mamba2 = { .vocab_size = 50, .hidden_size = 64, .num_hidden_layers = 3,
+                             .num_heads = 4, .head_dim = 32, .state_size = 16 };
+    g = fg_graph_new();
+    mamba2_lm(fg_input(g, "tokens", FG_I32, FG_DIMS(2, 24)), &mamba2);
+    const double E = 128, N = 16, rows = B * T;
+    block = 4 * n + 2 * n * (2 * E + 2 * N + H) + 12 * rows * (E + 2 * N) + 11 * rows * H + 11 * H
+          + rows * E * (64 + 4 * N) + rows * N * 64 + 15 * rows * E + 2 * n * E + n;
+    const double of_mamba2 = sum_of(g);
+    cr_expect_eq(of_mamba2, L * block + head, "%.0f, closed form %.0f", of_mamba2, L * block + head);
+}
+
 /* ---- structure ------------------------------------------------------------------------------- */
 
 static const view_item *find_run(const fg_view *v, const view_box **in)
@@ -322,6 +368,22 @@ Test(view, a_block_that_differs_in_one_attribute_stands_alone)
     cr_expect_eq(n, 3);
     cr_expect(counts[0] == 3 && counts[1] == 1 && counts[2] == 2, "%d %d %d", counts[0], counts[1],
               counts[2]);
+    fg_view_free(v);
+    fg_graph_free(g);
+}
+
+Test(view, blocks_that_take_a_row_each_of_one_table_are_equal)
+{
+    fg_graph *g = fg_graph_new();
+    fg_tensor tokens = fg_input(g, "tokens", FG_I32, FG_DIMS(1, 4));
+    const hgrn2_config c = { .vocab_size = 20, .hidden_size = 16, .num_hidden_layers = 5,
+                             .expand_ratio = 8, .lower_bound = HGRN2_BOUNDS_APPLIED };
+    hgrn2_lm(tokens, &c);
+    fg_view *v = view_of_graph(g);
+    const view_box *in;
+    const view_item *run = find_run(v, &in);
+    cr_assert_not_null(run);
+    cr_expect_eq(run->count, 4);                         /* the first has no bounds */
     fg_view_free(v);
     fg_graph_free(g);
 }

@@ -15,7 +15,7 @@ build=$(cd "$build" && pwd)
 run() { "$@" >"$build/log" 2>&1 || { tail -30 "$build/log"; echo "failed: $*"; exit 1; }; }
 
 run cmake -S "$here" -B "$build" -DCMAKE_C_COMPILER="$cc" -DCMAKE_C_COMPILER_LAUNCHER="$launcher" \
-    -DCMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g" -DFG_NATIVE=OFF -DFG_TESTS=OFF
+    -DCMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g" -DFG_NATIVE=OFF -DFG_TESTS=OFF -DFG_CUDA=OFF
 run cmake --build "$build" -j"$(nproc)" --target fox-graph-command fox-graph-static
 
 memcheck() {

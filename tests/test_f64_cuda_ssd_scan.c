@@ -1,0 +1,147 @@
+/* test_f64_cuda_ssd_scan.c - the state space scan on tensor cores against the CPU in double, with
+ * its gradient; skipped, with the reason, where there is no GPU.
+ *
+ * Inputs are sixteenths, which bf16 holds exactly, so all that differs is what the kernel rounds:
+ * weights, states and results, to 8 bits.  Bounds are relative to the norm: a result rounded once
+ * is off by 1.7e-3; 4e-3 for y and the state, 8e-3 for gradients, 1.5e-2 for those of decays. */
+#include <criterion/criterion.h>
+#include <math.h>
+#include "device_cuda.h"
+#include "fox_autodiff.h"
+#include "fox_ops.h"
+
+enum { X, DT, A, B, C, D, STATE, INPUTS };
+enum { Y = INPUTS, END, RESULTS };
+static const char *const names[] = { "x", "dt", "a", "b", "c", "d", "state", "y", "end" };
+static const double bounds[] = { 8e-3, 1.5e-2, 1.5e-2, 8e-3, 8e-3, 1e-3, 8e-3, 4e-3, 4e-3 };
+
+typedef struct { int64_t B, T, H, G, N; bool documents; } size;
+
+static fg_shape shape_of(const size *s, int i)
+{
+    switch (i) {
+    case X: case Y: return FG_DIMS(s->B, s->T, s->H, 64);
+    case DT: return FG_DIMS(s->B, s->T, s->H);
+    case B: case C: return FG_DIMS(s->B, s->T, s->G, s->N);
+    case STATE: case END: return FG_DIMS(s->B, s->H, 64, s->N);
+    default: return FG_DIMS(s->H);
+    }
+}
+
+/* Sixteenths in [-1,1]; dt and a as training starts with. */
+static float *draw(const size *s, int i, uint64_t *seed)
+{
+    const int64_t n = fg_shape_count(shape_of(s, i));
+    float *x = malloc((size_t)n * sizeof *x);
+    for (int64_t k = 0; k < n; k++) {
+        *seed = *seed * 6364136223846793005u + 1442695040888963407u;
+        x[k] = (float)((int)(*seed >> 40) % 33 - 16) / 16;
+        if (i == DT) x[k] = expf(-4.5f + 2 * x[k]);
+        if (i == A) x[k] = -expf(1.4f + 1.4f * x[k]);
+    }
+    return x;
+}
+
+/* Padding in front of the second sequence; documents of 3, 1, 80, 1, 80, ... */
+static void fill_first(const size *s, int32_t *first)
+{
+    for (int64_t b = 0; b < s->B; b++) {
+        int32_t start = b ? 9 : 0, next = start + 3;
+        for (int32_t t = 0, k = 0; t < s->T; t++) {
+            if (t == next) start = t, next += k++ % 2 ? 80 : 1;
+            first[b * s->T + t] = start;
+        }
+    }
+}
+
+static fg_tensor weighted(fg_tensor y, fg_tensor w)
+{
+    const fg_tensor wide = fg_cast(y, FG_F32), each = fg_mul(wide, w);
+    return fg_sum(each);
+}
+
+/* y, end and the gradients of all inputs, on a device. */
+static void run(const size *s, fg_backend *device, float **out)
+{
+    fg_graph *g = fg_graph_new();
+    fg_tensor in[RESULTS], to[RESULTS], narrow[INPUTS], first = { 0 };
+    for (int i = 0; i < RESULTS; i++) in[i] = fg_input(g, names[i], FG_F32, shape_of(s, i));
+    if (s->documents) first = fg_input(g, "first", FG_I32, FG_DIMS(s->B, s->T));
+    fg_graph_sequence(g, (fg_sequence){ .first = first });
+    for (int i = 0; i < INPUTS; i++)
+        narrow[i] = i == X || i == B || i == C ? fg_cast(in[i], FG_BF16) : in[i];
+    to[Y] = fg_ssd_scan(narrow[X], narrow[DT], narrow[A], narrow[B], narrow[C], narrow[D],
+                        narrow[STATE]);
+    to[END] = fg_result(to[Y], 1);
+    const fg_tensor on_y = weighted(to[Y], in[Y]), on_end = weighted(to[END], in[END]);
+    const fg_tensor loss = fg_add(on_y, on_end);
+    cr_assert_eq(fg_grad(loss, INPUTS, in, to), FG_OK, "%s", fg_graph_message(g));
+    to[Y] = fg_cast(to[Y], FG_F32);
+    for (int i = 0; i < RESULTS; i++) fg_output(to[i], fg_name(g, "out%d", i));
+    fg_store *store = fg_store_new(device);
+    fg_plan *p = fg_plan_new(g, store);
+    uint64_t seed = 1;
+    for (int i = 0; i < RESULTS; i++) {
+        float *x = draw(s, i, &seed);
+        fg_write(p, in[i], x, (size_t)fg_count(in[i]) * 4);
+        free(x);
+    }
+    int32_t *starts = malloc((size_t)(s->B * s->T) * 4);
+    fill_first(s, starts);
+    if (s->documents) fg_write(p, first, starts, (size_t)(s->B * s->T) * 4);
+    free(starts);
+    cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
+    for (int i = 0; i < RESULTS; i++) {
+        const size_t bytes = (size_t)fg_count(to[i]) * 4;
+        out[i] = malloc(bytes);
+        cr_assert_eq(fg_read(p, to[i], out[i], bytes), FG_OK, "%s", fg_plan_message(p));
+    }
+    fg_plan_free(p);
+    fg_store_free(store);
+    fg_graph_free(g);
+}
+
+static double off(const float *got, const float *want, int64_t n)
+{
+    double diff = 0, norm = 0;
+    for (int64_t i = 0; i < n; i++) {
+        diff += ((double)got[i] - (double)want[i]) * ((double)got[i] - (double)want[i]);
+        norm += (double)want[i] * (double)want[i];
+    }
+    return norm > 0 ? sqrt(diff / norm) : sqrt(diff);
+}
+
+static void compare(const size *s, fg_backend *gpu, fg_backend *cpu)
+{
+    float *want[RESULTS], *got[RESULTS], *again[RESULTS];
+    run(s, cpu, want);
+    run(s, gpu, got);
+    run(s, gpu, again);
+    for (int i = 0; i < RESULTS; i++) {
+        const int64_t n = fg_shape_count(shape_of(s, i));
+        const double far = off(got[i], want[i], n);
+        cr_expect(far <= bounds[i], "T = %d, N = %d%s: %s%s is off by %.1e", (int)s->T, (int)s->N,
+                  s->documents ? ", documents" : "", i < INPUTS ? "gradient of " : "", names[i],
+                  far);
+        cr_expect(!memcmp(got[i], again[i], (size_t)n * 4), "%s changed from run to run", names[i]);
+        free(want[i]);
+        free(got[i]);
+        free(again[i]);
+    }
+}
+
+Test(cuda_ssd_scan, chunks_on_tensor_cores_are_the_recurrence)
+{
+    static const int64_t lengths[] = { 17, 63, 64, 65, 127, 128, 129, 300 };
+    fg_backend *gpu = fg__cuda_or_skip(true), *cpu = gpu ? fg_backend_open("cpu", 2) : NULL;
+    for (int i = 0; gpu && i < 8; i++)
+        for (int documents = 0; documents < 2; documents++) {
+            const size wide = { 2, lengths[i], 4, 2, 128, documents };
+            const size small = { 2, lengths[i], 3, 1, 64, documents };
+            compare(&wide, gpu, cpu);
+            compare(&small, gpu, cpu);
+        }
+    cr_expect_eq(fg__traps.broken, 0, "%d allocations were overrun", fg__traps.broken);
+    fg_backend_close(gpu);
+    fg_backend_close(cpu);
+}
