@@ -3,11 +3,11 @@
  *     f = low + (1 - low) sigmoid(z),   k = 1 - f = (1 - low) sigmoid(-z),   log_f = ln f
  *
  * z, k: [..., D];  low: D numbers in [0, 1), which all rows share; absent: 0;  log_f: f32[..., D].
- * k is computed without the subtraction, and without a bound log_f is log_sigmoid(z): both are exact
- * where f is near 1, which is where a gate remembers.  k may be bf16; log_f is summed over
+ * k is computed without the subtraction, and without a bound log_f is log_sigmoid(z): both are
+ * exact where f is near 1, which is where a gate remembers.  k may be bf16; log_f is summed over
  * positions and stays f32.
- * On a device forward reads z and writes k and log_f, the gradient reads z, gk and glog_f and writes
- * gz: once.  The CPU runs the definition.
+ * On a device forward reads z and writes k and log_f, the gradient reads z, gk and glog_f and
+ * writes gz: once.  The CPU runs the definition.
  * Source: Qin et al. 2024, "HGRN2: Gated Linear RNNs with State Expansion" (arXiv 2404.07904),
  * section 3. */
 #include "internal.h"
