@@ -125,8 +125,8 @@ FG_KERNEL(forget_gate) = { .launch = launch, .unfit = unfit, .pitched_in = 1u <<
 static size_t grad_scratch(const fg_infer *c)
 {
     const int64_t D = fg_last_of(&c->in[0]);
-    return c->given[1] && D ? (size_t)(parts_of(fg_count_of(&c->in[0]) / D) * D) * sizeof(float)
-                            : 0;
+    if (!c->given[1] || D == 0) return 0;
+    return (size_t)(parts_of(fg_count_of(&c->in[0]) / D) * D) * sizeof(float);
 }
 
 static void grad_launch(const fg_exec *e, cudaStream_t stream)

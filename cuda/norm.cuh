@@ -412,7 +412,7 @@ norm_grad_whole(const norm_backward a)
     const norm_place<THREADS, VECS> place(a.s, blockIdx.y);
     const int64_t last = norm_first(a.s.rows, a.parts, blockIdx.x + 1);
     int64_t row = norm_first(a.s.rows, a.parts, blockIdx.x) + warp;
-    const bool kept = GATED != NORM_OF_GATED; /* w and gw in registers: else they do not suffice */
+    const bool kept = GATED != NORM_OF_GATED;    /* w and gw stay in registers, where those do */
     fg_vec8 w[VECS];
 #pragma unroll
     for (int i = 0; i < VECS; i++)

@@ -28,15 +28,15 @@ FG_KERNEL(norm_of_gated) = {
 
 static size_t grad_scratch(const fg_infer *c)
 {
-    const struct fg_attr_norm_of_gated_grad *at =
-        (const struct fg_attr_norm_of_gated_grad *)c->attr;
+    typedef struct fg_attr_norm_of_gated_grad attr;
+    const attr *at = (const attr *)c->attr;
     return norm_grad_scratch(norm_size_of(&c->in[1], &c->in[2], at->groups));
 }
 
 static void grad_launch(const fg_exec *e, cudaStream_t stream)
 {
-    const struct fg_attr_norm_of_gated_grad *at =
-        (const struct fg_attr_norm_of_gated_grad *)e->attr;
+    typedef struct fg_attr_norm_of_gated_grad attr;
+    const attr *at = (const attr *)e->attr;
     norm_backward a = {};
     a.s = norm_size_of(&e->in_shape[1], &e->in_shape[2], at->groups);
     a.gy = fg_input_of(e, 0), a.x = fg_input_of(e, 1), a.w = fg_input_of(e, 2);

@@ -7,8 +7,9 @@
  * exact where f is near 1, which is where a gate remembers.  k may be bf16; log_f is summed over
  * positions and stays f32.
  * On a device forward reads z and writes k and log_f, the gradient reads z, gk and glog_f and
- * writes gz: once.  The CPU runs the definition. Source: Qin et al. 2024, "HGRN2: Gated Linear RNNs
- * with State Expansion" (arXiv 2404.07904), section 3. */
+ * writes gz: once.  The CPU runs the definition.
+ * Source: Qin et al. 2024, "HGRN2: Gated Linear RNNs with State Expansion" (arXiv 2404.07904),
+ * section 3. */
 #include "internal.h"
 
 fg_tensor (fg_forget_gate)(fg_loc at, fg_tensor z, fg_tensor low)

@@ -56,9 +56,16 @@ static fg_status fg__launch_pitched(fg_backend *b, const fg_op *op, const fg_exe
     return s;
 }
 
+/* If set, what the gradients of mixers write is contiguous, as with a kernel that has no pitch. */
+static bool fg__plain_mixers;
+
 static bool fg__any_pitch(fg_backend *b, const fg_op *op, int i, bool output)
 {
-    (void)b; (void)i; (void)output;
+    static const char *const mixers[] = { "ssd_scan_grad", "gated_linear_attention_grad",
+                                          "delta_rule_grad", "causal_conv_grad" };
+    (void)b; (void)i;
+    for (int k = 0; output && fg__plain_mixers && k < 4; k++)
+        if (!strcmp(op->name, mixers[k])) return false;
     return op->code->memory != FG_MUTATE;
 }
 

@@ -141,6 +141,21 @@ Test(lower, a_device_that_fuses_computes_the_same)
     }
 }
 
+Test(lower, parts_that_cannot_be_made_in_place_are_copied_to_it)
+{
+    for (kind k = MAMBA2; k < MODELS; k++) {
+        trial a = start(k, false, FG_F32);
+        fg__plain_mixers = true;
+        trial b = start(k, true, FG_F32);
+        fg__plain_mixers = false;
+        cr_expect_gt(copies(&b, "concat"), 0, "model %d", k);
+        cr_expect_lt(copies(&b, "concat"), count(&b, "concat"), "model %d", k);
+        same(&a, &b);
+        finish(&a);
+        finish(&b);
+    }
+}
+
 Test(lower, products_of_one_input_are_one)
 {
     trial a = start(FOX_PRO, false, FG_F32), b = start(FOX_PRO, true, FG_F32);
