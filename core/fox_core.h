@@ -318,7 +318,7 @@ FG_API fg_status   fg_graph_json(int n, const fg_json_part *parts, const fg_json
  * finite).  Noting values waits for every node and copies what it made. */
 enum { FG_RECORD_TIMES = 1, FG_RECORD_VALUES = 2 };
 FG_API fg_status   fg_plan_record(fg_plan *p, unsigned what);
-FG_API bool        fg_plan_recorded(const fg_plan *p);     /* is anything noted? FG_RECORD=1: times */
+FG_API bool fg_plan_recorded(const fg_plan *p); /* is anything noted? FG_RECORD=1: times */
 
 #ifdef __cplusplus
 }

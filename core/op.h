@@ -122,7 +122,7 @@ FG_API int64_t   fg__rows(const fg_shape *s);               /* elements / extent
 struct fg_rewrite;
 fg_tensor fg__cast(fg_tensor x, fg_dtype to);
 void      fg__fuse(struct fg_rewrite *r);
-void      fg__fuse_few(struct fg_rewrite *r);                  /* ops/fuse_few.c, called by fg__fuse */
+void      fg__fuse_few(struct fg_rewrite *r);              /* ops/fuse_few.c, called by fg__fuse */
 
 /* Test inputs: parameters with N(0,1) entries, named random0, random1, ... in order of creation,
  * and integers drawn from [lo, hi).  Make them in statements of their own, one per line. */

@@ -169,25 +169,30 @@ static bool may_move(const finder *f, uint32_t base)
     return joins == 1;
 }
 
+/* The parts that can are made in place; if not all can, the join copies the others to theirs. */
 static void join_in_place(finder *f, uint32_t k)
 {
     fg_plan *p = f->p;
     const fg_node *n = &p->low->nodes[k];
     fg_rows rows[FG_MAX_IN];
     size_t shift[FG_MAX_IN];
+    bool fits[FG_MAX_IN], all = true;
     int axis;
     int64_t start;
     n->op->code->span(n->attr, &axis, &start);
     for (int i = 0; i < n->n_in; i++) {
-        if (!n->in[i] || !may_move(f, f->base[n->in[i]])) return;
-        if (!fits_span(f, n->out[0], n->in[i], axis, start, k, &rows[i], &shift[i])) return;
+        fits[i] = n->in[i] && may_move(f, f->base[n->in[i]]) &&
+                  fits_span(f, n->out[0], n->in[i], axis, start, k, &rows[i], &shift[i]);
+        all = all && fits[i];
         start += p->low->values[n->in[i]].shape.dim[axis];
     }
     for (int i = 0; i < n->n_in; i++) {
+        if (!fits[i] || (!all && rows[i].width == rows[i].pitch)) continue;
+        if (!all && !p->store->backend->ops->pitched(p->store->backend, n->op, i, false)) continue;
         share(p, f->base[n->in[i]], n->out[0], shift[i], "joined");
         place_views(f, f->base[n->in[i]], rows[i]);
     }
-    p->quiet[k] = true;
+    p->quiet[k] = all;
 }
 
 fg_status fg__find_views(fg_plan *p)

@@ -4,10 +4,9 @@
  *
  * A warp multiplies one row of m, or a part of it (a power of two of parts), with all rows of x,
  * which lie in shared memory; every block makes them there for itself.  The next row of m is on its
- * way while sums are taken.  In a chain (chain.cuh) the first row of m is read before the wait; calling
- * more to the L2 cache was slower.
- * Bytes: m once; x once for every block, from the L2 cache.
- * The sum of a row of y depends on N alone, neither on the other rows nor on M. */
+ * way while sums are taken.  In a chain (chain.cuh) the first row of m is read before the wait;
+ * calling more to the L2 cache was slower. Bytes: m once; x once for every block, from the L2
+ * cache. The sum of a row of y depends on N alone, neither on the other rows nor on M. */
 #include "chain.cuh"
 
 /* H100 SXM, 2026-11.  EACH: blocks of a multiprocessor; DEEP: loads of a thread on their way. */
@@ -121,7 +120,8 @@ static __device__ void make_norm(const few &k, uint4 *x)
 
 /* Chunks c0 + lane, + 32, ... below c1 of row n of m. */
 template <int U>
-static __device__ __forceinline__ void load_row(uint4 (&raw)[U], const few &k, int n, int c0, int c1)
+static __device__ __forceinline__ void load_row(uint4 (&raw)[U], const few &k, int n, int c0,
+                                                int c1)
 {
     const uint4 *m = k.m + (int64_t)n * (k.N / 8);
 #pragma unroll
@@ -236,7 +236,8 @@ static int64_t rows_of(const fg_shape *s) { return fg_count_of(s) / fg_last_of(s
 static const char *unfit_rows(const fg_shape *x, const fg_shape *m, fg_dtype type)
 {
     if (type != FG_BF16) return "the matrix is not bf16";
-    if (m->dim[1] % 8 || m->dim[1] > WIDEST) return "the matrix' rows are no multiples of 8, or long";
+    if (m->dim[1] % 8 || m->dim[1] > WIDEST)
+        return "the matrix' rows are no multiples of 8, or long";
     if (rows_of(x) > ROWS || rows_of(x) * m->dim[1] > 100 << 9) return "too many rows";
     return m->dim[0] > 1 << 30 ? "the matrix has too many rows" : nullptr;
 }

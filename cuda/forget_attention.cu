@@ -247,16 +247,15 @@ static __device__ __forceinline__ void store_f32(const problem &p, const place &
         const int64_t row = ((int64_t)w.b * p.M + t) * p.H + w.h;
         const bool sees = rows[a].low != NO_KEY;
         if (t >= p.M) continue;
-        const float bias = sees ? row_bias(p, w, rows[a].low, w.past + t, base) : 0;
-        const float part = 1 / sum + 0 * bias;   /* NaN to all */
+        const double bias = sees ? row_bias(p, w, rows[a].low, w.past + t, base) : 0;
+        const float part = 1 / sum + 0 * (float)bias;   /* NaN to all */
 #pragma unroll
         for (int c = 0; c < D / 16; c++) {
             const int d = c / 4 * 64 + 4 * tx + c % 4;
             if (d < p.D) ((float *)p.o)[row * p.D + d] = sees ? o[a][c] * part : 0;
         }
         if (tx == 0)
-            p.lse[row] =
-                sees ? (rows[a].max + bias + log2f(sum)) * (float)FG_LN_2 : -INFINITY;
+            p.lse[row] = sees ? row_lse(rows[a].max, bias, sum) : -INFINITY;
     }
 }
 
@@ -324,7 +323,8 @@ static size_t cut(problem *p, void *scratch)
     if (p->splits) return fg_forget_attention_cut_splits(p, scratch);
     size_t bytes;
     p->gates = fg_gates_cut(scratch, p->B, p->log_f ? p->N : 0, p->H, &bytes);
-    return bytes;
+    p->given = (int *)((char *)scratch + bytes);
+    return bytes + 256;
 }
 
 static void sizes(problem *p, const fg_shape *q, const fg_shape *k, bool cache, bool narrow)

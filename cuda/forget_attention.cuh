@@ -17,6 +17,7 @@ struct problem {                                 /* as in ops/forget_attention.c
     float *lse;
     int64_t q_pitch, k_pitch, v_pitch, f_pitch;  /* elements from token to token */
     fg_gates gates;
+    int *given;                                  /* sm90: tiles of queries given out so far */
     int B, M, N, H, Hkv, D;
     int window;                                  /* 1 .. N */
     int section;                                 /* heads of sequences that are worked on at once */
@@ -86,14 +87,20 @@ static __device__ __forceinline__ row_state row_start(const problem &p, const pl
 }
 
 /* C_i - base, for a row that sees keys; NaN if it sees beyond a bad gate. */
-static __device__ __forceinline__ float row_bias(const problem &p, const place &w, int low, int i,
-                                                 double base)
+static __device__ __forceinline__ double row_bias(const problem &p, const place &w, int low, int i,
+                                                  double base)
 {
     if (!p.log_f) return 0;
     const int64_t head = (int64_t)w.b * p.H + w.h;
     const fg_gate_block *block = p.gates.block + head * p.gates.blocks;
-    const float ell = p.gates.ell[head * p.gates.padded + i] * p.ell_unit;
-    return fg_gate_bad(block, low, i) ? NAN : ell + (float)(block[i / FG_GATE_BLOCK].base - base);
+    const double ell = (double)p.gates.ell[head * p.gates.padded + i] * (double)p.ell_unit;
+    return fg_gate_bad(block, low, i) ? (double)NAN : ell + block[i / FG_GATE_BLOCK].base - base;
+}
+
+/* max and bias may be large and cancel. */
+static __device__ __forceinline__ float row_lse(float max, double bias, float sum)
+{
+    return (float)((double)max + bias + (double)log2f(sum)) * (float)FG_LN_2;
 }
 
 /* What a row has under a new tile whose greatest score, without what the tile's keys have in
@@ -293,8 +300,8 @@ static __device__ __forceinline__ void store_rows(const problem &p, const place 
             const row_state u = rows[m][x];
             const int r = m * 16 + x * 8 + lane / 4, t = w.t0 + r0 + r;
             const bool sees = u.low != NO_KEY;
-            const float bias = sees ? row_bias(p, w, u.low, w.past + t, base) : 0;
-            const float sum = fg_warp_sum<4>(u.sum), part = 1 / sum + 0 * bias;   /* NaN to all */
+            const double bias = sees ? row_bias(p, w, u.low, w.past + t, base) : 0;
+            const float sum = fg_warp_sum<4>(u.sum), part = 1 / sum + 0 * (float)bias;   /* NaN */
 #pragma unroll
             for (int n = 0; n < S::D / 8; n++) {
                 const uint32_t y = fg_pack2(o[m][n][2 * x] * part, o[m][n][2 * x + 1] * part);
@@ -302,7 +309,7 @@ static __device__ __forceinline__ void store_rows(const problem &p, const place 
             }
             if (lane % 4 == 0 && t < p.M)
                 p.lse[(token + r) * p.H + w.h] =
-                    sees ? (u.max + bias + log2f(sum)) * (float)FG_LN_2 : -INFINITY;
+                    sees ? row_lse(u.max, bias, sum) : -INFINITY;
         }
     __syncwarp();
     const int chunks = (p.D + 7) / 8, n = min(16 * S::ROWS, p.M - w.t0 - r0);

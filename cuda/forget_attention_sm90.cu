@@ -5,9 +5,14 @@
  * 2024, "FlashAttention-3", arXiv 2407.08608, section 3):
  *   - s = q k^T of the next tile and o += weights v of this one are under way together, while
  *     the next tile's scores become weights;
- *   - warpgroups take turns in starting products, so that one's softmax meets others' products.
- * For the algebra see forget_attention.cu, for the layout of matrices wgmma.cuh.  The bias of a key
- * costs nothing in the softmax: sums of q k^T start at -ell_j / scale instead of 0. */
+ *   - for D = 64 warpgroups take turns in starting products: softmax of one, products of another.
+ * For the algebra see forget_attention.cu, for the layout of matrices wgmma.cuh.  For D = 64 the
+ * products q k^T start at -ell_j / scale instead of 0, and the gate costs nothing in the softmax.
+ *
+ * Settings of `shape` measured on an H100 SXM (132 multiprocessors), November 2026, one sequence of
+ * 16384, causal: 24 heads of 64 2.05 ms, 1.79 without gates; 12 of 128 1.66 ms, 1.37.
+ * ptxas 13.0: registers 32 and 160 (D = 64), 56 and 224; for D = 64 24 bytes are spilled, mostly
+ * by the warpgroup that loads. */
 #include "forget_attention.cuh"
 #include "wgmma.cuh"
 
@@ -16,10 +21,13 @@ template <int D_> struct shape {
         D = D_, ROWS = 1, GROUPS = D == 64 ? 3 : 2, QUERIES = 64 * GROUPS, KEYS = 128,
         STAGES = 2, THREADS = 128 * (GROUPS + 1), PANELS = D / 64,
         TILE = KEYS * D * 2, QUERY_TILE = QUERIES * D * 2,         /* bytes */
-        K_AT = QUERY_TILE, V_AT = K_AT + STAGES * TILE, ELL_AT = V_AT + STAGES * TILE,
-        BASE_AT = ELL_AT + STAGES * KEYS * 4, BARS_AT = BASE_AT + STAGES * 8,
-        SHARED = BARS_AT + 16 * 8 + 1024
+        K_AT = 2 * QUERY_TILE, V_AT = K_AT + STAGES * TILE, ELL_AT = V_AT + STAGES * TILE,
+        NONE_AT = ELL_AT + STAGES * KEYS * 4,    /* an ell of 0 */
+        BASE_AT = NONE_AT + KEYS * 4, BARS_AT = BASE_AT + STAGES * 8, ITEM_AT = BARS_AT + 16 * 8,
+        SHARED = ITEM_AT + 16 + 1024
     };
+    /* The keys' bias: where products begin (D = 64), or added to scores.  LATE: see step. */
+    static constexpr bool TURNS = D == 64, PRESET = D == 64, LATE = D == 128;
     static constexpr int FEWER = D == 64 ? 32 : 56, MORE = D == 64 ? 160 : 224;   /* registers */
     typedef float scores[1][KEYS / 8][4];
     typedef float sums[1][D / 8][4];
@@ -29,7 +37,10 @@ template <int D_> struct shape {
         return (uint32_t)(c / 8 * QUERIES * 128 + r * 128 + ((c ^ r) % 8 * 16));
     }
 };
-enum { Q_FULL, Q_FREE, K_FULL, K_FREE = K_FULL + 2, V_FULL = K_FREE + 2, V_FREE = V_FULL + 2 };
+/* log2: products that start so far from 0 would lose too much; ell is added to them. */
+#define DEEP (-512.0f)
+
+enum { Q_FULL, Q_FREE = 2, K_FULL = 4, K_FREE = 6, V_FULL = 8, V_FREE = 10 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -40,16 +51,9 @@ struct walk {
     __device__ uint32_t bar(int which) const { return bars + which * 8; }
     __device__ int stage() const { return tiles & 1; }
     __device__ int phase() const { return tiles >> 1 & 1; }
+    __device__ int q() const { return round & 1; }
+    __device__ int q_phase() const { return round >> 1 & 1; }
 };
-
-/* The block's next tile of queries; every other round backwards, so that all get equal shares.
- * -1: no more. */
-static __device__ __forceinline__ int64_t next_item(int round, int64_t items)
-{
-    const int64_t i = (int64_t)round * gridDim.x
-                    + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    return i < items ? i : -1;
-}
 
 /* Tiles of keys: from `last` down to `first`; none: last < first. */
 struct span { int first, last; };
@@ -97,7 +101,7 @@ static __device__ __forceinline__ void load_panels(uint32_t to, const bf16 *x, i
     const int end = c * 8 < D ? min(R, real) : 0;
     const bf16 *from = x + r0 * pitch + c * 8;
     to += c / 8 * R * 128 + r0 * 128 + (c ^ r0) % 8 * 16;
-#pragma unroll 8
+#pragma unroll 2
     for (int r = r0; r < R; r += STEP) {         /* STEP is a multiple of 8 */
         fg_copy_async(to, r < end ? from : x, r < end);
         from += STEP * pitch;
@@ -132,21 +136,29 @@ static __device__ __forceinline__ void load_keys(const problem &p, const place &
     c.close(u.bar(V_FULL + u.stage()));
 }
 
+/* The tile of queries of a round is left in given[round % 4]: whoever reads it there is at most two
+ * rounds behind. */
 template <class S, bool GATE>
-static __device__ __forceinline__ void load_role(const problem &p, walk u, int64_t items)
+static __device__ __forceinline__ void load_role(const problem &p, walk u, int items, int *given)
 {
     copies c = { 0 };
-    for (int64_t item; (item = next_item(u.round, items)) >= 0; u.round++) {
+    for (int item = blockIdx.x; ; item = given[++u.round % 4]) {
+        c.wait(u.bar(Q_FREE + u.q()), u.q_phase() ^ 1);
+        if (item >= items) break;
+        int next = 0;
+        if (threadIdx.x == 0) next = (int)gridDim.x + atomicAdd(p.given, 1);
         const place w = find_place(p, S::QUERIES, item);
         const span keys = keys_of<S>(w);
         const bf16 *q = (const bf16 *)p.q + ((int64_t)w.b * p.M + w.t0) * p.q_pitch + w.h * p.D;
-        c.wait(u.bar(Q_FREE), (u.round & 1) ^ 1);
-        load_panels<S, S::QUERIES>(u.memory, q, p.q_pitch, p.M - w.t0, p.D);
-        c.close(u.bar(Q_FULL));
+        load_panels<S, S::QUERIES>(u.memory + u.q() * S::QUERY_TILE, q, p.q_pitch, p.M - w.t0, p.D);
+        c.close(u.bar(Q_FULL + u.q()));
         for (int n = keys.last; n >= keys.first; n--, u.tiles++)
             load_keys<S, GATE>(p, w, u, n * S::KEYS, c);
+        if (threadIdx.x == 0) given[(u.round + 1) % 4] = next;
+        asm volatile("bar.sync 4, 128;" ::: "memory");
     }
     c.flush();
+    barrier_arrive(u.bar(Q_FULL + u.q()));
 }
 
 /* ---- warpgroups that multiply ---------------------------------------------------------------- */
@@ -154,30 +166,44 @@ static __device__ __forceinline__ void load_role(const problem &p, walk u, int64
 /* Turns: a warpgroup waits until the one before it has started its products. */
 template <class S> static __device__ __forceinline__ void turn_wait(int group)
 {
-    asm volatile("bar.sync %0, 256;" :: "r"(group + 1) : "memory");
+    if (S::TURNS) asm volatile("bar.sync %0, 256;" :: "r"(group + 1) : "memory");
 }
 template <class S> static __device__ __forceinline__ void turn_pass(int group)
 {
-    asm volatile("bar.arrive %0, 256;"
-                 :: "r"(group + 1 == S::GROUPS ? 1 : group + 2) : "memory");
+    if (S::TURNS)
+        asm volatile("bar.arrive %0, 256;"
+                     :: "r"(group + 1 == S::GROUPS ? 1 : group + 2) : "memory");
 }
 
-/* s = q k^T - ell / scale */
-template <class S, bool GATE>
-static __device__ __forceinline__ void start_scores(typename S::scores &s, uint32_t q, uint32_t k,
-                                                    const float *ell)
+/* s = ell, as two products' sums begin */
+template <class S>
+static __device__ __forceinline__ void preset(typename S::scores &s, uint32_t ell)
 {
-    if (GATE)
 #pragma unroll
-        for (int n = 0; n < S::KEYS / 8; n++) {
-            const float2 e = *(const float2 *)(ell + n * 8 + threadIdx.x % 4 * 2);
-            s[0][n][0] = s[0][n][2] = e.x, s[0][n][1] = s[0][n][3] = e.y;
-        }
+    for (int n = 0; n < S::KEYS / 8; n++) {
+        const float2 e = shared_float2(ell + n * 32 + threadIdx.x % 4 * 8);
+        s[0][n][0] = s[0][n][2] = e.x, s[0][n][1] = s[0][n][3] = e.y;
+    }
+}
+template <class S>
+static __device__ __forceinline__ void add_ell(typename S::scores &s, uint32_t ell)
+{
+#pragma unroll
+    for (int n = 0; n < S::KEYS / 8; n++) {
+        const float2 e = shared_float2(ell + n * 32 + threadIdx.x % 4 * 8);
+        s[0][n][0] += e.x, s[0][n][1] += e.y, s[0][n][2] += e.x, s[0][n][3] += e.y;
+    }
+}
+
+/* s = q k^T, or s += q k^T */
+template <class S, bool ADD>
+static __device__ __forceinline__ void start_scores(typename S::scores &s, uint32_t q, uint32_t k)
+{
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < S::D / 16; i++)
         product(s[0], matrix_at(q + i / 4 * S::QUERIES * 128 + i % 4 * 32, 16),
-                matrix_at(k + i / 4 * S::KEYS * 128 + i % 4 * 32, 16), GATE || i > 0);
+                matrix_at(k + i / 4 * S::KEYS * 128 + i % 4 * 32, 16), ADD || i > 0);
     wgmma_commit();
 }
 
@@ -260,47 +286,53 @@ template <class S> struct worker {
 
 /* How far a tile's queries are from its keys: the part of the bias that all pairs have. */
 template <class S, bool GATE>
-static __device__ __forceinline__ float between(const worker<S> &t, const walk &u,
-                                                const char *shared)
+static __device__ __forceinline__ float between(const worker<S> &t, const walk &u)
 {
     if (!GATE) return 0;
-    return (float)(t.base - *(const double *)(shared + S::BASE_AT + u.stage() * 8));
+    return (float)(t.base - shared_double(u.memory + S::BASE_AT + u.stage() * 8));
 }
 
-static __device__ __forceinline__ void release(uint32_t bar)
+static __device__ __forceinline__ void release(uint32_t bar, bool when = true)
 {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(bar);
+    if (threadIdx.x % 32 == 0 && when) barrier_arrive(bar);
 }
 
 /* Scores of tile n of keys to weights a; unless it is the first, the sums of the tile before, with
  * the weights that a holds, go on at the same time. */
 template <class S, bool GATE, bool FIRST>
 static __device__ __forceinline__ void step(const problem &p, const place &w, walk &u, worker<S> &t,
-                                            typename S::weights &a, int n, const char *shared)
+                                            typename S::weights &a, int n)
 {
+    constexpr bool PRESET = GATE && S::PRESET, LATE = GATE && S::LATE;
     typename S::scores s;
     float keep[2];
     const int before = u.stage(), phase = u.phase(), j0 = n * S::KEYS;
     if (!FIRST) u.tiles++;
-    const float *ell = (const float *)(shared + S::ELL_AT) + u.stage() * S::KEYS;
+    const uint32_t ell = u.memory + S::ELL_AT + u.stage() * S::KEYS * 4;
     barrier_wait(u.bar(K_FULL + u.stage()), u.phase());
+    const bool deep = GATE && (!PRESET || shared_float(ell + S::KEYS * 4 - 4) * p.ell_unit < DEEP);
+    if (PRESET) preset<S>(s, deep ? u.memory + S::NONE_AT : ell);
     if (!FIRST) {
         barrier_wait(u.bar(V_FULL + before), phase);
         turn_wait<S>(t.group);
     }
-    start_scores<S, GATE>(s, u.memory + t.group * 64 * 128,
-                          u.memory + S::K_AT + u.stage() * S::TILE, ell);
+    start_scores<S, PRESET>(s, u.memory + u.q() * S::QUERY_TILE + t.group * 64 * 128,
+                            u.memory + S::K_AT + u.stage() * S::TILE);
     if (!FIRST) {
         start_sums<S>(t.o, a, u.memory + S::V_AT + before * S::TILE);
         turn_pass<S>(t.group);
         wgmma_wait<1>();
     } else wgmma_wait<0>();
     pin(s[0]);
-    const float apart = between<S, GATE>(t, u, shared);
-    release(u.bar(K_FREE + u.stage()));
+    const float apart = between<S, GATE>(t, u);
+    if (deep) add_ell<S>(s, ell);
+    if (!LATE) release(u.bar(K_FREE + u.stage()));
     if (j0 + S::KEYS - 1 > t.warp0 || j0 < w.low_max) mask<S>(s, t.rows, t.i, j0);
     weigh<S>(s, t.rows, p.scale, apart, keep);
+    /* No sum is negative, but ptxas does not know: it cannot put off the weights until after the
+     * wait below, and they overlap with the products. */
+    if (LATE) release(u.bar(K_FREE + u.stage()), !(t.rows[0][0].sum + t.rows[0][1].sum < 0));
     if (!FIRST) {
         wgmma_wait<0>();
         pin(t.o[0]), pin(a[0]);
@@ -313,7 +345,7 @@ static __device__ __forceinline__ void step(const problem &p, const place &w, wa
 /* One tile of queries against its tiles of keys. */
 template <class S, bool GATE>
 static __device__ __forceinline__ void walk_keys(const problem &p, const place &w, const span &keys,
-                                                 walk &u, worker<S> &t, const char *shared)
+                                                 walk &u, worker<S> &t)
 {
     const int highest = (w.past + w.t0 + t.group * 64 + 63) / S::KEYS;
     int n = keys.last;
@@ -325,8 +357,8 @@ static __device__ __forceinline__ void walk_keys(const problem &p, const place &
         release(u.bar(V_FREE + u.stage()));
     }
     typename S::weights a;
-    step<S, GATE, true>(p, w, u, t, a, n, shared);
-    for (n--; n >= keys.first; n--) step<S, GATE, false>(p, w, u, t, a, n, shared);
+    step<S, GATE, true>(p, w, u, t, a, n);
+    for (n--; n >= keys.first; n--) step<S, GATE, false>(p, w, u, t, a, n);
     barrier_wait(u.bar(V_FULL + u.stage()), u.phase());
     wgmma_begin();
     start_sums<S>(t.o, a, u.memory + S::V_AT + u.stage() * S::TILE);
@@ -337,14 +369,17 @@ static __device__ __forceinline__ void walk_keys(const problem &p, const place &
 }
 
 template <class S, bool GATE>
-static __device__ __forceinline__ void multiply_role(const problem &p, walk u, int64_t items,
-                                                     char *shared)
+static __device__ __forceinline__ void multiply_role(const problem &p, walk u, int items,
+                                                     const int *given, char *shared)
 {
     const int lane = threadIdx.x % 32, r0 = ((int)threadIdx.x - 128) / 32 * 16;
     worker<S> t;
     t.group = (int)threadIdx.x / 128 - 1;
-    if (t.group == 0) asm volatile("bar.arrive 1, 256;" ::: "memory");      /* has the first turn */
-    for (int64_t item; (item = next_item(u.round, items)) >= 0; u.round++) {
+    if (S::TURNS && t.group == 0) asm volatile("bar.arrive 1, 256;" ::: "memory");   /* first */
+    for (;; u.round++) {
+        barrier_wait(u.bar(Q_FULL + u.q()), u.q_phase());
+        const int item = given[u.round % 4];
+        if (item >= items) break;
         const place w = find_place(p, S::QUERIES, item);
         const span keys = keys_of<S>(w);
         t.warp0 = w.past + w.t0 + r0, t.i = t.warp0 + lane / 4;
@@ -353,10 +388,10 @@ static __device__ __forceinline__ void multiply_role(const problem &p, walk u, i
         for (int x = 0; x < 2; x++) t.rows[0][x] = row_start(p, w, w.t0 + r0 + x * 8 + lane / 4);
 #pragma unroll
         for (int n = 0; n < S::D / 2; n++) t.o[0][n / 4][n % 4] = 0;
-        barrier_wait(u.bar(Q_FULL), u.round & 1);
-        if (keys.last >= keys.first) walk_keys<S, GATE>(p, w, keys, u, t, shared);
-        store_rows<S>(p, w, t.o, t.rows, shared + r0 * 128, r0, t.base);
-        release(u.bar(Q_FREE));
+        if (keys.last >= keys.first) walk_keys<S, GATE>(p, w, keys, u, t);
+        char *room = shared + u.q() * S::QUERY_TILE + r0 * 128;
+        store_rows<S>(p, w, t.o, t.rows, room, r0, t.base);
+        release(u.bar(Q_FREE + u.q()));
     }
 }
 #endif
@@ -370,13 +405,16 @@ tiles_sm90(const __grid_constant__ problem p)
     extern __shared__ __align__(1024) char memory[];
     char *shared = memory + (1024 - fg_shared(memory) % 1024) % 1024;
     walk u = { fg_shared(shared), fg_shared(shared) + S::BARS_AT, 0, 0 };
-    const int64_t items = (int64_t)((p.M + S::QUERIES - 1) / S::QUERIES) * p.B * p.H;
+    const int items = (p.M + S::QUERIES - 1) / S::QUERIES * p.B * p.H;
+    int *given = (int *)(shared + S::ITEM_AT);
+    if (threadIdx.x < S::KEYS) ((float *)(shared + S::NONE_AT))[threadIdx.x] = 0;
     if (threadIdx.x == 0) {
-        barrier_init(u.bar(Q_FULL), 128);
-        barrier_init(u.bar(Q_FREE), 4 * S::GROUPS);
-        for (int e = 0; e < S::STAGES; e++) {
+        given[0] = blockIdx.x;
+        for (int e = 0; e < 2; e++) {
+            barrier_init(u.bar(Q_FULL + e), 128);
             barrier_init(u.bar(K_FULL + e), 128);
             barrier_init(u.bar(V_FULL + e), 128);
+            barrier_init(u.bar(Q_FREE + e), 4 * S::GROUPS);
             barrier_init(u.bar(K_FREE + e), 4 * S::GROUPS);
             barrier_init(u.bar(V_FREE + e), 4 * S::GROUPS);
         }
@@ -385,10 +423,10 @@ tiles_sm90(const __grid_constant__ problem p)
     __syncthreads();
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(S::FEWER));
-        load_role<S, GATE>(p, u, items);
+        load_role<S, GATE>(p, u, items, given);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(S::MORE));
-        multiply_role<S, GATE>(p, u, items, shared);
+        multiply_role<S, GATE>(p, u, items, given, shared);
     }
 #else
     (void)p;
@@ -407,6 +445,7 @@ template <int D> static void start_width(const problem &p, cudaStream_t stream)
 {
     typedef shape<D> S;
     const int64_t items = (int64_t)fg_blocks(p.M, S::QUERIES) * p.B * p.H, all = fg_processors();
+    cudaMemsetAsync(p.given, 0, sizeof *p.given, stream);
     start(p.log_f ? tiles_sm90<D, true> : tiles_sm90<D, false>, items < all ? items : all,
           S::THREADS, S::SHARED, p, stream);
 }

@@ -7,12 +7,11 @@
  * the gates behind it in the tile, so nothing is summed over the whole cache: the tile's whole sum
  * moves the maximum of what came before (`shift`), a block's that of the blocks to the left.  D / 8
  * threads share a key; each group of them has a running maximum and sums of its own, which are put
- * together at the end, in the block and then by the first block through the cluster's shared memory.
- * The new key is made by the last block, which adds it in the end: no block reads what is written.
- * Everything is in units of log2.  Gates as in attention.cuh: clamped at -100 nats, and one that is
- * no number makes NaN of a query that sees beyond it.
- * In a chain (chain.cuh) caches are read before the wait.
- * Bytes: the visible rows of k, v and log_f once. */
+ * together at the end, in the block and then by the first block through the cluster's shared
+ * memory. The new key is made by the last block, which adds it in the end: no block reads what is
+ * written. Everything is in units of log2.  Gates as in attention.cuh: clamped at -100 nats, and
+ * one that is no number makes NaN of a query that sees beyond it. In a chain (chain.cuh) caches are
+ * read before the wait. Bytes: the visible rows of k, v and log_f once. */
 #include "attention.cuh"
 #include "chain.cuh"
 #include "elementwise.cuh"

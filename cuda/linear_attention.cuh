@@ -233,9 +233,9 @@ template <bool DELTA> struct la_shared {
 
 /* Warps 0 and 1 carry 16 columns of values each, transposed: S^T is the operand of W S as it stands
  * in registers, and u^T that of K^T u, so nothing passes between warps on the way.  Warps 2 and 3
- * fetch; 4 to 11 write o, or 6 and 7 what is kept, one step behind.  (Warp w runs on scheduler
+ * fetch; 4 to 7 write o, or 6 and 7 what is kept, one step behind.  (Warp w runs on scheduler
  * w % 4: each warp of the chain should have one for itself, as far as the others can spare it.) */
-#define LA_THREADS     256                       /* 384 where o is written */
+#define LA_THREADS 256
 #define LA_IS_CHAIN(warp)   ((warp) < 2)
 #define LA_IS_FETCHER(warp) ((warp) / 2 == 1)
 
@@ -393,34 +393,38 @@ static __device__ __forceinline__ void la_keep_rows(const bf16 *x, const la_rows
     }
 }
 
-/* o = scale (Q S + A u), 16 rows by 16 columns, by one writer */
+/* o = scale (Q S + A u) of 16 rows, by one writer */
 static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_late *s,
                                                     const bf16 *S, const bf16 *u, int64_t b,
-                                                    int64_t h, int64_t t, int m, int v, int n)
+                                                    int64_t h, int64_t t, int m, int n)
 {
     const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2;
-    float o[2][4];
-    la_zero<2>(o);
+    float o[4][4];
+    la_zero<4>(o);
 #pragma unroll
     for (int k = 0; k < LA_WIDTH; k += 16) {
         uint32_t a[4], x[4];
         la_a<LA_WIDTH>(a, fg_shared(s->q), m, k);
-        la_b<LA_WIDTH>(x, fg_shared(S), k, v);
+        la_b<LA_WIDTH>(x, fg_shared(S), k, 0);
         la_mma2(o, a, x);
+        la_b<LA_WIDTH>(x, fg_shared(S), k, 16);
+        la_mma2(o + 2, a, x);
     }
 #pragma unroll
     for (int k = 0; k < LA_ROWS; k += 16) {
         uint32_t a[4], x[4];
         if (k > m) break;
         la_a<LA_ROWS>(a, fg_shared(s->A), m, k);
-        la_b<LA_ROWS>(x, fg_shared(u), k, v);
+        la_b<LA_ROWS>(x, fg_shared(u), k, 0);
         la_mma2(o, a, x);
+        la_b<LA_ROWS>(x, fg_shared(u), k, 16);
+        la_mma2(o + 2, a, x);
     }
-    bf16 *p = c.o.p + b * c.o.batch + h * c.o.head + t * c.o.row + blockIdx.x * LA_COLUMNS + v + cc;
+    bf16 *p = c.o.p + b * c.o.batch + h * c.o.head + t * c.o.row + blockIdx.x * LA_COLUMNS + cc;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int j = 0; j < 2; j++)
+        for (int j = 0; j < 4; j++)
             if (m + g + 8 * i < n)
                 *(uint32_t *)(p + (m + g + 8 * i) * c.o.row + 8 * j) =
                     fg_pack2(c.z.scale * o[j][2 * i], c.z.scale * o[j][2 * i + 1]);
@@ -520,7 +524,7 @@ static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_sh
                 if (DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, m + 16, n);
             } else {
                 la_write_out(c, &sm->late[j % LA_STAGES], sm->S[j % 2], sm->u[j % 2], b, h, t,
-                             warp % 4 * 16, warp / 8 * 16, n);
+                             16 * (warp - 4), n);
             }
         }
         __syncthreads();
@@ -630,7 +634,7 @@ static __device__ __forceinline__ void la_backward_chain(const la_chain &c, la_s
 }
 
 template <bool DELTA>
-static __global__ void __launch_bounds__(LA_THREADS + 128, 1)
+static __global__ void __launch_bounds__(LA_THREADS, 1)
 la_forward(const __grid_constant__ la_chain c)
 {
     extern __shared__ __align__(1024) char memory[];
@@ -651,7 +655,7 @@ template <bool DELTA> static void la_run_forward(const la_chain &c, cudaStream_t
     const int bytes = (int)sizeof(la_shared<DELTA>);
     const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(c.z.B * c.z.H));
     cudaFuncSetAttribute(la_forward<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    la_forward<DELTA><<<grid, LA_THREADS + 128, bytes, stream>>>(c);
+    la_forward<DELTA><<<grid, LA_THREADS, bytes, stream>>>(c);
 }
 template <bool DELTA>
 static void la_run_both_ways(const la_chain &forth, const la_chain &back, cudaStream_t stream)

@@ -68,6 +68,12 @@ static __device__ __forceinline__ int64_t at(const fg_matrix &m, int row, int co
 }
 static bool is_even(const fg_matrix &m) { return m.pitch > 0 && m.pitch < INT32_MAX; }
 
+/* Once a row and lane, so with the full exp: norm_sigmoid's loses a place for every unit of x. */
+static __device__ __forceinline__ float gate_of(float x)
+{
+    return __fdividef(1.0f, 1.0f + expf(-x));
+}
+
 /* The sum over the lanes of a head. */
 template <int LANES> static __device__ __forceinline__ float head_sum(float x, int lanes)
 {
@@ -128,7 +134,7 @@ static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
 #pragma unroll
     for (int u = 0; u < STRIP; u++) {
         const place is = u < left ? place_of(k.first, past, row + u, t + u) : PAD;
-        const float gate = norm_sigmoid(a[u]), by = is == INSIDE ? gate : 0;
+        const float gate = gate_of(a[u]), by = is == INSIDE ? gate : 0;
         const float keep = 1 - gate;
         float sum = 0;
         raw[u + 1].floats(f.x, x.v);
@@ -273,7 +279,7 @@ unshift_rows(const backward f)
         for (int i = 1; i < AHEAD; i++) next[i - 1] = next[i];
         if (row - AHEAD >= from) fetch<NORM>(next[AHEAD - 1], f, row - AHEAD, column, head);
         const place is = place_of(k.first, 0, row, t);
-        const float a = norm_sigmoid(r.logit), by = is == INSIDE ? a : 0;
+        const float a = gate_of(r.logit), by = is == INSIDE ? a : 0;
         const float keep = is == PAD ? 0 : 1 - a;
         fg_some<8, !EVEN> before = r.before;
         if (is != INSIDE) before.clear();

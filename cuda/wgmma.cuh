@@ -36,6 +36,25 @@ static __device__ __forceinline__ void proxy_fence()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+static __device__ __forceinline__ float shared_float(uint32_t at)
+{
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+    return x;
+}
+static __device__ __forceinline__ float2 shared_float2(uint32_t at)
+{
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
+    return x;
+}
+static __device__ __forceinline__ double shared_double(uint32_t at)
+{
+    double x;
+    asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(at) : "memory");
+    return x;
+}
+
 /* Descriptor: address; bytes from 64 columns to the next 64, where its 16 of the product are rows;
  * 1024 bytes from 8 rows to the next. */
 static __device__ __forceinline__ uint64_t matrix_at(uint32_t at, uint32_t panel)

@@ -41,7 +41,7 @@ typedef struct {
     int32_t     param;                                 /* the value that an update is for, or -1 */
     int32_t     next;                                  /* the next one of the same home, or -1 */
     double      flops, bytes, time;                    /* time in microseconds, < 0: not known */
-    bool        recomputed, view, overwrites, thin;   /* thin: seldom more than a name for memory */
+    bool recomputed, view, overwrites, thin; /* thin: seldom more than a name for memory */
 } view_node;
 
 typedef struct { const char *name, *ins, *outs, *formula; } view_op;

@@ -21,21 +21,15 @@ static int64_t heads_of(const hgrn2_config *c, int64_t width)
     return c->num_heads > 0 ? c->num_heads : width / expand_of(c);
 }
 
-/* f_t = lb + (1 - lb) sigmoid(z_t),  k_t = 1 - f_t;  *log_f is f32, as z is: it is summed over t */
-static fg_tensor gate(fg_tensor z, const hgrn2 *m, int64_t layer, fg_tensor *log_f)
+/* lb, a row of the bounds: absent for the first layer, whose bound is 0 */
+static fg_tensor bound_of(const hgrn2 *m, int64_t layer)
 {
-    fg_tensor k = fg_sigmoid(fg_neg(z));                              /* 1 - sigmoid, exactly    */
-    *log_f = fg_log_sigmoid(z);
-    if (fg_absent(m->bounds) || layer == 0) return k;
-    fg_tensor lb = fg_slice(m->bounds, 0, layer, layer + 1);                        /* [1,h]     */
-    fg_tensor rest = fg_scale(lb, -1, 1);
-    fg_tensor f = fg_mul(rest, fg_sigmoid(z));
-    f = fg_add(f, lb);
-    *log_f = fg_log(f);
-    return fg_mul(rest, k);
+    if (fg_absent(m->bounds) || layer == 0) return (fg_tensor){ 0 };
+    return fg_slice(m->bounds, 0, layer, layer + 1);                                /* [1,h]     */
 }
 
-/* S_t = diag(f_t) S_(t-1) + (1 - f_t) i_t^T,   o_t = S_t^T q_t / sqrt(K) */
+/* S_t = diag(f_t) S_(t-1) + (1 - f_t) i_t^T,   o_t = S_t^T q_t / sqrt(K),
+ * f_t = lb + (1 - lb) sigmoid(z_t); log_f is f32: it is summed over t */
 static fg_tensor mixer(fg_tensor x, const void *config, int64_t layer)
 {
     const hgrn2 *m = config;
@@ -44,13 +38,12 @@ static fg_tensor mixer(fg_tensor x, const void *config, int64_t layer)
         return fg_fail(x, FG_ERR_SHAPE, "%lld heads of %lld keys do not fit bounds for a width of"
                        " %lld", (long long)H, (long long)K, (long long)h);
 
-    fg_tensor log_f;                                                                /* [B,T,H,K] */
     fg_tensor q = fg_nn_heads(fg_silu(fg_nn_xavier(x, "q_proj", H * K)), H);        /* [B,T,H,K] */
-    fg_tensor z = fg_cast(fg_nn_xavier(x, "f_proj", H * K), FG_F32);                /* [B,T,H*K] */
+    fg_tensor z = fg_nn_xavier(x, "f_proj", H * K);                                 /* [B,T,H*K] */
     fg_tensor i = fg_nn_heads(fg_nn_xavier(x, "i_proj", h), H);                     /* [B,T,H,d] */
-    fg_tensor k = gate(z, m, layer, &log_f);
-    k = fg_nn_heads(fg_cast(k, fg_dtype_of(q)), H);                                 /* [B,T,H,K] */
-    log_f = fg_nn_heads(log_f, H);
+    fg_tensor k = fg_forget_gate(z, bound_of(m, layer));                            /* 1 - f_t   */
+    fg_tensor log_f = fg_nn_heads(fg_result(k, 1), H);                              /* [B,T,H,K] */
+    k = fg_nn_heads(k, H);                                                          /* [B,T,H,K] */
     const fg_tensor none = { 0 };
     fg_tensor o = fg_gated_linear_attention(q, k, i, log_f, 1 / sqrt((double)K), none);
     o = fg_nn_norm(fg_nn_merge(o), "g_norm", m->c->norm_eps);                       /* [B,T,h]   */

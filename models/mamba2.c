@@ -74,12 +74,10 @@ static fg_tensor mixer(fg_tensor u, const mamba2_config *c)
     fg_tensor b = fg_reshape(fg_slice(xbc, -1, b0, c0), FG_DIMS(B, T, G, N));       /* [B,T,G,N] */
     fg_tensor k = fg_reshape(fg_slice(xbc, -1, c0, C), FG_DIMS(B, T, G, N));
     fg_tensor y = fg_nn_merge(fg_ssd_scan(x, dt, a, b, k, d, (fg_tensor){ 0 }));    /* [B,T,E]   */
-    fg_tensor gate = fg_silu(z);
-    y = fg_mul(y, gate);
     fg_scope_push(g, "norm");
     fg_tensor gain = fg_param(g, "weight", FG_DIMS(E), ones);
     fg_scope_pop(g);
-    y = fg_rms_norm(y, gain, c->layer_norm_epsilon, G);
+    y = fg_norm_of_gated(y, gain, z, c->layer_norm_epsilon, G);
     const double depth = sqrt((double)(c->num_hidden_layers > 0 ? c->num_hidden_layers : 1));
     return project(y, "out_proj", h, 1 / (sqrt((double)E) * depth));                /* [B,T,h]   */
 }

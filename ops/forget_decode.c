@@ -1,5 +1,5 @@
-/* forget_decode.c - all that one new token does in the heads of a FoX (Pro) layer, between the joined
- * projection and the one behind the heads.
+/* forget_decode.c - all that one new token does in the heads of a FoX (Pro) layer, between the
+ * joined projection and the one behind the heads.
  *
  *     k' = shift_mix(k, sigmoid(ka)),  v' = shift_mix(v, sigmoid(va))       with k_last and v_last
  *     row past:  k_cache = rms_norm(k', wk),  v_cache = v',  f_cache = log_sigmoid(f + fb)
@@ -9,9 +9,9 @@
  * q, k, v, g, y: [B,1,H D]   ka, va, f: [B,1,H]   fb: [H]   wq, wk, wo: [H D], or [D] for all heads
  * k_cache, v_cache: [B,C,H,D]   f_cache: f32[B,C,H]   k_last, v_last: [B,H,D]
  * first: i32[B,1]   past: i32[1]; a row that would lie outside the caches is dropped.
- * One launch instead of twenty, of which only the attention moves more than a few KB: lowering makes
- * it (fuse_few.c), models do not.
- * Bytes: the visible rows of the caches once; all else is as good as free. */
+ * One launch instead of twenty, of which only the attention moves more than a few KB: lowering
+ * makes it (fuse_few.c), models do not. Bytes: the visible rows of the caches once; all else is as
+ * good as free. */
 #include "internal.h"
 
 enum { K_CACHE, V_CACHE, F_CACHE, K_LAST, V_LAST, Q, K, V, KA, VA, F, G, FB, WQ, WK, WO, FIRST,

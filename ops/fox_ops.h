@@ -75,6 +75,12 @@ FG_API fg_tensor (fg_rms_norm)(fg_loc at, fg_tensor x, fg_tensor w, double eps, 
 /* y = rms_norm(x, w) * sigmoid(g).  g: as x. */
 FG_API fg_tensor (fg_gated_norm)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor g, double eps,
                                  int64_t groups);
+/* y = rms_norm(x * silu(g), w).  g: as x. */
+FG_API fg_tensor (fg_norm_of_gated)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor g, double eps,
+                                    int64_t groups);
+/* f = low + (1 - low) sigmoid(z): returns k = 1 - f; fg_result(k, 1) is log_f = ln f, f32, natural.
+ * z: [...,D];  low: D numbers in [0, 1), [D] or [1,D]; absent: 0. */
+FG_API fg_tensor (fg_forget_gate)(fg_loc at, fg_tensor z, fg_tensor low);
 /* y = x rstd, rstd = 1/sqrt(sum(x^2) + eps) over the last axis. */
 FG_API fg_tensor (fg_l2_norm)(fg_loc at, fg_tensor x, double eps);
 /* x = [g | p], halves of the last axis: y = act(g) * p. */
@@ -172,6 +178,8 @@ FG_API fg_tensor   fg_op_example(fg_graph *g, int i, int k);
 #define fg_cross_entropy(...) fg_cross_entropy(FG_HERE, __VA_ARGS__)
 #define fg_rms_norm(...)     fg_rms_norm(FG_HERE, __VA_ARGS__)
 #define fg_gated_norm(...)   fg_gated_norm(FG_HERE, __VA_ARGS__)
+#define fg_norm_of_gated(...) fg_norm_of_gated(FG_HERE, __VA_ARGS__)
+#define fg_forget_gate(...)  fg_forget_gate(FG_HERE, __VA_ARGS__)
 #define fg_l2_norm(...)      fg_l2_norm(FG_HERE, __VA_ARGS__)
 #define fg_swiglu(...)       fg_swiglu(FG_HERE, __VA_ARGS__)
 #define fg_rope(...)         fg_rope(FG_HERE, __VA_ARGS__)

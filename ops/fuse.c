@@ -75,9 +75,9 @@ static void find_gradients(const fg_rewrite *r, group *m)
     }
 }
 
-static fg_tensor as_type(fg_tensor t, fg_tensor like)
+static fg_tensor in_type(fg_tensor t, fg_dtype type)
 {
-    return fg_dtype_of(t) == fg_dtype_of(like) ? t : fg__cast(t, fg_dtype_of(like));
+    return fg_dtype_of(t) == type ? t : fg__cast(t, type);
 }
 
 static int64_t padded(int64_t n) { return (n + WHOLE - 1) / WHOLE * WHOLE; }
@@ -119,7 +119,8 @@ static void merge_products(fg_rewrite *r, const group *m, fg_tensor w)
     for (int j = 0; j < m->n; j++) {
         first = fg__build_as(r, m->node[j]);
         fg_tensor part = fg_slice(y, -1, at, at + m->rows[j]);
-        if (own[j].in[2]) part = fg_add(part, as_type(fg__now_tensor(r, own[j].in[2]), y));
+        if (own[j].in[2]) part = fg_add(part, in_type(fg__now_tensor(r, own[j].in[2]),
+                                                                fg_dtype_of(y)));
         fg__built(r, m->node[j], first);
         fg__instead(r, own[j].out[0], part);
         at += padded(m->rows[j]);
@@ -530,7 +531,35 @@ static int by_start(const void *a, const void *b)
     return (x->start > y->start) - (x->start < y->start);
 }
 
-/* Gradients of all spans of a tensor, each padded with zeros and summed, are these spans joined. */
+/* The dtype that all readers of v cast it to; its own if they do not. */
+static fg_dtype wanted(const fg_rewrite *r, fg_tensor v)
+{
+    const fg_graph *g = r->g;
+    const fg_dtype own = fg_dtype_of(v);
+    fg_dtype to = own;
+    uint32_t casts = 0;
+    for (uint32_t k = 0; k < r->n_nodes; k++) {
+        const fg_node *n = &g->nodes[k];
+        if (!is_op(n, FG_OP_cast) || fg__now(r, n->in[0]) != v.id) continue;
+        const fg_dtype is = g->values[n->out[0]].type;
+        if (casts++ && is != to) return own;
+        to = is;
+    }
+    return casts == fg__uses(r, v.id) ? to : own;
+}
+
+/* Casts of `old` to the dtype that t has read t. */
+static void skip_casts(fg_rewrite *r, uint32_t old, fg_tensor t)
+{
+    for (uint32_t k = 0; k < r->n_nodes; k++) {
+        const fg_node *n = &r->g->nodes[k];
+        if (is_op(n, FG_OP_cast) && fg__now(r, n->in[0]) == old &&
+            r->g->values[n->out[0]].type == fg_dtype_of(t)) fg__instead(r, n->out[0], t);
+    }
+}
+
+/* Gradients of all spans of one tensor, each padded with zeros and summed, are these spans joined,
+ * in the dtype in which the whole is read. */
 static void join_parts(fg_rewrite *r, uint32_t k)
 {
     fg_graph *g = r->g;
@@ -545,13 +574,15 @@ static void join_parts(fg_rewrite *r, uint32_t k)
         at = parts[i].stop;
     }
     if (at != parts[0].extent) return;
+    const fg_dtype type = wanted(r, sum);
     const uint32_t first = fg__build_as(r, k);
-    fg_tensor all = as_type(parts[0].gy, sum);
+    fg_tensor all = in_type(parts[0].gy, type);
     for (int i = 1; i < n; i++) {
-        const fg_tensor next = as_type(parts[i].gy, sum);
+        const fg_tensor next = in_type(parts[i].gy, type);
         all = fg_concat(all, next, parts[0].axis);
     }
     fg__built(r, k, first);
+    skip_casts(r, sum.id, all);
     fg__instead(r, sum.id, all);
     fg__take_slot(r, k, all);
 }

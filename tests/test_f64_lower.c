@@ -19,7 +19,7 @@ typedef struct {
     int n;
 } trial;
 
-typedef enum { FOX_PRO, FOX_LLAMA, TRANSFORMER, RECOMPUTED, MODELS } kind;
+typedef enum { FOX_PRO, FOX_LLAMA, TRANSFORMER, RECOMPUTED, MAMBA2, HGRN2, DELTA_NET, MODELS } kind;
 
 static fg_tensor build(kind k, fg_tensor tokens)
 {
@@ -27,6 +27,20 @@ static fg_tensor build(kind k, fg_tensor tokens)
     transformer_config t = transformer_llama_config(V, 32, 2, 2);
     c.intermediate_size = t.intermediate_size = 24;
     c.recompute = k == RECOMPUTED;
+    if (k == MAMBA2) {
+        const mamba2_config m = mamba2_lm_config(V, 32, 2, 4);
+        return mamba2_lm(tokens, &m);
+    }
+    if (k == HGRN2) {
+        hgrn2_config m = hgrn2_lm_config(V, 32, 2, 16);
+        m.intermediate_size = 24;
+        return hgrn2_lm(tokens, &m);
+    }
+    if (k == DELTA_NET) {
+        delta_net_config m = delta_net_lm_config(V, 32, 2, 2);
+        m.intermediate_size = 24;
+        return delta_net_lm(tokens, &m);
+    }
     return k == TRANSFORMER ? transformer_lm(tokens, &t) : fox_lm(tokens, &c);
 }
 

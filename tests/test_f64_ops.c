@@ -14,7 +14,7 @@ static bool differentiable(const char *outs, int k)
 {
     for (; k > 0; k--) { outs += strcspn(outs, " "); outs += *outs == ' '; }
     return !strncmp(outs, "lse", 3) || !strncmp(outs, "sum", 3) || !strncmp(outs, "end", 3)
-        || !strncmp(outs, "state", 5);
+        || !strncmp(outs, "state", 5) || !strncmp(outs, "log_f", 5);
 }
 
 static void add_to(fg_tensor *loss, fg_tensor y)

@@ -315,8 +315,8 @@ Test(view, operations_of_the_recurrent_families_are_those_of_the_closed_form)
     block = 4 * n + 2 * n * (2 * E + 2 * N + H) + 12 * rows * (E + 2 * N) + 11 * rows * H + 11 * H
           + rows * E * (64 + 4 * N) + rows * N * 64 + 15 * rows * E + 2 * n * E + n;
     const double of_mamba2 = sum_of(g);
-    cr_expect_eq(of_mamba2, L * block + head, "%.0f, closed form %.0f", of_mamba2, L * block
-                 + head);
+    cr_expect_eq(of_mamba2, L * block + head, "%.0f, closed form %.0f", of_mamba2,
+                 L * block + head);
 }
 
 /* ---- structure ------------------------------------------------------------------------------- */
