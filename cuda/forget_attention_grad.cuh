@@ -86,13 +86,6 @@ static __device__ __forceinline__ void copy8(unsigned to, const void *from)
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(to), "l"(from) : "memory");
 }
 
-static __device__ __forceinline__ float2 shared_float2(unsigned at)
-{
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
-    return x;
-}
-
 /* The tiles on wgmma, for bf16 and D <= 128; whether this device and this build have it. */
 void fg_forget_attention_grad_sm90(const args &a, cudaStream_t stream);
 bool fg_forget_attention_grad_has_sm90();

@@ -42,12 +42,6 @@ static __device__ __forceinline__ float shared_float(uint32_t at)
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
     return x;
 }
-static __device__ __forceinline__ float2 shared_float2(uint32_t at)
-{
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
-    return x;
-}
 static __device__ __forceinline__ double shared_double(uint32_t at)
 {
     double x;
