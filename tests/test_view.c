@@ -499,8 +499,8 @@ static const char *const hostile[] = {
     "</script><script>alert(1)</script>", "\"quotes\" 'and' \\back\\slashes\\", "line\nbreak\ttab",
     "<img src=x onerror=alert(2)>", "&amp; &lt; ]]> -->", "\342\200\256right to left\342\200\254",
     "\"];evil [label=\"x", "${alert(3)} `x` %s %n",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    ("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"),
 };
 enum { HOSTILE = sizeof hostile / sizeof hostile[0] };
 
