@@ -101,20 +101,16 @@ if [ -z "${QUICK:-}" ]; then
     done
 fi
 say "from process start to the first step done"
-for model in fox-pro-760m; do
-    begin=$(date +%s.%N)
-    fox train $model --data "$work/text" "${at16k[@]}" --set recompute=0 --set eval_fraction=0.3 \
-        --steps 1000 2>&1 | while read -r line; do
-        case $line in
-        "step 1/"*)
-            echo "$line"
-            echo "$begin $(date +%s.%N)" | awk '{ printf "%s: %.2f s\n", m, $2 - $1 }' m=$model
-            pkill -INT -f "fox-graph train $model"
-            break ;;
-        *) echo "$line" ;;
-        esac
-    done
-    wait
-done
+begin=$(date +%s.%N)
+fox train fox-pro-760m --data "$work/text" "${at16k[@]}" --set recompute=0 \
+    --set eval_fraction=0.3 --steps 1000 >"$work/log" 2>&1 &
+child=$!
+while kill -0 $child 2>/dev/null && ! grep -q "^step 1/" "$work/log"; do sleep 0.05; done
+end=$(date +%s.%N)
+grep "^step 1/" "$work/log" || fail "no first step: $(tail -n 1 "$work/log")"
+echo "$begin $end" | awk '{ printf "fox-pro-760m: %.2f s\n", $2 - $1 }'
+pkill -TERM -P $child 2>/dev/null        # fox is a function: the command is a child of its shell
+kill -TERM $child 2>/dev/null
+wait
 say "$([ $bad = 0 ] && echo "all passed" || echo "something FAILED")"
 exit $bad
