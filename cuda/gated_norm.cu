@@ -19,7 +19,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     a.x_rows = norm_rows_of(&e->in_rows[0], a.s.D);
     a.g_rows = norm_rows_of(&e->in_rows[2], a.s.D);
     a.y_rows = norm_rows_of(&e->out_rows[0], a.s.D);
-    norm_launch<true>(a, stream);
+    norm_launch<NORM_GATED>(a, stream);
 }
 
 FG_KERNEL(gated_norm) = {
@@ -45,7 +45,7 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     a.g_rows = norm_rows_of(&e->in_rows[3], a.s.D);
     a.gx_rows = norm_rows_of(&e->out_rows[0], a.s.D);
     a.gg_rows = norm_rows_of(&e->out_rows[2], a.s.D);
-    norm_grad_launch<true>(a, fg_output_of(e, 1), stream);
+    norm_grad_launch<NORM_GATED>(a, fg_output_of(e, 1), stream);
 }
 
 FG_KERNEL(gated_norm_grad) = {

@@ -1,6 +1,8 @@
-/* norm.cuh - what rms_norm.cu and gated_norm.cu share: a norm of groups of a row, and its gradient.
+/* norm.cuh - what rms_norm.cu, gated_norm.cu and norm_of_gated.cu share: a norm of groups of a row,
+ * and its gradient.
  *
  *     y = x rstd w [sigmoid(g)],   rstd = 1 / sqrt(mean(x^2) + eps)   over each group of n elements
+ *     y = u rstd w,   u = x silu(g),   rstd = 1 / sqrt(mean(u^2) + eps)
  *
  * Rows of D elements are cut in segments, each held in registers by THREADS threads, VECS vectors
  * of 8 elements a thread: every input is read once and every output written once.  A segment is
@@ -13,6 +15,8 @@
 #ifndef FG_NORM_CUH
 #define FG_NORM_CUH
 #include "kernel.cuh"
+
+enum norm_gate { NORM_PLAIN, NORM_GATED, NORM_OF_GATED };    /* no gate, behind, before the norm */
 
 enum {
     NORM_WARPS = 4,              /* of a block, where a warp holds a segment */
@@ -178,6 +182,8 @@ static __device__ __forceinline__ float norm_sigmoid(float x)
     return __fdividef(1.0f, 1.0f + __expf(-x));
 }
 
+static __device__ __forceinline__ float norm_silu(float x) { return x * norm_sigmoid(x); }
+
 /* Threads of a block; a block of THREADS > 32 holds one segment. */
 template <int THREADS> constexpr int norm_block = THREADS == 32 ? 32 * NORM_WARPS : THREADS;
 
@@ -192,7 +198,7 @@ struct norm_forward {
     float eps;
 };
 
-template <bool GATED, int THREADS, int VECS>
+template <norm_gate GATED, int THREADS, int VECS>
 static __global__ void __launch_bounds__(norm_block<THREADS>) norm_whole(const norm_forward a)
 {
     const int64_t row = THREADS == 32
@@ -204,6 +210,14 @@ static __global__ void __launch_bounds__(norm_block<THREADS>) norm_whole(const n
     if (GATED) norm_fetch(other, a.g, norm_row(a.g_rows, row), place.at, place.ok);
     else if (a.more.p) norm_fetch(other, a.more, row * a.s.D, place.at, place.ok);
     norm_widen(x, a.x.narrow);
+    if (GATED) norm_widen(other, a.g.narrow);
+    if (GATED == NORM_OF_GATED) {
+#pragma unroll
+        for (int i = 0; i < VECS; i++)
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+                x.v[i][k] *= norm_silu(other.v[i][k]);
+    }
     if (!GATED && a.more.p) {
         norm_widen(other, a.more.narrow);
 #pragma unroll
@@ -220,7 +234,6 @@ static __global__ void __launch_bounds__(norm_block<THREADS>) norm_whole(const n
         for (int k = 0; k < 8; k++) rstd[i] += x.v[i][k] * x.v[i][k];
     }
     norm_group_sums<THREADS>(rstd, a.s.lanes, 0);
-    if (GATED) norm_widen(other, a.g.narrow);
 #pragma unroll
     for (int i = 0; i < VECS; i++) {
         rstd[i] = 1.0f / sqrtf(rstd[i] / (float)a.s.n + a.eps);
@@ -229,14 +242,14 @@ static __global__ void __launch_bounds__(norm_block<THREADS>) norm_whole(const n
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             x.v[i][k] = x.v[i][k] * rstd[i] * w[k];
-            if (GATED) x.v[i][k] *= norm_sigmoid(other.v[i][k]);
+            if (GATED == NORM_GATED) x.v[i][k] *= norm_sigmoid(other.v[i][k]);
         }
     }
     norm_put(x, a.y, norm_row(a.y_rows, row), place.at, place.ok);
 }
 
 /* Groups of any length: one warp to a group, element by element. */
-template <bool GATED>
+template <norm_gate GATED>
 static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_elements(const norm_forward a)
 {
     const int64_t k = blockIdx.x * (int64_t)NORM_WARPS + threadIdx.x / 32, n = a.s.n;
@@ -248,6 +261,7 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_elements(const no
     float sum = 0;
     for (int64_t i = lane; i < n; i += 32) {
         float x = a.x[x_at + i];
+        if (GATED == NORM_OF_GATED) x *= norm_silu(a.g[g_at + i]);
         if (!GATED && a.more.p) {
             x += a.more[more_at + i];
             a.sum.put(more_at + i, x);
@@ -258,21 +272,22 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_elements(const no
     if (lane == 0) a.rstd[k] = rstd;
     for (int64_t i = lane; i < n; i += 32) {
         float x = a.x[x_at + i];
+        if (GATED == NORM_OF_GATED) x *= norm_silu(a.g[g_at + i]);
         if (!GATED && a.more.p) x += a.more[more_at + i];
         x = x * rstd * a.w[w_at + i];
-        if (GATED) x *= norm_sigmoid(a.g[g_at + i]);
+        if (GATED == NORM_GATED) x *= norm_sigmoid(a.g[g_at + i]);
         a.y.put(y_at + i, x);
     }
 }
 
-template <bool GATED, int THREADS, int VECS>
+template <norm_gate GATED, int THREADS, int VECS>
 static void norm_start(const norm_forward &a, cudaStream_t stream)
 {
     const dim3 grid(fg_blocks(a.s.rows, THREADS == 32 ? NORM_WARPS : 1), (unsigned)a.s.segments);
     norm_whole<GATED, THREADS, VECS><<<grid, norm_block<THREADS>, 0, stream>>>(a);
 }
 
-template <bool GATED> static void norm_launch(const norm_forward &a, cudaStream_t stream)
+template <norm_gate GATED> static void norm_launch(const norm_forward &a, cudaStream_t stream)
 {
     const norm_size &s = a.s;
     if (s.rows == 0 || s.D == 0) return;
@@ -304,8 +319,8 @@ static __device__ __forceinline__ int64_t norm_first(int64_t rows, int64_t parts
     return rows / parts * i + (i < rows % parts ? i : rows % parts);
 }
 
-/* m = w s gy and gw's term gy s h, of one vector; gg = gy s (1 - s) h w.  h = x rstd is in x. */
-template <bool GATED>
+/* m = w s gy and gw's term gy s h, of one vector; gg = gy s (1 - s) h w. */
+template <norm_gate GATED>
 static __device__ __forceinline__ float norm_terms(float *gy, const float *h, float *g,
                                                    const fg_vec8 &w, float *gw)
 {
@@ -319,6 +334,31 @@ static __device__ __forceinline__ float norm_terms(float *gy, const float *h, fl
         if (GATED) g[k] = gy[k] * h[k] * (1 - s);
     }
     return sum;
+}
+
+/* The same where the gate comes first: x and g stay as they are. */
+static __device__ __forceinline__ float norm_gate_terms(float *gy, const float *x, const float *g,
+                                                        float rstd, const fg_vec8 &w, float *gw)
+{
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        const float h = x[k] * norm_silu(g[k]) * rstd;
+        gw[k] += gy[k] * h;
+        gy[k] *= w[k];
+        sum += gy[k] * h;
+    }
+    return sum;
+}
+/* And behind the sum: gu = rstd (m - h mean), gx = gu g s, gg = gu x s (1 + g (1 - s)); m is in gy,
+ * which becomes gx; g becomes gg. */
+static __device__ __forceinline__ void norm_gate_back(float &gy, float x, float &g, float rstd,
+                                                      float mean)
+{
+    const float s = norm_sigmoid(g), silu = g * s;
+    const float gu = rstd * (gy - x * silu * rstd * mean);
+    gy = gu * silu;
+    g = gu * x * s * (1 + g * (1 - s));
 }
 
 /* The block's sums of gw to its row of a.part: `part` has one row of the segment's width for every
@@ -348,7 +388,7 @@ template <int VECS> struct norm_backward_row {
     float rstd[VECS];
 };
 
-template <bool GATED, int THREADS, int VECS>
+template <norm_gate GATED, int THREADS, int VECS>
 static __device__ __forceinline__ void
 norm_backward_fetch(norm_backward_row<VECS> &r, const norm_backward &a, int64_t row,
                     const norm_place<THREADS, VECS> &place)
@@ -362,7 +402,7 @@ norm_backward_fetch(norm_backward_row<VECS> &r, const norm_backward &a, int64_t 
     for (int i = 0; i < VECS; i++) r.rstd[i] = a.rstd[row * a.s.groups + place.group[i]];
 }
 
-template <bool GATED, int THREADS, int VECS>
+template <norm_gate GATED, int THREADS, int VECS>
 static __global__ void
 __launch_bounds__(norm_block<THREADS>, (norm_backward_blocks<THREADS, VECS>))
 norm_grad_whole(const norm_backward a)
@@ -372,10 +412,20 @@ norm_grad_whole(const norm_backward a)
     const norm_place<THREADS, VECS> place(a.s, blockIdx.y);
     const int64_t last = norm_first(a.s.rows, a.parts, blockIdx.x + 1);
     int64_t row = norm_first(a.s.rows, a.parts, blockIdx.x) + warp;
+    const bool kept = GATED != NORM_OF_GATED;    /* w and gw stay in registers, where those do */
     fg_vec8 w[VECS];
 #pragma unroll
-    for (int i = 0; i < VECS; i++) w[i] = fg_load8(a.w, place.w[i]);
+    for (int i = 0; i < VECS; i++)
+        if (kept) w[i] = fg_load8(a.w, place.w[i]);
     norm_values<VECS> gw = {};
+    const int64_t from = blockIdx.y * a.s.segment;
+    float *own = part + warp * a.s.segment - from;
+    if (!kept)
+#pragma unroll
+        for (int i = 0; i < VECS; i++)
+            if (place.ok[i])
+#pragma unroll
+                for (int k = 0; k < 8; k++) own[place.at[i] + k] = 0;
     norm_backward_row<VECS> next;
     if (row < last) norm_backward_fetch<GATED>(next, a, row, place);
     for (int slot = 0; row < last; row += held, slot ^= 1) {
@@ -388,9 +438,16 @@ norm_grad_whole(const norm_backward a)
         float sum[VECS];
 #pragma unroll
         for (int i = 0; i < VECS; i++) {
+            if constexpr (GATED == NORM_OF_GATED) {
+                sum[i] = 0;
+                if (!place.ok[i]) continue;
+                sum[i] = norm_gate_terms(r.gy.v[i], r.x.v[i], r.other.v[i], r.rstd[i],
+                                         fg_load8(a.w, place.w[i]), own + place.at[i]);
+            } else {
 #pragma unroll
-            for (int k = 0; k < 8; k++) r.x.v[i][k] *= r.rstd[i];
-            sum[i] = norm_terms<GATED>(r.gy.v[i], r.x.v[i], r.other.v[i], w[i], gw.v[i]);
+                for (int k = 0; k < 8; k++) r.x.v[i][k] *= r.rstd[i];
+                sum[i] = norm_terms<GATED>(r.gy.v[i], r.x.v[i], r.other.v[i], w[i], gw.v[i]);
+            }
         }
         norm_group_sums<THREADS>(sum, a.s.lanes, slot);
 #pragma unroll
@@ -398,6 +455,10 @@ norm_grad_whole(const norm_backward a)
             const float mean = sum[i] / (float)a.s.n;
 #pragma unroll
             for (int k = 0; k < 8; k++) {
+                if (GATED == NORM_OF_GATED) {
+                    norm_gate_back(r.gy.v[i][k], r.x.v[i][k], r.other.v[i][k], r.rstd[i], mean);
+                    continue;
+                }
                 r.gy.v[i][k] = r.rstd[i] * (r.gy.v[i][k] - r.x.v[i][k] * mean);
                 if (!GATED && a.more.p) r.gy.v[i][k] += r.other.v[i][k];
             }
@@ -407,19 +468,24 @@ norm_grad_whole(const norm_backward a)
         else if (a.gx16.p)
             norm_put(r.gy, a.gx16, norm_row(a.gx16_rows, row), place.at, place.ok);
     }
-    const int64_t from = blockIdx.y * a.s.segment;
+    if (kept)
 #pragma unroll
-    for (int i = 0; i < VECS; i++)
-        if (place.ok[i])
+        for (int i = 0; i < VECS; i++)
+            if (place.ok[i])
 #pragma unroll
-            for (int k = 0; k < 8; k++)
-                part[warp * a.s.segment + place.at[i] - from + k] = gw.v[i][k];
+                for (int k = 0; k < 8; k++) own[place.at[i] + k] = gw.v[i][k];
     __syncthreads();
     norm_leave<THREADS>(a, part);
 }
 
+/* By which gate g multiplies what goes through it. */
+template <norm_gate GATED> static __device__ __forceinline__ float norm_factor(float g)
+{
+    return GATED == NORM_PLAIN ? 1 : GATED == NORM_GATED ? norm_sigmoid(g) : norm_silu(g);
+}
+
 /* Groups of any length: gx (and gg), one warp to a group. */
-template <bool GATED>
+template <norm_gate GATED>
 static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_grad_elements(const norm_backward a)
 {
     const int64_t k = blockIdx.x * (int64_t)NORM_WARPS + threadIdx.x / 32, n = a.s.n;
@@ -435,13 +501,22 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_grad_elements(con
     const float rstd = a.rstd[k];
     float sum = 0;
     for (int64_t i = lane; i < n; i += 32) {
-        const float s = GATED ? norm_sigmoid(a.g[g_at + i]) : 1;
+        const float g = GATED ? a.g[g_at + i] : 0, s = norm_factor<GATED>(g);
         sum += a.gy[gy_at + i] * s * a.w[w_at + i] * (a.x[x_at + i] * rstd);
     }
     const float mean = fg_warp_sum(sum) / (float)n;
     for (int64_t i = lane; i < n; i += 32) {
-        const float s = GATED ? norm_sigmoid(a.g[g_at + i]) : 1;
-        const float m = a.gy[gy_at + i] * s * a.w[w_at + i], h = a.x[x_at + i] * rstd;
+        float g = GATED ? a.g[g_at + i] : 0;
+        const float x = a.x[x_at + i], h = x * rstd;
+        float m = a.gy[gy_at + i] * a.w[w_at + i];
+        if (GATED == NORM_OF_GATED) {
+            norm_gate_back(m, x, g, rstd, mean);
+            a.gx.put(gx_at + i, m);
+            a.gg.put(gg_at + i, g);
+            continue;
+        }
+        const float s = norm_factor<GATED>(g);
+        m *= s;
         const float gx = rstd * (m - h * mean) + (more ? a.more[more_at + i] : 0);
         a.gx.put(gx_at + i, gx);
         if (!GATED && a.gx16.p) a.gx16.put(norm_row(a.gx16_rows, row) + from + i, gx);
@@ -450,7 +525,7 @@ static __global__ void __launch_bounds__(32 * NORM_WARPS) norm_grad_elements(con
 }
 
 /* Rows of partial sums of gw for norm_grad_elements; it goes first: gx may overwrite gy or x. */
-template <bool GATED>
+template <norm_gate GATED>
 static __global__ void norm_gain_elements(const norm_backward a)
 {
     const int64_t j = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
@@ -458,7 +533,7 @@ static __global__ void norm_gain_elements(const norm_backward a)
     const int64_t last = norm_first(a.s.rows, a.parts, blockIdx.y + 1);
     float sum = 0;
     for (int64_t row = norm_first(a.s.rows, a.parts, blockIdx.y); row < last; row++) {
-        const float s = GATED ? norm_sigmoid(a.g[norm_row(a.g_rows, row) + j]) : 1;
+        const float g = GATED ? a.g[norm_row(a.g_rows, row) + j] : 0, s = norm_factor<GATED>(g);
         const float h = a.x[norm_row(a.x_rows, row) + j] * a.rstd[row * a.s.groups + j / a.s.n];
         sum += a.gy[norm_row(a.gy_rows, row) + j] * s * h;
     }
@@ -508,7 +583,7 @@ static inline size_t norm_grad_scratch(const norm_size &s)
     return (size_t)(norm_part_rows(s) * s.n_w) * sizeof(float);
 }
 
-template <bool GATED, int THREADS, int VECS>
+template <norm_gate GATED, int THREADS, int VECS>
 static void norm_grad_start(const norm_backward &a, cudaStream_t stream)
 {
     const dim3 grid((unsigned)a.parts, (unsigned)a.s.segments);
@@ -516,7 +591,7 @@ static void norm_grad_start(const norm_backward &a, cudaStream_t stream)
     norm_grad_whole<GATED, THREADS, VECS><<<grid, norm_block<THREADS>, shared, stream>>>(a);
 }
 
-template <bool GATED>
+template <norm_gate GATED>
 static void norm_grad_launch(norm_backward &a, const fg_out &gw, cudaStream_t stream)
 {
     const norm_size &s = a.s;

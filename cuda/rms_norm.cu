@@ -17,7 +17,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     a.y = fg_output_of(e, 0), a.rstd = (float *)e->out[1], a.eps = (float)at->eps;
     a.x_rows = norm_rows_of(&e->in_rows[0], a.s.D);
     a.y_rows = norm_rows_of(&e->out_rows[0], a.s.D);
-    norm_launch<false>(a, stream);
+    norm_launch<NORM_PLAIN>(a, stream);
 }
 
 FG_KERNEL(rms_norm) = { .launch = launch, .pitched_in = 1u << 0, .pitched_out = 1u << 0 };
@@ -32,7 +32,7 @@ static void add_launch(const fg_exec *e, cudaStream_t stream)
     a.eps = (float)at->eps;
     a.x_rows = norm_rows_of(&e->in_rows[0], a.s.D);
     a.y_rows = norm_rows_of(&e->out_rows[0], a.s.D);
-    norm_launch<false>(a, stream);
+    norm_launch<NORM_PLAIN>(a, stream);
 }
 
 FG_KERNEL(add_rms_norm) = { .launch = add_launch };
@@ -59,7 +59,7 @@ static void start_grad(const fg_exec *e, int64_t groups, bool both, cudaStream_t
         a.gx16 = fg_output_of(e, 2);
         a.gx16_rows = norm_rows_of(&e->out_rows[2], a.s.D);
     }
-    norm_grad_launch<false>(a, fg_output_of(e, 1), stream);
+    norm_grad_launch<NORM_PLAIN>(a, fg_output_of(e, 1), stream);
 }
 
 static size_t grad_scratch(const fg_infer *c)

@@ -102,12 +102,33 @@ static void slice_grad_launch(const fg_exec *e, cudaStream_t stream)
 }
 FG_KERNEL(slice_grad) = { .launch = slice_grad_launch, .pitched_in = 1, .pitched_out = 1 };
 
+/* Input k alone, to where it belongs. */
+static void join_one(const fg_exec *e, int k, int64_t n, int64_t line, void *to,
+                     cudaStream_t stream)
+{
+    const fg_rows rows = { n, fg_pitch_of(&e->out_rows[0], line) };
+    fg_exec part = *e;
+    part.in_shape += k, part.in_type += k, part.in_rows += k, part.in[0] = e->in[k];
+    part.out_shape = part.in_shape, part.out_rows = &rows, part.out[0] = to;
+    pieces all = {};
+    all.p[0] = { fg_source_of(&part, 0), 0, n, n, 0 };
+    all.width = fg_divisor_of(n, fg_count_of(part.out_shape));
+    launch_pieces(&part, stream, all);
+}
+
+/* An input that was made in its place stays there. */
 static void concat_launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_concat *at = (const struct fg_attr_concat *)e->attr;
     const fg_shape *a = &e->in_shape[0], *b = &e->in_shape[1];
     const int64_t na = a->dim[at->axis] * inside(a, at->axis);
     const int64_t nb = b->dim[at->axis] * inside(b, at->axis);
+    char *to = (char *)e->out[0], *behind = to + na * (e->out_type[0] == FG_BF16 ? 2 : 4);
+    if (e->in[0] == to || e->in[1] == behind) {
+        if (e->in[0] != to) join_one(e, 0, na, na + nb, to, stream);
+        if (e->in[1] != behind) join_one(e, 1, nb, na + nb, behind, stream);
+        return;
+    }
     pieces all = {};
     all.p[0] = { fg_source_of(e, 0), 0, na, na, 0 };
     all.p[1] = { fg_source_of(e, 1), na, na + nb, nb, 0 };
