@@ -313,7 +313,7 @@ fg_status fg_run_later(fg_plan *p)
         p->version = p->store->version;
         p->fixed_ran = true;
     }
-    if (p->changes_params) p->store->version++;
+    if (p->changes_params) p->version = ++p->store->version;     /* its own copies are up to date */
     if (p->record == FG_RECORD_TIMES && b->ops->mark) return note_marked(p);
     if (p->profile && !p->record) return launch_timed(p);
     return whole ? launch_recorded(p) : launch_all(p, false);

@@ -8,6 +8,8 @@
  *   rms_norm_grad(...) and its cast to bf16    rms_norm_grad_bf16(...), which gives both
  *   shift_mix(x, sigmoid(z))                   shift_gate(x, z), and behind rms_norm of every head
  *                                              shift_norm(x, z, w); the same for their gradients
+ *   cast of p to bf16 and adamw(p, ...)        adamw_bf16(p, ..., the cast), which keeps the copy up
+ *                                              to date: no step casts its weights any more
  *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
  *   what one token goes through                fuse_few.c
  *
@@ -318,12 +320,12 @@ static void fuse_norm_grad_add(fg_rewrite *r, uint32_t k)
     }
 }
 
-/* A cast of v to bf16, FG_NO_NODE if there is none. */
-static uint32_t narrow_cast(const fg_rewrite *r, uint32_t v)
+/* A cast of v to bf16 among the first n nodes, FG_NO_NODE if there is none. */
+static uint32_t narrow_cast(const fg_rewrite *r, uint32_t v, uint32_t n)
 {
     const fg_graph *g = r->g;
     if (g->values[v].type != FG_F32) return FG_NO_NODE;
-    for (uint32_t k = 0; k < r->n_nodes; k++)
+    for (uint32_t k = 0; k < n; k++)
         if (is_op(&g->nodes[k], FG_OP_cast) && fg__now(r, g->nodes[k].in[0]) == v &&
             g->values[g->nodes[k].out[0]].type == FG_BF16) return k;
     return FG_NO_NODE;
@@ -335,7 +337,7 @@ static void fuse_norm_grad_cast(fg_rewrite *r, uint32_t k)
     fg_graph *g = r->g;
     const fg_node old = g->nodes[k];
     const struct fg_attr_rms_norm_grad *a = old.attr;
-    const uint32_t cast = narrow_cast(r, old.out[0]);
+    const uint32_t cast = narrow_cast(r, old.out[0], r->n_nodes);
     if (cast == FG_NO_NODE) return;
     const fg_tensor in[] = { fg__now_tensor(r, old.in[0]), fg__now_tensor(r, old.in[1]),
                              fg__now_tensor(r, old.in[2]), fg__now_tensor(r, old.in[3]),
@@ -505,6 +507,49 @@ static void fuse_shift_grad(fg_rewrite *r, uint32_t k)
     fg__take_slot(r, place, t);
 }
 
+/* ---- copies of weights ---------------------------------------------------------------------- */
+
+/* Node k is the last but for other updates, and alone overwrites parameter p. */
+static bool updates_alone(const fg_rewrite *r, uint32_t k, uint32_t p)
+{
+    const fg_graph *g = r->g;
+    if (fg__uses(r, g->nodes[k].out[0])) return false;
+    for (uint32_t i = 0; i < r->n_nodes; i++) {
+        const fg_node *n = &g->nodes[i];
+        if (i > k && n->pass != FG_PASS_UPDATE) return false;
+        for (int o = 0; o < fg__overwritten(n); o++)
+            if (i != k && fg__now(r, n->in[o]) == p) return false;
+    }
+    return true;
+}
+
+static bool is_output(const fg_graph *g, uint32_t v)
+{
+    for (uint32_t i = 0; i < g->n_outputs; i++) if (g->outputs[i].id == v) return true;
+    return false;
+}
+
+static void fuse_update_cast(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    const fg_node old = g->nodes[k];
+    const struct fg_attr_adamw *a = old.attr;
+    const uint32_t p = fg__now(r, old.in[0]);
+    if (g->values[p].kind != FG_OF_PARAM) return;
+    const uint32_t cast = narrow_cast(r, p, g->n_nodes), p16 = cast == FG_NO_NODE ? 0 : g->nodes[cast].out[0];
+    if (!p16 || fg__now(r, p16) != p16 || is_output(g, p16) || !updates_alone(r, k, p)) return;
+    fg_tensor in[8];
+    for (int i = 0; i < 8; i++)
+        in[i] = fg__now_tensor(r, i == 3 ? p16 : old.in[i < 3 ? i : i - 1]);
+    const uint32_t first = fg__build_as(r, k);
+    const fg_tensor t = FG_APPLY(adamw_bf16, FG_HERE, in, a->beta1, a->beta2, a->eps, a->decay);
+    fg__built(r, k, first);
+    if (!fg_ok(t)) return;
+    fg__drop(r, k);
+    for (int o = 0; o < 3; o++) fg__instead(r, old.out[o], fg_result(t, o));
+    fg__take_slot(r, k, t);
+}
+
 /* ---- sums of padded parts ------------------------------------------------------------------- */
 
 typedef struct { fg_tensor gy; int axis; int64_t start, stop, extent; } part;
@@ -607,5 +652,7 @@ void fg__fuse(fg_rewrite *r)
         if (is_op(&g->nodes[k], FG_OP_shift_mix_grad)) fuse_shift_grad(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_shift_mix)) fuse_shift(r, k);
+    for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
+        if (is_op(&g->nodes[k], FG_OP_adamw)) fuse_update_cast(r, k);
     free(done);
 }
