@@ -8,8 +8,8 @@
  *   rms_norm_grad(...) and its cast to bf16    rms_norm_grad_bf16(...), which gives both
  *   shift_mix(x, sigmoid(z))                   shift_gate(x, z), and behind rms_norm of every head
  *                                              shift_norm(x, z, w); the same for their gradients
- *   cast of p to bf16 and adamw(p, ...)        adamw_bf16(p, ..., the cast), which keeps the copy up
- *                                              to date: no step casts its weights any more
+ *   cast of p to bf16 and adamw(p, ...)        adamw_bf16(p, ..., the cast), which keeps the copy
+ *                                              up to date: no step casts its weights any more
  *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
  *   what one token goes through                fuse_few.c
  *
@@ -82,6 +82,25 @@ static fg_tensor in_type(fg_tensor t, fg_dtype type)
     return fg_dtype_of(t) == type ? t : fg__cast(t, type);
 }
 
+/* A cast of v to bf16 among the first n nodes, FG_NO_NODE if there is none. */
+static uint32_t narrow_cast(const fg_rewrite *r, uint32_t v, uint32_t n)
+{
+    const fg_graph *g = r->g;
+    if (g->values[v].type != FG_F32) return FG_NO_NODE;
+    for (uint32_t k = 0; k < n; k++)
+        if (is_op(&g->nodes[k], FG_OP_cast) && fg__now(r, g->nodes[k].in[0]) == v &&
+            g->values[g->nodes[k].out[0]].type == FG_BF16) return k;
+    return FG_NO_NODE;
+}
+
+/* A bias in the dtype of what it is added to; what is computed again reads the first one's cast. */
+static fg_tensor bias_as(const fg_rewrite *r, uint32_t v, fg_dtype type)
+{
+    const fg_tensor b = fg__now_tensor(r, v);
+    const uint32_t k = type == FG_BF16 ? narrow_cast(r, b.id, r->g->n_nodes) : FG_NO_NODE;
+    return k == FG_NO_NODE ? in_type(b, type) : fg__now_tensor(r, r->g->nodes[k].out[0]);
+}
+
 static int64_t padded(int64_t n) { return (n + WHOLE - 1) / WHOLE * WHOLE; }
 
 /* all and, behind it along an axis, v with zeros up to a multiple of WHOLE, so that what comes next
@@ -121,8 +140,7 @@ static void merge_products(fg_rewrite *r, const group *m, fg_tensor w)
     for (int j = 0; j < m->n; j++) {
         first = fg__build_as(r, m->node[j]);
         fg_tensor part = fg_slice(y, -1, at, at + m->rows[j]);
-        if (own[j].in[2]) part = fg_add(part, in_type(fg__now_tensor(r, own[j].in[2]),
-                                                                fg_dtype_of(y)));
+        if (own[j].in[2]) part = fg_add(part, bias_as(r, own[j].in[2], fg_dtype_of(y)));
         fg__built(r, m->node[j], first);
         fg__instead(r, own[j].out[0], part);
         at += padded(m->rows[j]);
@@ -318,17 +336,6 @@ static void fuse_norm_grad_add(fg_rewrite *r, uint32_t k)
         fg__take_slot(r, k, t);
         return;
     }
-}
-
-/* A cast of v to bf16 among the first n nodes, FG_NO_NODE if there is none. */
-static uint32_t narrow_cast(const fg_rewrite *r, uint32_t v, uint32_t n)
-{
-    const fg_graph *g = r->g;
-    if (g->values[v].type != FG_F32) return FG_NO_NODE;
-    for (uint32_t k = 0; k < n; k++)
-        if (is_op(&g->nodes[k], FG_OP_cast) && fg__now(r, g->nodes[k].in[0]) == v &&
-            g->values[g->nodes[k].out[0]].type == FG_BF16) return k;
-    return FG_NO_NODE;
 }
 
 /* The gradient that goes on in f32 along the residual stream, and in bf16 into products. */
@@ -536,7 +543,8 @@ static void fuse_update_cast(fg_rewrite *r, uint32_t k)
     const struct fg_attr_adamw *a = old.attr;
     const uint32_t p = fg__now(r, old.in[0]);
     if (g->values[p].kind != FG_OF_PARAM) return;
-    const uint32_t cast = narrow_cast(r, p, g->n_nodes), p16 = cast == FG_NO_NODE ? 0 : g->nodes[cast].out[0];
+    const uint32_t cast = narrow_cast(r, p, g->n_nodes),
+                   p16 = cast == FG_NO_NODE ? 0 : g->nodes[cast].out[0];
     if (!p16 || fg__now(r, p16) != p16 || is_output(g, p16) || !updates_alone(r, k, p)) return;
     fg_tensor in[8];
     for (int i = 0; i < 8; i++)

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <functional>
+#include <list>
 #include <string>
 #include <vector>
 #include "kernel.cuh"
@@ -25,7 +26,7 @@
     X(cross_entropy_grad) X(rope) X(shift_mix) X(shift_mix_grad) X(cache_write) X(cache_last)    \
     X(shift_gate) X(shift_gate_grad) X(shift_norm) X(shift_norm_grad) X(rms_norm_grad)            \
     X(rms_norm_grad_bf16)                                                                        \
-    X(sum_squares) X(clip_factor) X(accumulate) X(adamw)
+    X(sum_squares) X(clip_factor) X(accumulate) X(adamw) X(adamw_bf16)
 
 extern "C" {
 #define X(op) extern const fg_op_code fg_code_##op; extern const fg_kernel fg_kernel_##op;
@@ -181,17 +182,19 @@ struct job {
     std::vector<tensor> in, out;
 };
 
-/* Shapes of the outputs by the op's own rule; types: those given, or f32. */
+/* Shapes of the outputs by the op's own rule; types: those given, or f32.  What is overwritten has
+ * the dtype that it has. */
 static void infer(job *j, int n_out, const std::vector<fg_dtype> &types, const int64_t *widths)
 {
     fg_infer c = {};
     c.attr = j->attr;
     c.n_in = (int)j->in.size();
     c.n_out = n_out;
+    const bool mutates = j->op->code->memory == FG_MUTATE;
     for (int i = 0; i < c.n_in; i++) {
         c.given[i] = j->in[i].there;
         c.in[i] = j->in[i].shape;
-        c.in_type[i] = j->in[i].type == FG_I32 ? FG_I32 : FG_F32;
+        c.in_type[i] = mutates || j->in[i].type == FG_I32 ? j->in[i].type : FG_F32;
     }
     for (int o = 0; o < n_out; o++) c.out_type[o] = c.in_type[0];
     if (j->op->code->infer(&c)) printf("%s: infer refuses\n", j->op->name);
@@ -275,43 +278,41 @@ static void run_cpu(job *j)
 
 struct images { std::vector<unsigned char> of[FG_MAX_OUT]; };
 
-/* The outputs' bytes, pitched ones with what lies between; fill: what memory holds before.
- * in_place: output 0 takes input 0's memory. */
-static images run_gpu(const job &j, int fill, bool in_place, bool *touched)
+/* The job's tensors on the device; fill: what memory holds before.  in_place: output 0 takes input
+ * 0's memory. */
+static void place(const job &j, int fill, bool in_place, context *c, std::vector<void *> *all)
 {
-    context c;
-    describe(j, &c);
+    describe(j, c);
     const fg_infer f = inferred(j);
     const size_t bytes = j.op->kernel->scratch ? j.op->kernel->scratch(&f) : 0;
     const bool mutates = j.op->code->memory == FG_MUTATE;
-    std::vector<void *> all;
-    images result;
     for (size_t i = 0; i < j.in.size(); i++) {
         if (!j.in[i].there) continue;
         void *p;
         const std::vector<unsigned char> b = packed(j.in[i]);
         need(cudaMalloc(&p, b.size()), "cudaMalloc");
         need(cudaMemcpy(p, b.data(), b.size(), cudaMemcpyHostToDevice), "copy");
-        all.push_back(p);
-        c.e.in[i] = p;
+        all->push_back(p);
+        c->e.in[i] = p;
     }
     for (size_t o = 0; o < j.out.size(); o++) {
         void *p;
         need(cudaMalloc(&p, j.out[o].bytes() + GUARD), "cudaMalloc");
         need(cudaMemset(p, fill, j.out[o].bytes() + GUARD), "set");
-        all.push_back(p);
-        c.e.out[o] = mutates || (o == 0 && in_place) ? (void *)(uintptr_t)c.e.in[o] : p;
+        all->push_back(p);
+        c->e.out[o] = mutates || (o == 0 && in_place) ? (void *)(uintptr_t)c->e.in[o] : p;
     }
-    void *scratch = nullptr;
-    if (bytes) {
-        need(cudaMalloc(&scratch, bytes), "cudaMalloc");
-        need(cudaMemset(scratch, fill, bytes), "set");
-        all.push_back(scratch);
-    }
-    c.e.scratch = scratch;
-    j.op->kernel->launch(&c.e, nullptr);
-    need(cudaGetLastError(), j.op->name);
-    need(cudaDeviceSynchronize(), j.op->name);
+    if (!bytes) return;
+    need(cudaMalloc(&c->e.scratch, bytes), "cudaMalloc");
+    need(cudaMemset(c->e.scratch, fill, bytes), "set");
+    all->push_back(c->e.scratch);
+}
+
+/* The outputs' bytes, pitched ones with what lies between. */
+static images collect(const job &j, const context &c, int fill, bool in_place, bool *touched)
+{
+    const bool mutates = j.op->code->memory == FG_MUTATE;
+    images result;
     for (size_t o = 0; o < j.out.size(); o++) {
         const bool own = !mutates && !(o == 0 && in_place);
         std::vector<unsigned char> b(j.out[o].bytes() + (own ? GUARD : 0));
@@ -324,6 +325,18 @@ static images run_gpu(const job &j, int fill, bool in_place, bool *touched)
             if (!used[k] && b[k] != (unsigned char)fill) *touched = true;
         result.of[o] = b;
     }
+    return result;
+}
+
+static images run_gpu(const job &j, int fill, bool in_place, bool *touched)
+{
+    context c;
+    std::vector<void *> all;
+    place(j, fill, in_place, &c, &all);
+    j.op->kernel->launch(&c.e, nullptr);
+    need(cudaGetLastError(), j.op->name);
+    need(cudaDeviceSynchronize(), j.op->name);
+    const images result = collect(j, c, fill, in_place, touched);
     for (void *p : all) cudaFree(p);
     return result;
 }
@@ -419,6 +432,39 @@ static void check(const char *name, const void *attr, std::vector<tensor> in, in
     if ((j.op->code->reuse & 1) && in[0].there && j.out[0].count() == in[0].count()
         && in[0].type == j.out[0].type && in[0].width == j.out[0].width)
         compare(j, run_gpu(j, 0xff, true, &touched), limit, floor);
+}
+
+/* Nodes launched together give the bits that each gives alone.  shared: so many last inputs are
+ * those of the first node. */
+static void check_together(const std::vector<job> &jobs, int shared)
+{
+    if (only && strcmp(only, jobs[0].op->name)) return;
+    cases++;
+    if (dry) return;
+    std::list<context> contexts;
+    std::vector<const fg_exec *> nodes;
+    std::vector<void *> all;
+    bool touched = false;
+    for (const job &j : jobs) {
+        contexts.emplace_back();
+        place(j, 0xff, false, &contexts.back(), &all);
+        fg_exec *e = &contexts.back().e;
+        for (int i = 1; i <= shared; i++)
+            e->in[e->n_in - i] = contexts.front().e.in[contexts.front().e.n_in - i];
+        nodes.push_back(e);
+    }
+    jobs[0].op->kernel->launch_many(nodes.data(), (int)nodes.size(), nullptr);
+    need(cudaGetLastError(), "launch_many");
+    need(cudaDeviceSynchronize(), "launch_many");
+    auto c = contexts.begin();
+    for (const job &j : jobs) {
+        const images got = collect(j, *c++, 0xff, false, &touched);
+        const images alone = run_gpu(j, 0xff, false, &touched);
+        for (size_t o = 0; o < j.out.size(); o++)
+            if (got.of[o] != alone.of[o]) complain(j, "gives other bits together with others");
+    }
+    if (touched) complain(jobs[0], "writes outside its outputs");
+    for (void *p : all) cudaFree(p);
 }
 
 /* ---- the ops -------------------------------------------------------------------------------- */
@@ -738,12 +784,45 @@ static void check_sequence()
         }
 }
 
+static job made(const char *name, const void *attr, std::vector<tensor> in, int n_out,
+                std::vector<fg_dtype> types)
+{
+    job j = { find(name), attr, in, {} };
+    infer(&j, n_out, types, nullptr);
+    return j;
+}
+
+static void check_nodes_together()
+{
+    static const struct fg_attr_cast narrow = { H }, widen = { F };
+    static const struct fg_attr_adamw a = { 0.9, 0.95, 1e-8, 0.1 };
+    static const struct fg_attr_adamw_bf16 b = { 0.9, 0.95, 1e-8, 0.1 };
+    std::vector<job> sums, casts, updates;
+    for (int i = 0; i < (quick ? 3 : 150); i++) {
+        const fg_shape s = dims({ i % 5 == 4 ? 40003 : 1 + 13 * i }), t = dims({ 16384, 3 });
+        const tensor v = mapped(real(s), small_positive), g = real(s, i % 2 ? F : H);
+        sums.push_back(made("sum_squares", nullptr, { real(s), real(i % 7 ? s : t), real(s, H) },
+                            2, { F, F }));
+        casts.push_back(i % 9 == 8 ? made("cast", &narrow, { whole(s, 0, 9) }, 1, { H })
+                                   : i % 2 ? made("cast", &narrow, { real(s) }, 1, { H })
+                                           : made("cast", &widen, { real(s, H) }, 1, { F }));
+        const tensor clip = one(0.7), lr = one(1e-3), step = one(3);
+        updates.push_back(i % 3 ? made("adamw", &a, { real(s), real(s), v, g, clip, lr, step }, 3,
+                                       { F, F, F })
+                                : made("adamw_bf16", &b, { real(s), real(s), v, real(s, H), g,
+                                       clip, lr, step }, 4, { F, F, F, H }));
+    }
+    check_together(sums, 0);
+    check_together(casts, 0);
+    check_together(updates, 3);
+}
+
 static void check_optimizer()
 {
     for (int64_t n : sizes())
         for (fg_dtype t : { F, H }) {
             const fg_shape s = dims({ n });
-            check("sum_squares", nullptr, { real(s, t) }, 1, { F });
+            check("sum_squares", nullptr, { real(s, t) }, 2, { F, F });
             const struct fg_attr_accumulate by = { 0.25 };
             check("accumulate", &by, { real(s), real(s, t) }, 1, { F });
             for (int k = 0; k < 4; k++) {
@@ -752,8 +831,11 @@ static void check_optimizer()
                 check("adamw", &a, { real(s), real(s), v, real(s, t),
                       one(k == 3 ? NAN : 0.7), one(1e-3),
                       one(k ? 1000 : 1) }, 3, { F, F, F });
+                check("adamw_bf16", &a, { real(s), real(s), v, real(s, H), real(s, t),
+                      one(k == 3 ? NAN : 0.7), one(1e-3), one(k ? 1000 : 1) }, 4, { F, F, F, H });
             }
         }
+    check_nodes_together();
     const struct fg_attr_clip_factor limit = { 1.5 };
     for (double squares : { 0.0, 1.0, 100.0, (double)INFINITY, (double)NAN })
         check("clip_factor", &limit, { one(squares) }, 1, { F });
@@ -989,16 +1071,19 @@ static void time_rest()
         measure("adamw", &a, { shaped(p, F), shaped(p, F), shaped(p, F), shaped(p, t),
                 one(1), one(1e-3),
                 one(7) }, 3, { F, F, F });
+        measure("adamw_bf16", &a, { shaped(p, F), shaped(p, F), shaped(p, F), shaped(p, H),
+                shaped(p, t), one(1), one(1e-3), one(7) }, 4, { F, F, F, H }, nullptr,
+                (26.0 + size_of(t)) * 50257 * C);
         const struct fg_attr_accumulate by = { 0.25 };
         measure("accumulate", &by, { shaped(p, F), shaped(p, t) }, 1, { F });
-        measure("sum_squares", nullptr, { shaped(p, t) }, 1, { F });
+        measure("sum_squares", nullptr, { shaped(p, t) }, 2, { F, F });
     }
     puts("tiny:");
     const fg_shape tiny = dims({ 1, 1536 });
     measure("add", nullptr, { shaped(tiny, H), shaped(tiny, H) }, 1, { H });
     measure("add", nullptr, { shaped(tiny, H), shaped(dims({ 1536 }), F) }, 1, { H });
     measure("silu", nullptr, { shaped(tiny, H) }, 1, { H });
-    measure("sum_squares", nullptr, { shaped(tiny, F) }, 1, { F });
+    measure("sum_squares", nullptr, { shaped(tiny, F) }, 2, { F, F });
     measure("softmax", nullptr, { shaped(tiny, F) }, 1, { F });
     const struct fg_attr_rope rope = { 500000, false };
     measure("rope", &rope, { shaped(dims({ 1, 1, 24, 64 }), H), absent(), absent() }, 1, { H });

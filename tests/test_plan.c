@@ -216,6 +216,31 @@ Test(plan, accumulation_over_micro_batches_equals_one_batch)
     fg_backend_close(b);
 }
 
+Test(plan, a_gradient_is_added_to_its_sum_before_the_next_is_made)
+{
+    lab l = open_lab(1);
+    fg_optimizer o = adamw;
+    fg_graph *u = NULL;
+    o.micro_batches = 2;
+    cr_assert_eq(fg_train_graph(small_fox_loss(l.g, true), &o, &u), FG_OK, "%s",
+                 fg_graph_message(l.g));
+    const fg_graph *low = plan_of(&l)->low;
+    int sums = 0, waiting = 0;               /* waiting: gradients made and not yet added */
+    for (uint32_t k = 0; k < low->n_nodes; k++) {
+        const char *op = low->nodes[k].op->name;
+        waiting += !strcmp(op, "linear_dw");
+        if (strcmp(op, "accumulate")) continue;
+        const uint32_t made = low->values[low->nodes[k].in[1]].node;
+        waiting -= !strcmp(low->nodes[made].op->name, "linear_dw");
+        sums++;
+        cr_expect_leq(waiting, 1, "node %u: %d gradients wait", k, waiting);
+    }
+    cr_expect_gt(sums, 20);
+    cr_expect_eq(waiting, 0);
+    fg_graph_free(u);
+    close_lab(&l);
+}
+
 Test(plan, equal_nodes_become_one_and_dead_nodes_go)
 {
     lab l = open_lab(1);
