@@ -144,16 +144,15 @@ int64_t fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, bool su
     uint32_t *cursor = calloc(n, sizeof *cursor);
     const bool ok = w.mark && w.stack && wanted && cursor && list_readers(&w);
     for (int i = 0; ok && i < n_roots; i++) want(g, roots[i], wanted, w.stack);
+    int64_t settled = 0;                     /* of the order: what adds to states has followed */
     for (int i = 0; ok && i < n_roots; i++)
         if (g->nodes[roots[i]].pass == FG_PASS_FORWARD) place(&w, roots[i], cursor, wanted);
     for (uint32_t k = 0; ok && k < g->n_nodes; k++) {
-        const int64_t before = w.n;
-        if (wanted[k]) place(&w, k, cursor, wanted);
-        for (int64_t i = before; i < w.n && sums_soon; i++) {
-            const fg_node *made = &g->nodes[order[i]];
-            for (int o = 0; o < made->n_out && made->pass == FG_PASS_BACKWARD; o++)
-                place_due(&w, made->out[o], cursor, wanted);
+        for (; sums_soon && settled < w.n; settled++) {
+            const fg_node *made = &g->nodes[order[settled]];
+            for (int o = 0; o < made->n_out; o++) place_due(&w, made->out[o], cursor, wanted);
         }
+        if (wanted[k]) place(&w, k, cursor, wanted);
     }
     free(w.mark); free(w.stack); free(w.base); free(w.reader_at); free(w.readers);
     free(wanted); free(cursor);

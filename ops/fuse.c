@@ -10,6 +10,8 @@
  *                                              shift_norm(x, z, w); the same for their gradients
  *   cast of p to bf16 and adamw(p, ...)        adamw_bf16(p, ..., the cast), which keeps the copy
  *                                              up to date: no step casts its weights any more
+ *   linear_cross_entropy and its gradient      linear_cross_entropy_both, where the gradient that
+ *                                              comes in does not depend on the loss
  *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
  *   what one token goes through                fuse_few.c
  *
@@ -514,6 +516,57 @@ static void fuse_shift_grad(fg_rewrite *r, uint32_t k)
     fg__take_slot(r, place, t);
 }
 
+/* ---- loss ----------------------------------------------------------------------------------- */
+
+/* Does v depend on what node k makes?  `seen`: one flag a node. */
+static bool depends(const fg_rewrite *r, uint32_t v, uint32_t k, uint8_t *seen)
+{
+    const fg_graph *g = r->g;
+    const uint32_t by = v ? g->values[fg__now(r, v)].node : FG_NO_NODE;
+    if (by == FG_NO_NODE || seen[by]) return false;
+    if (by == k) return true;
+    seen[by] = 1;
+    for (int i = 0; i < g->nodes[by].n_in; i++)
+        if (depends(r, g->nodes[by].in[i], k, seen)) return true;
+    return false;
+}
+
+/* The gradient of loss k whose incoming gradient is known before k; FG_NO_NODE if there is none. */
+static uint32_t known_gradient(const fg_rewrite *r, uint32_t k)
+{
+    const fg_graph *g = r->g;
+    const fg_node *n = &g->nodes[k];
+    for (uint32_t j = 0; j < r->n_nodes; j++) {
+        const fg_node *m = &g->nodes[j];
+        if (!is_op(m, FG_OP_linear_cross_entropy_grad) || !same(r, m->in[4], n->out[1])) continue;
+        if (!same(r, m->in[1], n->in[0]) || !same(r, m->in[2], n->in[1])) continue;
+        if (!same(r, m->in[3], n->in[2])) continue;
+        uint8_t *seen = calloc((size_t)g->n_nodes + 1, 1);
+        if (!seen) { fg__out_of_memory(r->g); return FG_NO_NODE; }
+        const bool known = !depends(r, m->in[0], k, seen);
+        free(seen);
+        if (known) return j;
+    }
+    return FG_NO_NODE;
+}
+
+static void fuse_loss_grad(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    const uint32_t j = known_gradient(r, k);
+    if (j == FG_NO_NODE) return;
+    const fg_node loss = g->nodes[k], grad = g->nodes[j];
+    const fg_tensor in[] = { fg__now_tensor(r, loss.in[0]), fg__now_tensor(r, loss.in[1]),
+                             fg__now_tensor(r, loss.in[2]), fg__now_tensor(r, grad.in[0]) };
+    const uint32_t like[] = { loss.out[0], loss.out[1], grad.out[0], grad.out[1] };
+    const uint32_t first = fg__build_as(r, k);
+    const fg_tensor t = FG_APPLY(linear_cross_entropy_both, FG_HERE, in, 0);
+    if (fg_ok(t)) set_types(r, t, like, 4);
+    fg__built(r, k, first);
+    for (int o = 0; o < 4; o++) fg__instead(r, like[o], fg_result(t, o));
+    fg__take_slot(r, k, t);
+}
+
 /* ---- copies of weights ---------------------------------------------------------------------- */
 
 /* Node k is the last but for other updates, and alone overwrites parameter p. */
@@ -660,6 +713,8 @@ void fg__fuse(fg_rewrite *r)
         if (is_op(&g->nodes[k], FG_OP_shift_mix_grad)) fuse_shift_grad(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_shift_mix)) fuse_shift(r, k);
+    for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
+        if (is_op(&g->nodes[k], FG_OP_linear_cross_entropy)) fuse_loss_grad(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_adamw)) fuse_update_cast(r, k);
     free(done);
