@@ -267,6 +267,8 @@ typedef struct {
     char   peak_node[200];                                       /* where activations peak */
     int64_t nodes;
     double flops, bytes;                                          /* of one run */
+    size_t saved;                        /* of the activations: kept for the backward pass */
+    double again_flops;                  /* of the operations: to compute again what is not kept */
 } fg_plan_info;
 
 /* Lowers, orders and lays out g.  NULL only if out of memory; else ask fg_plan_status.  The store

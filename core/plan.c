@@ -274,10 +274,27 @@ static fg_status find_peak(fg_plan *p)
     return FG_OK;
 }
 
+/* Bytes that are there behind the last forward node, copies of weights apart. */
+static void count_saved(fg_plan *p)
+{
+    const fg_graph *g = p->low;
+    int64_t last = -1, backward = 0;
+    for (uint32_t k = 0; k < g->n_nodes; k++) {
+        if (g->nodes[k].pass == FG_PASS_FORWARD && !p->fixed[k]) last = k;
+        backward += g->nodes[k].pass == FG_PASS_BACKWARD;
+    }
+    for (uint32_t v = 1; v < g->n_values && backward; v++) {
+        const fg_slot *s = &p->slots[v];
+        if (s->place != FG_IN_ARENA || s->root != v || p->fixed[g->values[v].node]) continue;
+        if (s->from >= 0 && s->from <= last && s->to > last) p->info.saved += s->bytes;
+    }
+}
+
 static fg_status count_costs(fg_plan *p)
 {
     const fg_graph *g = p->low;
     fg_backend *b = p->store->backend;
+    count_saved(p);
     for (uint32_t k = 0; k < g->n_nodes; k++) {
         fg_infer c;
         fg__infer_of(g, &g->nodes[k], &c);
@@ -285,6 +302,7 @@ static fg_status count_costs(fg_plan *p)
         const fg_cost cost = fg__cost_of(g, &g->nodes[k]);
         if (!p->fixed[k]) p->info.flops += cost.flops;
         if (!p->fixed[k]) p->info.bytes += cost.bytes;
+        if (g->nodes[k].recomputed) p->info.again_flops += cost.flops;
         const size_t need = round_up(b->ops->scratch(b, g->nodes[k].op, &c));
         if (need > p->scratch_bytes) p->scratch_bytes = need;
     }

@@ -1,6 +1,6 @@
 /* test_cuda_plain.cu - the plain CUDA kernels against the CPU kernels in double, and their speed.
  *
- * usage: test_cuda_plain check [OP] | quick [OP] | dry [OP] | time [OP]
+ * usage: test_cuda_plain check [OP...] | quick [OP...] | dry [OP...] | time [OP...]
  * check compares every op, over odd sizes, f32 and bf16 and mixed, contiguous and pitched, with
  * outputs and scratch full of NaN before, and asks for the same bits from a second run; quick takes
  * few shapes, for compute-sanitizer; dry leaves the device out.  time prints, for large shapes, the
@@ -25,7 +25,7 @@
     X(log_sum_exp_grad) X(attention_mask) X(embedding) X(embedding_grad) X(cross_entropy)        \
     X(cross_entropy_grad) X(rope) X(shift_mix) X(shift_mix_grad) X(cache_write) X(cache_last)    \
     X(shift_gate) X(shift_gate_grad) X(shift_norm) X(shift_norm_grad) X(rms_norm_grad)            \
-    X(rms_norm_grad_bf16)                                                                        \
+    X(rms_norm_grad_bf16) X(rms_norm) X(gated_norm) X(gated_norm_grad)                           \
     X(sum_squares) X(clip_factor) X(accumulate) X(adamw) X(adamw_bf16)
 
 extern "C" {
@@ -343,7 +343,14 @@ static images run_gpu(const job &j, int fill, bool in_place, bool *touched)
 
 static bool quick, dry;
 static int cases, failures;
-static const char *only;
+static char **only;                            /* names, ended by NULL; none: all */
+static bool asked(const char *name)
+{
+    if (!only || !*only) return true;
+    for (char **o = only; *o; o++)
+        if (!strcmp(*o, name)) return true;
+    return false;
+}
 struct worst { double error = 0; int n = 0; };
 static worst worst_of[sizeof entries / sizeof entries[0]];
 
@@ -406,7 +413,7 @@ static void check(const char *name, const void *attr, std::vector<tensor> in, in
                   std::vector<fg_dtype> types, double limit = 8,
                   const int64_t *widths = nullptr, double floor = 0)
 {
-    if (only && strcmp(only, name)) return;
+    if (!asked(name)) return;
     job j = { find(name), attr, in, {} };
     infer(&j, n_out, types, widths);
     const fg_infer f = inferred(j);
@@ -416,6 +423,7 @@ static void check(const char *name, const void *attr, std::vector<tensor> in, in
     }
     cases++;
     run_cpu(&j);
+    if (!strcmp(name, "adamw_bf16")) j.out[3].value = j.out[0].value;    /* not yet rounded */
     if (dry) return;
     bool touched = false;
     const auto a = run_gpu(j, 0xff, false, &touched), b = run_gpu(j, 0x11, false, &touched);
@@ -438,7 +446,7 @@ static void check(const char *name, const void *attr, std::vector<tensor> in, in
  * those of the first node. */
 static void check_together(const std::vector<job> &jobs, int shared)
 {
-    if (only && strcmp(only, jobs[0].op->name)) return;
+    if (!asked(jobs[0].op->name)) return;
     cases++;
     if (dry) return;
     std::list<context> contexts;
@@ -755,6 +763,32 @@ static tensor firsts(int64_t B, int64_t T, int64_t past)
     return f;
 }
 
+/* Heads of a row, all in bf16 or not; with one gain a channel or a gain that heads share. */
+static void check_heads()
+{
+    static const int64_t shapes[][3] = { { 1, 2, 8 }, { 17, 24, 64 }, { 333, 3, 64 },
+                                         { 50, 3, 128 }, { 9, 5, 256 }, { 300, 24, 64 },
+                                         { 21, 7, 16 } };
+    for (const auto &d : shapes)
+        for (int k = 0; k < (quick ? 8 : 16); k++) {
+            const int64_t T = d[0], n = d[2], W = d[1] * n, wide = k & 8 ? W : 0;
+            if (quick && T > 100) continue;
+            const fg_dtype t = k & 1 ? F : H, u = k & 2 ? F : H;
+            const fg_shape s = dims({ T, W }), r = dims({ T, d[1] });
+            const tensor w = real(dims({ k & 4 ? W : n })), rstd = mapped(real(r), small_positive);
+            const int64_t in[] = { wide, 0, 0 }, both[] = { wide, 0, wide };
+            const struct fg_attr_rms_norm a = { 1e-5, d[1] };
+            const struct fg_attr_gated_norm b = { 1e-5, d[1] };
+            const struct fg_attr_rms_norm_grad c = { d[1] };
+            const struct fg_attr_gated_norm_grad e = { d[1] };
+            const tensor x = real(s, t, wide), g = real(s, u, wide), gy = real(s, u, wide);
+            check("rms_norm", &a, { x, w }, 2, { u, F }, 16, in);
+            check("gated_norm", &b, { x, w, g }, 2, { u, F }, 32, in);
+            check("rms_norm_grad", &c, { gy, x, w, rstd, absent() }, 2, { t, F }, 64, in);
+            check("gated_norm_grad", &e, { gy, x, w, g, rstd }, 3, { t, F, u }, 64, both);
+        }
+}
+
 static void check_sequence()
 {
     static const int64_t shapes[][4] = { { 1, 1, 1, 2 }, { 2, 3, 2, 6 }, { 2, 37, 3, 64 },
@@ -782,6 +816,13 @@ static void check_sequence()
                   1, { t });
             check("cache_last", nullptr, { real(dims({ B, Hn, D }), t), real(s, u, in) }, 1, { t });
         }
+}
+
+static tensor in_bf16(tensor x)
+{
+    x.type = H;
+    for (double &v : x.value) v = rounded(v, H);
+    return x;
 }
 
 static job made(const char *name, const void *attr, std::vector<tensor> in, int n_out,
@@ -831,7 +872,8 @@ static void check_optimizer()
                 check("adamw", &a, { real(s), real(s), v, real(s, t),
                       one(k == 3 ? NAN : 0.7), one(1e-3),
                       one(k ? 1000 : 1) }, 3, { F, F, F });
-                check("adamw_bf16", &a, { real(s), real(s), v, real(s, H), real(s, t),
+                const tensor p = real(s);
+                check("adamw_bf16", &a, { p, real(s), v, in_bf16(p), real(s, t),
                       one(k == 3 ? NAN : 0.7), one(1e-3), one(k ? 1000 : 1) }, 4, { F, F, F, H });
             }
         }
@@ -909,7 +951,7 @@ static tensor shaped(fg_shape s, fg_dtype t, int64_t width = 0)      /* without 
 static void measure(const char *name, const void *attr, std::vector<tensor> in, int n_out,
                     std::vector<fg_dtype> types, const int64_t *widths = nullptr, double bytes = 0)
 {
-    if (only && strcmp(only, name)) return;
+    if (!asked(name)) return;
     job j = { find(name), attr, in, {} };
     infer(&j, n_out, types, widths);
     context c;
@@ -1048,6 +1090,18 @@ static void time_rest()
                 absent() }, 2, { t, F });
         measure("shift_norm_grad", nullptr, { shaped(s, t), shaped(s, t, C), shaped(g, t, 24),
                 gains, rstd, absent() }, 3, { t, F, t }, w3);
+        const struct fg_attr_rms_norm norm = { 1e-5, 24 };
+        const struct fg_attr_gated_norm gated = { 1e-5, 24 };
+        const struct fg_attr_rms_norm_grad norm_grad = { 24 };
+        const struct fg_attr_gated_norm_grad gated_grad = { 24 };
+        const fg_shape rows = dims({ T, C }), each = dims({ T, 24 });
+        const int64_t wx[2] = { C, 0 }, wg[3] = { 0, 0, C };
+        measure("rms_norm", &norm, { shaped(rows, t, C), gains }, 2, { t, F });
+        measure("rms_norm_grad", &norm_grad, { shaped(rows, t), shaped(rows, t, C), gains,
+                shaped(each, F), absent() }, 2, { t, F }, wx);
+        measure("gated_norm", &gated, { shaped(rows, t), gains, shaped(rows, t, C) }, 2, { t, F });
+        measure("gated_norm_grad", &gated_grad, { shaped(rows, t), shaped(rows, t), gains,
+                shaped(rows, t, C), shaped(each, F) }, 3, { t, F, t }, wg);
         const struct fg_attr_permute heads = { dims({ 0, 2, 1, 3 }) }, turned = { dims({ 1, 0 }) };
         measure("permute", &heads, { shaped(s, t) }, 1, { t });
         measure("permute", &turned, { shaped(dims({ T, C }), t) }, 1, { t });
@@ -1094,7 +1148,7 @@ static void time_rest()
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "check";
-    only = argc > 2 ? argv[2] : nullptr;
+    only = argc > 2 ? argv + 2 : nullptr;
     quick = !strcmp(what, "quick");
     dry = !strcmp(what, "dry");
     if (!strcmp(what, "time")) {
@@ -1112,8 +1166,9 @@ int main(int argc, char **argv)
     check_embedding();
     check_sequence();
     check_optimizer();
+    check_heads();
     for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++)
-        if (!only || !strcmp(only, entries[i].name))
+        if (asked(entries[i].name))
             printf("%-20s %5d comparisons, worst error %.3g units\n", entries[i].name,
                    worst_of[i].n,
                    worst_of[i].error);
