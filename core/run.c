@@ -300,6 +300,8 @@ static fg_status launch_recorded(fg_plan *p)
     return s ? fg__plan_fail(p, s, "%s", fg_backend_message(b)) : FG_OK;
 }
 
+fg_status fg_plan_reserve(fg_plan *p) { return p ? fg__prepare(p) : FG_ERR_MEMORY; }
+
 fg_status fg_run_later(fg_plan *p)
 {
     if (!p) return FG_ERR_MEMORY;
