@@ -17,7 +17,7 @@
 /* H100, 2026-11. */
 constexpr int THREADS = 256;                     /* forward: of a block */
 constexpr int WARPS = 4, RUN = 4;                /* backward: of a block; fewest rows of a warp */
-template <bool NORM, int LANES> constexpr int held = !LANES ? 3 : NORM ? 5 : 8;
+template <bool NORM, int LANES> constexpr int held = !LANES ? 3 : NORM ? 6 : 8;
                                                  /* blocks of a processor */
 
 /* Kernels have a form for heads of 8 LANES of bf16 in plain or pitched rows, and for LANES = 0 one
@@ -79,6 +79,18 @@ template <int LANES> static __device__ __forceinline__ float head_sum(float x, i
     else {
         for (int d = lanes / 2; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
         return x;
+    }
+}
+
+/* Three of them at once: none waits for another. */
+template <int LANES>
+static __device__ __forceinline__ void head_sums(float &a, float &b, float &c, int lanes)
+{
+#pragma unroll
+    for (int d = (LANES > 0 ? LANES : lanes) / 2; d > 0; d /= 2) {
+        a += __shfl_xor_sync(~0u, a, d);
+        b += __shfl_xor_sync(~0u, b, d);
+        c += __shfl_xor_sync(~0u, c, d);
     }
 }
 
@@ -260,32 +272,39 @@ unshift_rows(const backward f)
         x.floats(f.x, v.v);
         before.floats(f.x, p.v);
         r.gy.floats(f.gy, gs.v);
+        float slope = 0;                                     /* d loss / d a_t */
         if (NORM) {
             const float by_h = by * r.rstd, keep_h = keep * r.rstd;
-            float sum = 0;
+            float along = 0, turn = 0;                       /* sums of w gy h, of h (p - v) */
 #pragma unroll
             for (int j = 0; j < 8; j++) {
+                const float d = p[j] - v[j];
                 h[j] = fmaf(by_h, p[j], keep_h * v[j]);
                 if (row < to) gw[j] = fmaf(gs[j], h[j], gw[j]);
                 gs[j] *= w[j];
-                sum = fmaf(gs[j], h[j], sum);
+                along = fmaf(gs[j], h[j], along);
+                turn = fmaf(h[j], d, turn);
+                slope = fmaf(gs[j], d, slope);
             }
-            const float mean = head_sum<LANES>(sum, k.lanes) * k.share;
+            head_sums<LANES>(along, turn, slope, k.lanes);
+            const float mean = along * k.share;
+            slope = r.rstd * fmaf(-mean, turn, slope);
 #pragma unroll
             for (int j = 0; j < 8; j++) gs[j] = r.rstd * fmaf(-mean, h[j], gs[j]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; j++) slope = fmaf(gs[j], p[j] - v[j], slope);
+            slope = head_sum<LANES>(slope, k.lanes);
         }
-        float sum = 0;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             h[j] = fmaf(keep, gs[j], later[j]);              /* gx */
             later[j] = by * gs[j];
-            sum = fmaf(gs[j], p[j] - v[j], sum);
         }
-        sum = head_sum<LANES>(sum, k.lanes);
         if (ok && row < to) {
             fg_store8(f.gx, at<EVEN>(f.at_gx, row, column), h);
             if (in_head == 0)
-                f.glogit.put(at<EVEN>(f.at_glogit, row, head), sum * (a * (1 - a)));
+                f.glogit.put(at<EVEN>(f.at_glogit, row, head), slope * (a * (1 - a)));
         }
         x = r.before;
         t = t > 0 ? t - 1 : (int)k.T - 1;
