@@ -106,11 +106,13 @@ static void list_outputs(trial *t, const fg_op *op)
     }
 }
 
+/* NULL for an output that the definition leaves out, as that of an input that is absent. */
 static double *read_all(fg_plan *p, fg_tensor t)
 {
     const int64_t n = fg_count(t);
-    double *x = malloc((size_t)(n + 1) * sizeof *x);
-    memcpy(x, fg__plan_data(p, t), (size_t)n * sizeof *x);
+    const double *from = fg__plan_data(p, t);
+    double *x = from ? malloc((size_t)(n + 1) * sizeof *x) : NULL;
+    if (x) memcpy(x, from, (size_t)n * sizeof *x);
     return x;
 }
 
