@@ -336,7 +336,8 @@ static __device__ __forceinline__ float norm_terms(float *gy, const float *h, fl
     return sum;
 }
 
-/* The same where the gate comes first: x and g stay as they are. */
+/* The same where the gate comes first: x and g stay as they are; gw's elements lie STEP apart. */
+template <int STEP>
 static __device__ __forceinline__ float norm_gate_terms(float *gy, const float *x, const float *g,
                                                         float rstd, const fg_vec8 &w, float *gw)
 {
@@ -344,7 +345,7 @@ static __device__ __forceinline__ float norm_gate_terms(float *gy, const float *
 #pragma unroll
     for (int k = 0; k < 8; k++) {
         const float h = x[k] * norm_silu(g[k]) * rstd;
-        gw[k] += gy[k] * h;
+        gw[k * STEP] += gy[k] * h;
         gy[k] *= w[k];
         sum += gy[k] * h;
     }
@@ -412,7 +413,9 @@ norm_grad_whole(const norm_backward a)
     const norm_place<THREADS, VECS> place(a.s, blockIdx.y);
     const int64_t last = norm_first(a.s.rows, a.parts, blockIdx.x + 1);
     int64_t row = norm_first(a.s.rows, a.parts, blockIdx.x) + warp;
-    const bool kept = GATED != NORM_OF_GATED;    /* w and gw stay in registers, where those do */
+    /* w and gw stay in registers, where those do; else gw is in shared memory, an element of all
+     * threads after the other. */
+    const bool kept = GATED != NORM_OF_GATED;
     fg_vec8 w[VECS];
 #pragma unroll
     for (int i = 0; i < VECS; i++)
@@ -420,12 +423,10 @@ norm_grad_whole(const norm_backward a)
     norm_values<VECS> gw = {};
     const int64_t from = blockIdx.y * a.s.segment;
     float *own = part + warp * a.s.segment - from;
+    float *turned = part + warp * VECS * 8 * 32 + threadIdx.x % THREADS;
     if (!kept)
 #pragma unroll
-        for (int i = 0; i < VECS; i++)
-            if (place.ok[i])
-#pragma unroll
-                for (int k = 0; k < 8; k++) own[place.at[i] + k] = 0;
+        for (int j = 0; j < VECS * 8; j++) turned[j * THREADS] = 0;
     norm_backward_row<VECS> next;
     if (row < last) norm_backward_fetch<GATED>(next, a, row, place);
     for (int slot = 0; row < last; row += held, slot ^= 1) {
@@ -439,10 +440,9 @@ norm_grad_whole(const norm_backward a)
 #pragma unroll
         for (int i = 0; i < VECS; i++) {
             if constexpr (GATED == NORM_OF_GATED) {
-                sum[i] = 0;
-                if (!place.ok[i]) continue;
-                sum[i] = norm_gate_terms(r.gy.v[i], r.x.v[i], r.other.v[i], r.rstd[i],
-                                         fg_load8(a.w, place.w[i]), own + place.at[i]);
+                sum[i] = norm_gate_terms<THREADS>(r.gy.v[i], r.x.v[i], r.other.v[i], r.rstd[i],
+                                                  fg_load8(a.w, place.w[i]),
+                                                  turned + i * 8 * THREADS);
             } else {
 #pragma unroll
                 for (int k = 0; k < 8; k++) r.x.v[i][k] *= r.rstd[i];
@@ -468,12 +468,17 @@ norm_grad_whole(const norm_backward a)
         else if (a.gx16.p)
             norm_put(r.gy, a.gx16, norm_row(a.gx16_rows, row), place.at, place.ok);
     }
-    if (kept)
+    if (!kept)
 #pragma unroll
         for (int i = 0; i < VECS; i++)
-            if (place.ok[i])
 #pragma unroll
-                for (int k = 0; k < 8; k++) own[place.at[i] + k] = gw.v[i][k];
+            for (int k = 0; k < 8; k++) gw.v[i][k] = turned[(i * 8 + k) * THREADS];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < VECS; i++)
+        if (place.ok[i])
+#pragma unroll
+            for (int k = 0; k < 8; k++) own[place.at[i] + k] = gw.v[i][k];
     __syncthreads();
     norm_leave<THREADS>(a, part);
 }
@@ -587,7 +592,7 @@ template <norm_gate GATED, int THREADS, int VECS>
 static void norm_grad_start(const norm_backward &a, cudaStream_t stream)
 {
     const dim3 grid((unsigned)a.parts, (unsigned)a.s.segments);
-    const size_t shared = (size_t)a.s.segment * (THREADS == 32 ? NORM_WARPS : 1) * sizeof(float);
+    const size_t shared = norm_block<THREADS> * VECS * 8 * sizeof(float);
     norm_grad_whole<GATED, THREADS, VECS><<<grid, norm_block<THREADS>, shared, stream>>>(a);
 }
 

@@ -12,7 +12,7 @@
  * From j to an i in a later block of 16 tokens the decay is tail_j e^(sum_i - sum_last), with the
  * last token of j's block between them and tail_j = e^(sum_last - sum_j): one product a pair.
  *
- * States enter and leave chunks in f32, in registers, and go to the other kernels as bf16 [P,N]. */
+ * States pass from chunk to chunk in f32, in registers, and go to the other kernels as bf16 [P,N]. */
 #ifndef FG_SSD_CUH
 #define FG_SSD_CUH
 #include "attention.cuh"
@@ -53,10 +53,11 @@ struct fg_decays {
     int64_t chunks, padded;
 };
 
-static inline fg_decays fg_decays_cut(void *base, size_t *used, const fg_ssd &z, int R)
+/* Chunks of R tokens, `each` times a whole number of them. */
+static inline fg_decays fg_decays_cut(void *base, size_t *used, const fg_ssd &z, int R, int each)
 {
     fg_decays d;
-    d.chunks = (z.T + R - 1) / R;
+    d.chunks = (z.T + each * R - 1) / (each * R) * each;
     d.padded = d.chunks * R;
     const int64_t n = z.B * z.H * d.padded;
     d.sum = (float2 *)fg_ssd_cut(base, used, n, sizeof(float2));
@@ -260,25 +261,27 @@ static __device__ __forceinline__ void fg_store4(bf16 *to, const uint32_t *v)
 /* state = whole state + sum_j u_j weight_j v_j^T over a chunk, in both directions of time:
  *     forward   u = x, v = b, weight = push: the states that enter chunks
  *     back      u = gy, v = c, weight = keep: the gradients of the states that leave them
- * First every chunk's sum, then a running state that takes each sum's place. */
+ * A block walks all chunks with some columns of one head's state in registers. */
 struct fg_states {
     const bf16 *u, *v;
     int64_t u_row, v_row;                        /* elements between tokens */
     const float *weight;
     const float *from;                           /* f32[B,H,P,N]; NULL: 0 */
     float *to;                                   /* the same after the last chunk, or NULL */
-    bf16 *kept;                                  /* [B,H,chunks,P,N] before each chunk */
-    int64_t parts;                               /* blocks that share a group's heads */
+    bf16 *kept;                                  /* [B,H,chunks/each,P,N] before `each` chunks */
+    int each;
     bool back;
 };
+struct fg_both_states { fg_states s[2]; };       /* one direction for each gridDim.y */
 
 #define FG_STATE_P 64                            /* head width of the tensor core kernels */
-#define FG_STATE_BLOCKS 1024                     /* about */
+#define FG_STATE_COLUMNS 32                      /* of a block */
+#define FG_STATE_STAGES 4
 
-template <int R, int N> struct fg_state_tile {
-    alignas(128) bf16 v[R * N];
-    alignas(128) bf16 u[2][R * FG_STATE_P];
-    alignas(16) float weight[2][R];
+template <int R> struct fg_state_tile {
+    alignas(128) bf16 u[R * FG_STATE_P];
+    alignas(128) bf16 v[R * FG_STATE_COLUMNS];
+    alignas(16) float weight[R];
 };
 
 static __device__ __forceinline__ uint32_t fg_scale2(uint32_t x, float a, float b)
@@ -286,107 +289,124 @@ static __device__ __forceinline__ uint32_t fg_scale2(uint32_t x, float a, float 
     return fg_pack2(__uint_as_float(x << 16) * a, __uint_as_float(x & 0xffff0000u) * b);
 }
 
-/* A block is a chunk and some heads of a group; a warp has 16 rows p and half the columns. */
-template <int R, int N>
-static __global__ void __launch_bounds__(256)
-fg_states_sum(fg_ssd z, fg_decays d, fg_states s)
+/* sum += u^T weight v, of 16 rows p of one warp. */
+template <int R>
+static __device__ __forceinline__ void fg_states_add(const fg_state_tile<R> *m, int p,
+                                                     float (*sum)[4])
 {
-    extern __shared__ __align__(128) char memory[];
-    fg_state_tile<R, N> *m = (fg_state_tile<R, N> *)memory;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = 2 * (lane % 4);
-    const int parts = (int)s.parts, G = (int)z.G, chunks = (int)d.chunks, H = (int)z.H, M = H / G;
-    const int part = blockIdx.x % parts, rest = blockIdx.x / parts, group = rest % G;
-    const int chunk = rest / G % chunks, b = rest / G / chunks, t0 = chunk * R;
-    const int h0 = group * M + M * part / parts, h1 = group * M + M * (part + 1) / parts;
-    const int p = warp % 4 * 16, n0 = warp / 4 * (N / 2), real = (int)z.T - t0;
-    const bf16 *u = s.u + (b * z.T + t0) * s.u_row;
-    const float *weight = s.weight + (int64_t)b * H * d.padded + t0;
-    fg_tile_load<N, R, 256>(m->v, s.v + (b * z.T + t0) * s.v_row + group * N, s.v_row, real);
-    fg_tile_load<64, R, 256>(m->u[0], u + h0 * 64, s.u_row, real);
-    fg_floats_load<R>(m->weight[0], weight + h0 * d.padded);
-    fg_copy_commit();
-    for (int h = h0; h < h1; h++) {
-        const int stage = (h - h0) % 2;
-        fg_copy_wait<0>();
-        __syncthreads();
-        if (h + 1 < h1) {
-            fg_tile_load<64, R, 256>(m->u[1 - stage], u + (h + 1) * 64, s.u_row, real);
-            fg_floats_load<R>(m->weight[1 - stage], weight + (h + 1) * d.padded);
+    const int c = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int j = 0; j < R; j += 16) {
+        uint32_t a[4];
+        fg_a_trans<64>(a, fg_shared(m->u), p, j);
+        const float2 w0 = *(const float2 *)&m->weight[j + c];
+        const float2 w1 = *(const float2 *)&m->weight[j + 8 + c];
+        a[0] = fg_scale2(a[0], w0.x, w0.y);
+        a[1] = fg_scale2(a[1], w0.x, w0.y);
+        a[2] = fg_scale2(a[2], w1.x, w1.y);
+        a[3] = fg_scale2(a[3], w1.x, w1.y);
+#pragma unroll
+        for (int n = 0; n < FG_STATE_COLUMNS / 16; n++) {
+            uint32_t q[4];
+            fg_b<FG_STATE_COLUMNS>(q, fg_shared(m->v), j, 16 * n);
+            fg_mma(sum[2 * n], a, q[0], q[1]);
+            fg_mma(sum[2 * n + 1], a, q[2], q[3]);
         }
-        fg_copy_commit();
-        float sum[N / 16][4] = {};
-#pragma unroll
-        for (int j = 0; j < R; j += 16) {
-            uint32_t a[4];
-            fg_a_trans<64>(a, fg_shared(m->u[stage]), p, j);
-            const float2 w0 = *(const float2 *)&m->weight[stage][j + c];
-            const float2 w1 = *(const float2 *)&m->weight[stage][j + 8 + c];
-            a[0] = fg_scale2(a[0], w0.x, w0.y);
-            a[1] = fg_scale2(a[1], w0.x, w0.y);
-            a[2] = fg_scale2(a[2], w1.x, w1.y);
-            a[3] = fg_scale2(a[3], w1.x, w1.y);
-#pragma unroll
-            for (int n = 0; n < N / 32; n++) {
-                uint32_t q[4];
-                fg_b<N>(q, fg_shared(m->v), j, n0 + 16 * n);
-                fg_mma(sum[2 * n], a, q[0], q[1]);
-                fg_mma(sum[2 * n + 1], a, q[2], q[3]);
-            }
-        }
-        bf16 *to = s.kept + ((((int64_t)b * H + h) * chunks + chunk) * 64 + p + g) * N + n0
-            + 8 * (lane % 4);
-#pragma unroll
-        for (int n = 0; n < N / 16; n += 4)
-#pragma unroll
-            for (int low = 0; low < 2; low++) {
-                uint32_t v[4];
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    v[k] = fg_pack2(sum[n + k][2 * low], sum[n + k][2 * low + 1]);
-                fg_quad_turn(v);
-                fg_store4(to + 8 * low * N + 8 * n, v);
-            }
     }
 }
 
-/* Eight elements a thread, FG_STATE_AHEAD chunks under way. */
-#define FG_STATE_AHEAD 8
-
-static __global__ void __launch_bounds__(128) fg_states_pass(fg_decays d, fg_states s, int64_t size)
+/* Rows p + g and p + g + 8 of a state to bf16. */
+static __device__ __forceinline__ void fg_states_keep(bf16 *to, int64_t N, const float (*sum)[4])
 {
-    const int64_t blocks = (size + 1023) / 1024, row = blockIdx.x / blocks;
-    const int64_t i = 8 * ((int64_t)(blockIdx.x % blocks) * 128 + threadIdx.x);
-    const float *whole = d.whole + row * d.chunks;
-    bf16 *kept = s.kept + row * d.chunks * size + i;
-    float state[8] = {};
-    if (i >= size) return;
+    const int lane = threadIdx.x % 32;
+    to += lane / 4 * N + 8 * (lane % 4);
 #pragma unroll
-    for (int e = 0; e < 8; e++) if (s.from) state[e] = s.from[row * size + i + e];
-    for (int64_t c0 = 0; c0 < d.chunks; c0 += FG_STATE_AHEAD) {
-        uint4 raw[FG_STATE_AHEAD];
-        float decay[FG_STATE_AHEAD];
+    for (int n = 0; n < FG_STATE_COLUMNS / 8; n += 4)
 #pragma unroll
-        for (int k = 0; k < FG_STATE_AHEAD; k++) {
-            const int64_t at = s.back ? d.chunks - 1 - (c0 + k) : c0 + k;
-            if (c0 + k >= d.chunks) continue;
-            raw[k] = *(const uint4 *)(kept + at * size);
-            decay[k] = whole[at];
+        for (int low = 0; low < 2; low++) {
+            uint32_t v[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                v[k] = fg_pack2(sum[n + k][2 * low], sum[n + k][2 * low + 1]);
+            fg_quad_turn(v);
+            fg_store4(to + 8 * low * N + 8 * n, v);
         }
-#pragma unroll
-        for (int k = 0; k < FG_STATE_AHEAD; k++) {
-            const int64_t at = s.back ? d.chunks - 1 - (c0 + k) : c0 + k;
-            float sum[8];
-            if (c0 + k >= d.chunks) continue;
-            *(uint4 *)(kept + at * size)
-                = make_uint4(fg_pack2(state[0], state[1]), fg_pack2(state[2], state[3]),
-                             fg_pack2(state[4], state[5]), fg_pack2(state[6], state[7]));
-            fg_unpack(raw[k], sum);
-#pragma unroll
-            for (int e = 0; e < 8; e++) state[e] = fmaf(state[e], decay[k], sum[e]);
+}
+
+/* Where element (n, e) of a thread's sums lies in a head's state. */
+static __device__ __forceinline__ int64_t fg_state_at(int p, int n, int e, int64_t N)
+{
+    const int lane = threadIdx.x % 32;
+    return (p + lane / 4 + e / 2 * 8) * N + 8 * n + 2 * (lane % 4) + e % 2;
+}
+
+template <int R>
+static __global__ void __launch_bounds__(128)
+fg_states_walk(fg_ssd z, fg_decays d, fg_both_states both)
+{
+    extern __shared__ __align__(128) char memory[];
+    fg_state_tile<R> *m = (fg_state_tile<R> *)memory;
+    const fg_states &s = both.s[blockIdx.y];
+    const int parts = (int)z.N / FG_STATE_COLUMNS, n0 = blockIdx.x % parts * FG_STATE_COLUMNS;
+    const int64_t row = blockIdx.x / parts, b = row / z.H, h = row % z.H, g = h / (z.H / z.G);
+    const int64_t chunks = d.chunks, size = FG_STATE_P * z.N;
+    const int p = threadIdx.x / 32 * 16;
+    const bf16 *u = s.u + b * z.T * s.u_row + h * FG_STATE_P;
+    const bf16 *v = s.v + b * z.T * s.v_row + g * z.N + n0;
+    const float *weight = s.weight + row * d.padded, *whole = d.whole + row * chunks;
+    bf16 *kept = s.kept + row * (chunks / s.each) * size + p * z.N + n0;
+    const auto load = [&](int64_t i) {
+        if (i < chunks) {
+            const int64_t t = (s.back ? chunks - 1 - i : i) * R, left = z.T - t;
+            fg_state_tile<R> *to = m + i % FG_STATE_STAGES;
+            const int real = (int)min(max(left, (int64_t)0), (int64_t)R);
+            const int64_t at = real ? t : 0;
+            fg_tile_load<64, R, 128>(to->u, u + at * s.u_row, s.u_row, real);
+            fg_tile_load<FG_STATE_COLUMNS, R, 128>(to->v, v + at * s.v_row, s.v_row, real);
+            fg_floats_load<R>(to->weight, weight + t);
         }
+        fg_copy_commit();
+    };
+    float sum[FG_STATE_COLUMNS / 8][4] = {};
+    if (s.from)
+#pragma unroll
+        for (int n = 0; n < FG_STATE_COLUMNS / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                sum[n][e] = s.from[row * size + n0 + fg_state_at(p, n, e, z.N)];
+#pragma unroll
+    for (int i = 0; i < FG_STATE_STAGES - 1; i++) load(i);
+    float decay = whole[s.back ? chunks - 1 : 0];
+    for (int64_t i = 0; i < chunks; i++) {
+        const int64_t at = s.back ? chunks - 1 - i : i, next = s.back ? at - 1 : at + 1;
+        const float now = decay;
+        fg_copy_wait<FG_STATE_STAGES - 2>();
+        __syncthreads();
+        load(i + FG_STATE_STAGES - 1);
+        if (i + 1 < chunks) decay = whole[next];
+        if (i % s.each == 0) fg_states_keep(kept + at / s.each * size, z.N, sum);
+#pragma unroll
+        for (int n = 0; n < FG_STATE_COLUMNS / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum[n][e] *= now;
+        fg_states_add<R>(m + i % FG_STATE_STAGES, p, sum);
     }
+    if (!s.to) return;
 #pragma unroll
-    for (int e = 0; e < 8; e++) if (s.to) s.to[row * size + i + e] = state[e];
+    for (int n = 0; n < FG_STATE_COLUMNS / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            s.to[row * size + n0 + fg_state_at(p, n, e, z.N)] = sum[n][e];
+}
+
+template <int R>
+static void fg_states_launch(const fg_ssd &z, const fg_decays &d, const fg_both_states &s,
+                             int directions, cudaStream_t stream)
+{
+    const int bytes = FG_STATE_STAGES * (int)sizeof(fg_state_tile<R>);
+    const dim3 blocks((unsigned)(z.B * z.H * z.N / FG_STATE_COLUMNS), (unsigned)directions);
+    cudaFuncSetAttribute(fg_states_walk<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    fg_states_walk<R><<<blocks, 128, bytes, stream>>>(z, d, s);
 }
 
 /* Blocks that share a group's heads, so that there are about `blocks`. */
@@ -394,26 +414,6 @@ static inline int64_t fg_ssd_parts(const fg_ssd &z, int64_t chunks, int64_t bloc
 {
     const int64_t each = z.B * chunks * z.G, M = z.H / z.G, parts = (blocks + each - 1) / each;
     return parts < M ? parts : M;
-}
-
-template <int R, int N>
-static void fg_states_launch_of(const fg_ssd &z, const fg_decays &d, const fg_states &s,
-                                cudaStream_t stream)
-{
-    const int bytes = (int)sizeof(fg_state_tile<R, N>);
-    cudaFuncSetAttribute(fg_states_sum<R, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    const unsigned blocks = (unsigned)(z.B * d.chunks * z.G * s.parts);
-    fg_states_sum<R, N><<<blocks, 256, bytes, stream>>>(z, d, s);
-    const unsigned passes = fg_blocks(64 * N, 1024) * (unsigned)(z.B * z.H);
-    fg_states_pass<<<passes, 128, 0, stream>>>(d, s, 64 * N);
-}
-
-template <int R>
-static void fg_states_launch(const fg_ssd &z, const fg_decays &d, fg_states s, cudaStream_t stream)
-{
-    s.parts = fg_ssd_parts(z, d.chunks, FG_STATE_BLOCKS);
-    if (z.N == 128) fg_states_launch_of<R, 128>(z, d, s, stream);
-    else fg_states_launch_of<R, 64>(z, d, s, stream);
 }
 
 /* Whether the tensor core kernels take these shapes and dtypes. */

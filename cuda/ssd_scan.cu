@@ -303,7 +303,7 @@ template <int N> static void run_chunks_launch(const chunks &k, cudaStream_t str
 
 static bf16 *cut(const fg_ssd &z, void *base, size_t *used, fg_decays *d)
 {
-    *d = fg_decays_cut(base, used, z, CHUNK);
+    *d = fg_decays_cut(base, used, z, CHUNK, 1);
     return (bf16 *)fg_ssd_cut(base, used, z.B * z.H * d->chunks * z.P * z.N, sizeof(bf16));
 }
 
@@ -322,9 +322,9 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream
     k.y = (bf16 *)e->out[0];
     k.parts = fg_ssd_parts(z, k.d.chunks, BLOCKS);
     fg_decays_launch<CHUNK>(z, (const float *)e->in[DT], (const float *)e->in[A], k.d, stream);
-    fg_states_launch<CHUNK>(z, k.d, { k.x, k.b, k.x_row, k.b_row, k.d.push,
-                                      (const float *)e->in[STATE], (float *)e->out[1], states, 0,
-                                      false }, stream);
+    const fg_states s = { k.x, k.b, k.x_row, k.b_row, k.d.push, (const float *)e->in[STATE],
+                          (float *)e->out[1], states, 1, false };
+    fg_states_launch<CHUNK>(z, k.d, { { s, s } }, 1, stream);
     if (z.N == 128) run_chunks_launch<128>(k, stream);
     else run_chunks_launch<64>(k, stream);
 }
