@@ -16,6 +16,7 @@
 #ifndef FG_SSD_CUH
 #define FG_SSD_CUH
 #include "attention.cuh"
+#include "wgmma.cuh"
 
 struct fg_ssd {
     const int32_t *first, *past;
@@ -226,6 +227,13 @@ static __device__ __forceinline__ void fg_tile_load(bf16 *to, const bf16 *from)
     for (int k = 0; k < ROWS / STEP; k++)
         fg_copy_async(m + k * STEP * WIDTH * 2, p + k * STEP * WIDTH, true);
 }
+/* What this thread copied and waited for is there for wgmma, behind a barrier. */
+static __device__ __forceinline__ void fg_async_fence()
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    proxy_fence();
+#endif
+}
 /* N floats, a multiple of 4. */
 template <int N>
 static __device__ __forceinline__ void fg_floats_load(float *to, const float *from)
@@ -270,17 +278,17 @@ struct fg_states {
     float *to;                                   /* the same after the last chunk, or NULL */
     bf16 *kept;                                  /* [B,H,chunks/each,P,N] before `each` chunks */
     int each;
-    bool back;
+    bool back, panels;                           /* panels: kept has 64 columns after the others */
 };
 struct fg_both_states { fg_states s[2]; };       /* one direction for each gridDim.y */
 
 #define FG_STATE_P 64                            /* head width of the tensor core kernels */
-#define FG_STATE_COLUMNS 32                      /* of a block */
+#define FG_STATE_COLUMNS 64                      /* of a block */
 #define FG_STATE_STAGES 4
 
 template <int R> struct fg_state_tile {
-    alignas(128) bf16 u[R * FG_STATE_P];
-    alignas(128) bf16 v[R * FG_STATE_COLUMNS];
+    alignas(1024) bf16 u[R * FG_STATE_P];
+    alignas(1024) bf16 v[R * FG_STATE_COLUMNS];
     alignas(16) float weight[R];
 };
 
@@ -289,37 +297,63 @@ static __device__ __forceinline__ uint32_t fg_scale2(uint32_t x, float a, float 
     return fg_pack2(__uint_as_float(x << 16) * a, __uint_as_float(x & 0xffff0000u) * b);
 }
 
-/* sum += u^T weight v, of 16 rows p of one warp. */
+/* u^T weight of a warp's 16 rows p, in fragments. */
 template <int R>
-static __device__ __forceinline__ void fg_states_add(const fg_state_tile<R> *m, int p,
-                                                     float (*sum)[4])
+static __device__ __forceinline__ void fg_weigh_rows(uint32_t (*a)[4], const bf16 *u,
+                                                     const float *weight, int p)
 {
     const int c = 2 * (threadIdx.x % 4);
 #pragma unroll
-    for (int j = 0; j < R; j += 16) {
-        uint32_t a[4];
-        fg_a_trans<64>(a, fg_shared(m->u), p, j);
-        const float2 w0 = *(const float2 *)&m->weight[j + c];
-        const float2 w1 = *(const float2 *)&m->weight[j + 8 + c];
-        a[0] = fg_scale2(a[0], w0.x, w0.y);
-        a[1] = fg_scale2(a[1], w0.x, w0.y);
-        a[2] = fg_scale2(a[2], w1.x, w1.y);
-        a[3] = fg_scale2(a[3], w1.x, w1.y);
-#pragma unroll
-        for (int n = 0; n < FG_STATE_COLUMNS / 16; n++) {
-            uint32_t q[4];
-            fg_b<FG_STATE_COLUMNS>(q, fg_shared(m->v), j, 16 * n);
-            fg_mma(sum[2 * n], a, q[0], q[1]);
-            fg_mma(sum[2 * n + 1], a, q[2], q[3]);
-        }
+    for (int j = 0; j < R / 16; j++) {
+        fg_a_trans<64>(a[j], fg_shared(u), p, 16 * j);
+        const float2 w0 = *(const float2 *)&weight[16 * j + c];
+        const float2 w1 = *(const float2 *)&weight[16 * j + 8 + c];
+        a[j][0] = fg_scale2(a[j][0], w0.x, w0.y);
+        a[j][1] = fg_scale2(a[j][1], w0.x, w0.y);
+        a[j][2] = fg_scale2(a[j][2], w1.x, w1.y);
+        a[j][3] = fg_scale2(a[j][3], w1.x, w1.y);
     }
 }
 
-/* Rows p + g and p + g + 8 of a state to bf16. */
-static __device__ __forceinline__ void fg_states_keep(bf16 *to, int64_t N, const float (*sum)[4])
+/* sum += a v, on its way until fg_states_done. */
+template <int R>
+static __device__ __forceinline__ void fg_states_add(uint32_t (&a)[R / 16][4], const bf16 *v,
+                                                     float (&sum)[8][4])
 {
-    const int lane = threadIdx.x % 32;
-    to += lane / 4 * N + 8 * (lane % 4);
+    const uint32_t at = fg_shared(v);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    pin(sum), pin(a);
+    wgmma_begin();
+#pragma unroll
+    for (int j = 0; j < R / 16; j++) product(sum, a[j], matrix_at(at + 2048 * j, 0));
+    wgmma_commit();
+#else
+#pragma unroll
+    for (int j = 0; j < R / 16; j++)
+#pragma unroll
+        for (int n = 0; n < FG_STATE_COLUMNS / 16; n++) {
+            uint32_t q[4];
+            fg_b<FG_STATE_COLUMNS>(q, at, 16 * j, 16 * n);
+            fg_mma(sum[2 * n], a[j], q[0], q[1]);
+            fg_mma(sum[2 * n + 1], a[j], q[2], q[3]);
+        }
+#endif
+}
+template <int R>
+static __device__ __forceinline__ void fg_states_done(uint32_t (&a)[R / 16][4], float (&sum)[8][4])
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wgmma_wait<0>();
+    pin(sum), pin(a);
+#endif
+}
+
+/* Rows p + g and p + g + 8 of a state to bf16: rows of N, or panels of 64 columns as wgmma.cuh has
+ * them. */
+static __device__ __forceinline__ void fg_states_keep(bf16 *to, int p, int64_t N, bool panels,
+                                                      const float (*sum)[4])
+{
+    const int r = p + threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
     for (int n = 0; n < FG_STATE_COLUMNS / 8; n += 4)
 #pragma unroll
@@ -329,7 +363,9 @@ static __device__ __forceinline__ void fg_states_keep(bf16 *to, int64_t N, const
             for (int k = 0; k < 4; k++)
                 v[k] = fg_pack2(sum[n + k][2 * low], sum[n + k][2 * low + 1]);
             fg_quad_turn(v);
-            fg_store4(to + 8 * low * N + 8 * n, v);
+            const int row = r + 8 * low, chunk = n + q;
+            fg_store4(panels ? to + row * 64 + 8 * (chunk ^ (row & 7)) : to + row * N + 8 * chunk,
+                      v);
         }
 }
 
@@ -340,60 +376,105 @@ static __device__ __forceinline__ int64_t fg_state_at(int p, int n, int e, int64
     return (p + lane / 4 + e / 2 * 8) * N + 8 * n + 2 * (lane % 4) + e % 2;
 }
 
+/* A thread's share of a tile's 16-byte copies; rows behind the last token become 0. */
+template <int R> struct fg_state_loader {
+    const bf16 *u, *v;
+    const float *weight;
+    int64_t u_row, v_row, T;
+    uint32_t to;
+    int r0;
+    __device__ __forceinline__ void load(fg_state_tile<R> *m, int64_t t) const
+    {
+        const int64_t left = T - t;
+        const int real = left < 0 ? 0 : left < R ? (int)left : R;
+        const bf16 *p = u + (real ? t : 0) * u_row, *q = v + (real ? t : 0) * v_row;
+        const uint32_t at = fg_shared(m->u) + to, other = fg_shared(m->v) + to;
+#pragma unroll
+        for (int k = 0; k < R / 16; k++) {
+            const bool in = r0 + 16 * k < real;
+            fg_copy_async(at + k * 2048, in ? p + 16 * k * u_row : u, in);
+            fg_copy_async(other + k * 2048, in ? q + 16 * k * v_row : v, in);
+        }
+        fg_floats_load<R>(m->weight, weight + t);
+    }
+};
+
+template <int R>
+static __device__ __forceinline__ fg_state_loader<R> fg_loader_of(const fg_ssd &z,
+                                                                  const fg_states &s, int64_t b,
+                                                                  int64_t h, int64_t n0,
+                                                                  const float *weight)
+{
+    const int r = threadIdx.x / 8, c = threadIdx.x % 8;
+    const int64_t g = h / (z.H / z.G), token = b * z.T + (r < z.T ? r : 0);
+    return { s.u + token * s.u_row + h * FG_STATE_P + 8 * c,
+             s.v + token * s.v_row + g * z.N + n0 + 8 * c, weight, s.u_row, s.v_row, z.T,
+             fg_swizzle<64>(r, c), r };
+}
+
+/* A block of 128 threads has a head and FG_STATE_COLUMNS of its state; a warp 16 rows. */
 template <int R>
 static __global__ void __launch_bounds__(128)
 fg_states_walk(fg_ssd z, fg_decays d, fg_both_states both)
 {
-    extern __shared__ __align__(128) char memory[];
+    extern __shared__ __align__(1024) char memory[];
     fg_state_tile<R> *m = (fg_state_tile<R> *)memory;
-    const fg_states &s = both.s[blockIdx.y];
+    const fg_states s = both.s[blockIdx.y];
     const int parts = (int)z.N / FG_STATE_COLUMNS, n0 = blockIdx.x % parts * FG_STATE_COLUMNS;
-    const int64_t row = blockIdx.x / parts, b = row / z.H, h = row % z.H, g = h / (z.H / z.G);
-    const int64_t chunks = d.chunks, size = FG_STATE_P * z.N;
-    const int p = threadIdx.x / 32 * 16;
-    const bf16 *u = s.u + b * z.T * s.u_row + h * FG_STATE_P;
-    const bf16 *v = s.v + b * z.T * s.v_row + g * z.N + n0;
-    const float *weight = s.weight + row * d.padded, *whole = d.whole + row * chunks;
-    bf16 *kept = s.kept + row * (chunks / s.each) * size + p * z.N + n0;
-    const auto load = [&](int64_t i) {
-        if (i < chunks) {
-            const int64_t t = (s.back ? chunks - 1 - i : i) * R, left = z.T - t;
-            fg_state_tile<R> *to = m + i % FG_STATE_STAGES;
-            const int real = (int)min(max(left, (int64_t)0), (int64_t)R);
-            const int64_t at = real ? t : 0;
-            fg_tile_load<64, R, 128>(to->u, u + at * s.u_row, s.u_row, real);
-            fg_tile_load<FG_STATE_COLUMNS, R, 128>(to->v, v + at * s.v_row, s.v_row, real);
-            fg_floats_load<R>(to->weight, weight + t);
-        }
-        fg_copy_commit();
-    };
-    float sum[FG_STATE_COLUMNS / 8][4] = {};
+    const int64_t row = blockIdx.x / parts, chunks = d.chunks, size = FG_STATE_P * z.N;
+    const int p = threadIdx.x / 32 * 16, step = s.back ? -1 : 1;
+    const float *whole = d.whole + row * chunks;
+    const fg_state_loader<R> l = fg_loader_of<R>(z, s, row / z.H, row % z.H, n0,
+                                                 s.weight + row * d.padded);
+    bf16 *kept = s.kept + row * (chunks / s.each) * size + (s.panels ? n0 * 64 : n0);
+    uint32_t a[R / 16][4];
+    float sum[8][4] = {};
     if (s.from)
 #pragma unroll
-        for (int n = 0; n < FG_STATE_COLUMNS / 8; n++)
+        for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 sum[n][e] = s.from[row * size + n0 + fg_state_at(p, n, e, z.N)];
+    int64_t at = s.back ? chunks - 1 : 0;
 #pragma unroll
-    for (int i = 0; i < FG_STATE_STAGES - 1; i++) load(i);
-    float decay = whole[s.back ? chunks - 1 : 0];
-    for (int64_t i = 0; i < chunks; i++) {
-        const int64_t at = s.back ? chunks - 1 - i : i, next = s.back ? at - 1 : at + 1;
-        const float now = decay;
-        fg_copy_wait<FG_STATE_STAGES - 2>();
+    for (int i = 0; i < FG_STATE_STAGES - 1; i++) {
+        if (i < chunks) l.load(m + i, (at + i * step) * R);
+        fg_copy_commit();
+    }
+    fg_copy_wait<FG_STATE_STAGES - 2>();
+    fg_async_fence();
+    __syncthreads();
+    fg_weigh_rows<R>(a, m->u, m->weight, p);
+    float decay = whole[at];
+    for (int64_t i = 0; i < chunks; i++, at += step) {
+        if (i % s.each == 0) fg_states_keep(kept + at / s.each * size, p, z.N, s.panels, sum);
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum[n][e] *= decay;
+        fg_states_add<R>(a, m[i % FG_STATE_STAGES].v, sum);
+        uint32_t next[R / 16][4];
+        fg_copy_wait<FG_STATE_STAGES - 3>();
+        fg_async_fence();
         __syncthreads();
-        load(i + FG_STATE_STAGES - 1);
-        if (i + 1 < chunks) decay = whole[next];
-        if (i % s.each == 0) fg_states_keep(kept + at / s.each * size, z.N, sum);
+        if (i + FG_STATE_STAGES - 1 < chunks)
+            l.load(m + (i + FG_STATE_STAGES - 1) % FG_STATE_STAGES,
+                   (at + (FG_STATE_STAGES - 1) * step) * R);
+        fg_copy_commit();
+        if (i + 1 < chunks) {
+            const fg_state_tile<R> *tile = m + (i + 1) % FG_STATE_STAGES;
+            decay = whole[at + step];
+            fg_weigh_rows<R>(next, tile->u, tile->weight, p);
+        }
+        fg_states_done<R>(a, sum);
 #pragma unroll
-        for (int n = 0; n < FG_STATE_COLUMNS / 8; n++)
+        for (int j = 0; j < R / 16; j++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) sum[n][e] *= now;
-        fg_states_add<R>(m + i % FG_STATE_STAGES, p, sum);
+            for (int e = 0; e < 4; e++) a[j][e] = next[j][e];
     }
     if (!s.to) return;
 #pragma unroll
-    for (int n = 0; n < FG_STATE_COLUMNS / 8; n++)
+    for (int n = 0; n < 8; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
             s.to[row * size + n0 + fg_state_at(p, n, e, z.N)] = sum[n][e];

@@ -323,7 +323,7 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream
     k.parts = fg_ssd_parts(z, k.d.chunks, BLOCKS);
     fg_decays_launch<CHUNK>(z, (const float *)e->in[DT], (const float *)e->in[A], k.d, stream);
     const fg_states s = { k.x, k.b, k.x_row, k.b_row, k.d.push, (const float *)e->in[STATE],
-                          (float *)e->out[1], states, 1, false };
+                          (float *)e->out[1], states, 1, false, false };
     fg_states_launch<CHUNK>(z, k.d, { { s, s } }, 1, stream);
     if (z.N == 128) run_chunks_launch<128>(k, stream);
     else run_chunks_launch<64>(k, stream);

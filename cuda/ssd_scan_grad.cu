@@ -737,9 +737,9 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, const layout &m, cu
     k.each = m.sm90 ? 2 : 1;
     const fg_both_states s = { {
         { k.x, k.b, k.x_row, k.b_row, m.d.push, (const float *)e->in[STATE], NULL, m.states, k.each,
-          false },
+          false, m.sm90 },
         { k.gy, k.c, k.gy_row, k.c_row, m.d.keep, (const float *)e->in[GEND],
-          (float *)e->out[GSTATE], m.pulls, k.each, true } } };
+          (float *)e->out[GSTATE], m.pulls, k.each, true, m.sm90 } } };
     fg_states_launch<CHUNK>(z, m.d, s, 2, stream);
     if (m.sm90) fg_ssd_scan_grad_sm90(k, stream);
     else if (z.N == 128) run_chunks_launch<128>(k, stream);

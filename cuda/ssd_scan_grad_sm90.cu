@@ -1,8 +1,8 @@
 /* ssd_scan_grad_sm90.cu - the chunks of ssd_scan_grad on Hopper's wgmma.
  *
- * A block has a chunk of 64 tokens and walks some heads; ssd_scan_grad.cu has the formulas.  S and R
- * come for two chunks, the pair: S enters its first half, R belongs to what leaves its second.  The
- * other half's own is made here, from the other half's rows:
+ * A block has a chunk of 64 tokens and walks some heads; ssd_scan_grad.cu has the formulas.  S and
+ * R come for two chunks, the pair: S enters its first half, R belongs to what leaves its second.
+ * The other half's own is made here, from the other half's rows:
  *
  *     first half    R <- whole R + sum_i gy_i keep_i c_i^T        i, j: tokens of the other half
  *     second half   S <- whole S + sum_j x_j push_j b_j^T
@@ -13,7 +13,8 @@
  * and the other has the states:
  *     part = left b R^T,   gb += push x R,   gc += keep gy S
  * Sums over heads, q, gb and gc, stay in registers.  The next head's tiles are on their way while
- * one is worked on.  Tiles lie in shared memory as wgmma.cuh says. */
+ * one is worked on: rows by all threads, states, which lie in memory as they are needed here, by the
+ * copy engine.  Tiles lie in shared memory as wgmma.cuh says. */
 #include "ssd_scan_grad.cuh"
 #include "wgmma.cuh"
 
@@ -27,6 +28,11 @@ template <int N> struct head {
     bf16 gy[PANEL], other[PANEL];                /* other: the other half's gy, or x */
     bf16 state[N / 64 * PANEL], pull[N / 64 * PANEL];
 };
+/* Sums of one head over the chunk; see `totals`. */
+struct sums_of_head {
+    alignas(16) float row[4][CHUNK];             /* of each warp */
+    float column[CHUNK], u[CHUNK], w[CHUNK], gu[CHUNK], gy[CHUNK], both[4];
+};
 struct vectors {
     alignas(16) float2 sum[CHUNK];
     float dt[CHUNK], tail[CHUNK], keep[CHUNK], left[CHUNK];
@@ -39,8 +45,9 @@ template <int N> struct memory {
     bf16 other[N / 64 * PANEL];                  /* the other half's c, or b */
     float4 part[8 * 128];
     vectors v[3];
-    totals t[2];
-    int32_t segment[CHUNK];
+    sums_of_head t[2];
+    alignas(16) int32_t segment[CHUNK];
+    alignas(8) uint64_t full[2];                 /* barriers: the states of heads[i] are there */
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -64,12 +71,6 @@ template <int ID, int COUNT> static __device__ __forceinline__ void barrier_pass
 }
 enum { STATES_ONLY = 1, PART_READY };
 
-static __device__ __forceinline__ void copy4(const void *to, const void *from)
-{
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(fg_shared(to)), "l"(from)
-                 : "memory");
-}
-
 /* A block's place. */
 struct spot { int b, g, chunk, t0, real, part, h0, h1; bool late; };
 
@@ -83,40 +84,108 @@ static __device__ __forceinline__ void panels_load(bf16 *to, const bf16 *from, i
         fg_tile_load<64, 64, THREADS>(to + n * PANEL, from + 64 * n, row, real);
 }
 
-template <int N>
-static __device__ __forceinline__ void load_head(const chunks &k, const spot &o, memory<N> *m,
-                                                 int h)
+static __device__ __forceinline__ void bulk_load(const void *to, const void *from, int bytes,
+                                                 uint32_t bar)
 {
-    head<N> *to = &m->heads[(h - o.h0) % 2];
-    vectors *v = &m->v[(h - o.h0) % 3];
-    const int other = o.chunk ^ 1, other_real = (int)k.z.T - other * CHUNK;
-    const int64_t row = (int64_t)o.b * k.z.H + h, at = row * k.d.padded + o.t0;
-    const int64_t own_token = o.b * k.z.T + (o.real > 0 ? o.t0 : 0);
-    const int64_t token = o.b * k.z.T + (other_real > 0 ? other * CHUNK : 0);
-    const int64_t state = (row * (k.d.chunks / 2) + o.chunk / 2) * 64 * N;
-    fg_tile_load<64, 64, THREADS>(to->x, k.x + own_token * k.x_row + h * 64, k.x_row, o.real);
-    fg_tile_load<64, 64, THREADS>(to->gy, k.gy + own_token * k.gy_row + h * 64, k.gy_row, o.real);
-    const bf16 *from = o.late ? k.x + token * k.x_row : k.gy + token * k.gy_row;
-    fg_tile_load<64, 64, THREADS>(to->other, from + h * 64, o.late ? k.x_row : k.gy_row,
-                                  other_real);
-    panels_load<N>(to->state, k.states + state, N, 64);
-    panels_load<N>(to->pull, k.pulls + state, N, 64);
-    const int i = threadIdx.x % 16 * 4;
-    const float *weight = (o.late ? k.d.push : k.d.keep) + row * k.d.padded + other * CHUNK;
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];"
+                 :: "r"(fg_shared(to)), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+
+/* A thread's share of what heads need; pointers are those of the head that is loaded next. */
+struct loader {
+    const bf16 *x, *gy, *other;                  /* rows r and r + 32 */
+    int64_t x_next, gy_next, other_next;         /* elements between the two */
+    const bf16 *state, *pull;
+    int64_t state_step;
+    const char *vector;
+    int64_t vector_step;                         /* bytes */
+    uint32_t to, vector_to;                      /* offsets */
+    int vector_bytes;
+    bool real[2], other_real[2];
+};
+
+/* Which vector a thread copies: 16 bytes, or 4, of one. */
+static __device__ __forceinline__ void set_vector(const chunks &k, const spot &o, loader *l)
+{
+    const int i = threadIdx.x % 16 * 4, other = o.chunk ^ 1;
+    const int64_t row = (int64_t)o.b * k.z.H + o.h0, at = row * k.d.padded + o.t0;
+    const int64_t there = row * k.d.padded + other * CHUNK;
+    const vectors *none = nullptr;
+    const auto set = [&](const void *from, int64_t step, const void *to, int bytes) {
+        l->vector = (const char *)from, l->vector_step = step;
+        l->vector_to = (uint32_t)(uintptr_t)to, l->vector_bytes = bytes;
+    };
+    set(nullptr, 0, none, 0);
+    const int64_t step = k.d.padded * 4, chunk_step = k.d.chunks * 4;
     switch (threadIdx.x / 16) {
-    case 0: fg_copy_async(fg_shared(&v->sum[i]), k.d.sum + at + i, true); break;
-    case 1: fg_copy_async(fg_shared(&v->sum[i + 2]), k.d.sum + at + i + 2, true); break;
-    case 2: fg_copy_async(fg_shared(&v->dt[i]), k.d.dt + at + i, true); break;
-    case 3: fg_copy_async(fg_shared(&v->tail[i]), k.d.tail + at + i, true); break;
-    case 4: fg_copy_async(fg_shared(&v->keep[i]), k.d.keep + at + i, true); break;
-    case 5: fg_copy_async(fg_shared(&v->left[i]), k.d.left + at + i, true); break;
-    case 6: fg_copy_async(fg_shared(&v->weight[i]), weight + i, true); break;
-    case 8: if (i == 0) copy4(&v->whole, k.d.whole + row * k.d.chunks + o.chunk); break;
-    case 10: if (i == 0) copy4(&v->other_whole, k.d.whole + row * k.d.chunks + other); break;
-    case 12: if (i == 0) copy4(&v->rate, k.rate + h); break;
-    case 14: if (i == 0 && k.skip) copy4(&v->skip, k.skip + h);
-             else if (i == 0) v->skip = 0;
+    case 0: set(k.d.sum + at + i, 2 * step, &none->sum[i], 16); break;
+    case 1: set(k.d.sum + at + i + 2, 2 * step, &none->sum[i + 2], 16); break;
+    case 2: set(k.d.dt + at + i, step, &none->dt[i], 16); break;
+    case 3: set(k.d.tail + at + i, step, &none->tail[i], 16); break;
+    case 4: set(k.d.keep + at + i, step, &none->keep[i], 16); break;
+    case 5: set(k.d.left + at + i, step, &none->left[i], 16); break;
+    case 6: set((o.late ? k.d.push : k.d.keep) + there + i, step, &none->weight[i], 16); break;
+    case 7: if (i == 0) set(k.d.whole + row * k.d.chunks + o.chunk, chunk_step, &none->whole, 4);
+            break;
+    case 8: if (i == 0) set(k.d.whole + row * k.d.chunks + other, chunk_step, &none->other_whole, 4);
+            break;
+    case 9: if (i == 0) set(k.rate + o.h0, 4, &none->rate, 4); break;
+    case 10: if (i == 0 && k.skip) set(k.skip + o.h0, 4, &none->skip, 4); break;
     }
+}
+
+template <int N>
+static __device__ __forceinline__ loader loader_of(const chunks &k, const spot &o)
+{
+    const int r = threadIdx.x / 8, c = threadIdx.x % 8, other = o.chunk ^ 1;
+    const int other_real = (int)k.z.T - other * CHUNK;
+    const int64_t own = o.b * k.z.T + (r < o.real ? o.t0 + r : 0);
+    const int64_t token = o.b * k.z.T + (r < other_real ? other * CHUNK + r : 0);
+    const int64_t row = (int64_t)o.b * k.z.H + o.h0, each = 64 * N;
+    const int64_t state = (row * (k.d.chunks / 2) + o.chunk / 2) * each;
+    loader l;
+    l.x = k.x + own * k.x_row + o.h0 * 64 + 8 * c, l.x_next = 32 * k.x_row;
+    l.gy = k.gy + own * k.gy_row + o.h0 * 64 + 8 * c, l.gy_next = 32 * k.gy_row;
+    l.other = (o.late ? k.x + token * k.x_row : k.gy + token * k.gy_row) + o.h0 * 64 + 8 * c;
+    l.other_next = o.late ? l.x_next : l.gy_next;
+    l.state = k.states + state, l.pull = k.pulls + state;
+    l.state_step = k.d.chunks / 2 * each;
+    l.to = fg_swizzle<64>(r, c);
+    l.real[0] = r < o.real, l.real[1] = r + 32 < o.real;
+    l.other_real[0] = r < other_real, l.other_real[1] = r + 32 < other_real;
+    set_vector(k, o, &l);
+    return l;
+}
+
+/* Tile i: the states by one thread. */
+template <int N>
+static __device__ __forceinline__ void load_head(loader &l, memory<N> *m, int i)
+{
+    head<N> *to = &m->heads[i % 2];
+    const uint32_t x = fg_shared(to->x) + l.to, v = fg_shared(&m->v[i % 3]) + l.vector_to;
+    const uint32_t bar = fg_shared(&m->full[i % 2]);
+    if (threadIdx.x == 96) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                     :: "r"(bar), "r"(2 * N * 128) : "memory");
+        bulk_load(to->state, l.state, N * 128, bar);
+        bulk_load(to->pull, l.pull, N * 128, bar);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const uint32_t at = x + 4096 * k;
+        fg_copy_async(at, l.real[k] ? l.x + k * l.x_next : l.x, l.real[k]);
+        fg_copy_async(at + PANEL_BYTES, l.real[k] ? l.gy + k * l.gy_next : l.gy, l.real[k]);
+        fg_copy_async(at + 2 * PANEL_BYTES, l.other_real[k] ? l.other + k * l.other_next : l.other,
+                      l.other_real[k]);
+    }
+    if (l.vector_bytes == 16) fg_copy_async(v, l.vector, true);
+    else if (l.vector_bytes == 4)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(v), "l"(l.vector)
+                     : "memory");
+    l.x += 64, l.gy += 64, l.other += 64;
+    l.state += l.state_step, l.pull += l.state_step;
+    l.vector += l.vector_step;
 }
 
 static __device__ __forceinline__ float quad_sum(float x)
@@ -255,6 +324,35 @@ static __device__ __forceinline__ void put_gx(const chunks &k, const spot &o, co
     }
 }
 
+/* gdt, ga and gd of a head by one warp; a lane has two tokens.  gl in one running sum. */
+template <int N>
+static __device__ __forceinline__ void settle_head(const chunks &k, const spot &o,
+                                                   const memory<N> *m, int h)
+{
+    const sums_of_head &s = m->t[(h - o.h0) % 2];
+    const vectors &v = m->v[(h - o.h0) % 3];
+    const int t = 2 * (threadIdx.x % 32);
+    const auto two = [&](const float *x) { return *(const float2 *)(x + t); };
+    const float2 dt = two(v.dt), column = two(s.column), u = two(s.u), w = two(s.w);
+    const float2 gu = two(s.gu), gy = two(s.gy);
+    float2 row = two(s.row[0]);
+#pragma unroll
+    for (int i = 1; i < 4; i++) row.x += two(s.row[i]).x, row.y += two(s.row[i]).y;
+    const float x = column.x - row.x + dt.x * w.x - u.x;
+    const float y = column.y - row.y + dt.y * w.y - u.y;
+    const float both = (s.both[0] + s.both[1]) + (s.both[2] + s.both[3]);
+    const float gl = before(x + y) + fg_warp_sum(u.x + u.y) + v.whole * both, next = gl + x;
+    const int2 segment = *(const int2 *)(m->segment + t);
+    const bool one = t < o.real && segment.x >= 0, other = t + 1 < o.real && segment.y >= 0;
+    float *to = k.gdt + (o.b * k.z.T + o.t0 + t) * k.z.H + h;
+    if (t < o.real) to[0] = one ? fmaf(v.rate, gl, gu.x) : 0.0f;
+    if (t + 1 < o.real) to[k.z.H] = other ? fmaf(v.rate, next, gu.y) : 0.0f;
+    const float a = fg_warp_sum((one ? dt.x * gl : 0) + (other ? dt.y * next : 0));
+    const float d = fg_warp_sum((one ? gy.x : 0) + (other ? gy.y : 0));
+    const int64_t at = ((int64_t)o.b * k.d.chunks + o.chunk) * k.z.H + h;
+    if (t == 0) k.s.ga[at] = a, k.s.gd[at] = d;
+}
+
 template <int N>
 static __device__ __forceinline__ void pairs_of_head(const chunks &k, const spot &o, memory<N> *m,
                                                      int h, const float (&score)[8][4],
@@ -262,7 +360,7 @@ static __device__ __forceinline__ void pairs_of_head(const chunks &k, const spot
 {
     const head<N> *tile = &m->heads[(h - o.h0) % 2];
     const vectors &v = m->v[(h - o.h0) % 3];
-    totals *t = &m->t[(h - o.h0) % 2];
+    sums_of_head *t = &m->t[(h - o.h0) % 2];
     const int warp = threadIdx.x / 32, r = 16 * warp + threadIdx.x % 32 / 4;
     const uint32_t x = fg_shared(tile->x), gy = fg_shared(tile->gy);
     float e[8][4] = {}, on_x[2] = { 0 };
@@ -275,7 +373,9 @@ static __device__ __forceinline__ void pairs_of_head(const chunks &k, const spot
     wgmma_commit();
     wgmma_wait<0>();
     pin(e);
-    weigh(v, m->segment, e, score, q, w, &z, t->gy[0]);
+    weigh(v, m->segment, e, score, q, w, &z, t->gy);
+    if (warp == 3 && h > o.h0) settle_head<N>(k, o, m, h - 1);   /* it has least to weigh */
+    __syncwarp();
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -285,7 +385,7 @@ static __device__ __forceinline__ void pairs_of_head(const chunks &k, const spot
 #pragma unroll
     for (int i = 0; i < 4; i++) product(e, w[i], matrix_at(gy + 2048 * i, 0));
     wgmma_commit();
-    put_rows(t->column[0], r, z.column);
+    put_rows(t->column, r, z.column);
     put_columns(t->row[warp], z.row);
     wgmma_wait<0>();
     pin(e), pin(w);
@@ -296,7 +396,7 @@ static __device__ __forceinline__ void pairs_of_head(const chunks &k, const spot
         e[n][0] += u.x, e[n][1] += u.y, e[n][2] += u.z, e[n][3] += u.w;
     }
     put_gx(k, o, v, tile->x, tile->gy, m->segment, h, e, on_x);
-    put_rows(t->gu[0], r, on_x);
+    put_rows(t->gu, r, on_x);
 }
 
 /* ---- states --------------------------------------------------------------------------------- */
@@ -304,24 +404,15 @@ static __device__ __forceinline__ void pairs_of_head(const chunks &k, const spot
 /* The half's own S or R, in place of the pair's; and <R,S>. */
 template <int N>
 static __device__ __forceinline__ void other_half(const spot &o, memory<N> *m, head<N> *tile,
-                                                  const vectors &v, totals *t)
+                                                  const vectors &v, sums_of_head *t)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, c = 2 * (lane % 4);
     const int r = 16 * warp + lane / 4;
     bf16 *mine = o.late ? tile->state : tile->pull, *its = o.late ? tile->pull : tile->state;
     uint32_t a[4][4];
     float both = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        fg_a_trans<64>(a[j], fg_shared(tile->other), 16 * warp, 16 * j);
-        const float2 w0 = *(const float2 *)&v.weight[16 * j + c];
-        const float2 w1 = *(const float2 *)&v.weight[16 * j + 8 + c];
-        a[j][0] = fg_scale2(a[j][0], w0.x, w0.y);
-        a[j][1] = fg_scale2(a[j][1], w0.x, w0.y);
-        a[j][2] = fg_scale2(a[j][2], w1.x, w1.y);
-        a[j][3] = fg_scale2(a[j][3], w1.x, w1.y);
-    }
-#pragma unroll
+    fg_weigh_rows<64>(a, tile->other, v.weight, 16 * warp);
+#pragma unroll 1
     for (int panel = 0; panel < N / 64; panel++) {
         float sum[8][4];
         const uint32_t y = fg_shared(m->other + panel * PANEL);
@@ -357,7 +448,8 @@ static __device__ __forceinline__ void other_half(const spot &o, memory<N> *m, h
 /* The part of gu that comes through the state; it is in `sum` when the first group is done. */
 template <int N>
 static __device__ __forceinline__ void put_part(memory<N> *m, const head<N> *tile,
-                                                const vectors &v, float (&sum)[8][4], totals *t)
+                                                const vectors &v, float (&sum)[8][4],
+                                                sums_of_head *t)
 {
     const int lane = threadIdx.x % 32, own = threadIdx.x % 128, c = 2 * (lane % 4);
     const int r = own / 32 * 16 + lane / 4;
@@ -375,7 +467,7 @@ static __device__ __forceinline__ void put_part(memory<N> *m, const head<N> *til
         m->part[n * 128 + own] = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
     }
     barrier_pass<PART_READY, THREADS>();
-    put_rows(t->w[0], r, w);
+    put_rows(t->w, r, w);
 }
 
 template <int N>
@@ -384,7 +476,7 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
 {
     head<N> *tile = &m->heads[(h - o.h0) % 2];
     const vectors &v = m->v[(h - o.h0) % 3];
-    totals *t = &m->t[(h - o.h0) % 2];
+    sums_of_head *t = &m->t[(h - o.h0) % 2];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, c = 2 * (lane % 4);
     const int r = 16 * warp + lane / 4;
     const uint32_t b = fg_shared(m->b), pull = fg_shared(tile->pull);
@@ -444,7 +536,7 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
                 gc[8 * panel + n][2 * low + 1] += v1;
             }
     }
-    put_rows(t->u[0], r, on_c);
+    put_rows(t->u, r, on_c);
 }
 
 /* ---- sums over heads ------------------------------------------------------------------------ */
@@ -512,48 +604,38 @@ static __device__ __forceinline__ void put_q(bf16 *to, const float (*q)[4])
 
 /* Both warpgroups, before each head: its tiles are there, the next one's on their way. */
 template <int N>
-static __device__ __forceinline__ void next_head(const chunks &k, const spot &o, memory<N> *m,
-                                                 int h)
+static __device__ __forceinline__ void next_head(const spot &o, memory<N> *m, loader &l, int h)
 {
+    const int i = h - o.h0;
     fg_copy_wait<0>();
     proxy_fence();
     __syncthreads();
-    if (h + 1 < o.h1) load_head<N>(k, o, m, h + 1);
+    if (h + 1 < o.h1) load_head<N>(l, m, i + 1);
     fg_copy_commit();
+    barrier_wait(fg_shared(&m->full[i % 2]), i / 2 % 2);
 }
 
 template <int N>
-static __device__ __forceinline__ void settle_head(const chunks &k, const spot &o, memory<N> *m,
-                                                   int h)
-{
-    const vectors &v = m->v[(h - o.h0) % 3];
-    const int64_t at = ((int64_t)o.b * k.d.chunks + o.chunk) * k.z.H + h;
-    settle(m->t[(h - o.h0) % 2], v.dt, m->segment, v.rate, v.whole, o.real,
-           k.gdt + (o.b * k.z.T + o.t0) * k.z.H + h, k.z.H, k.s.ga + at, k.s.gd + at);
-}
-
-template <int N>
-static __device__ __forceinline__ void pairs_walk(const chunks &k, const spot &o, memory<N> *m)
+static __device__ __forceinline__ void pairs_walk(const chunks &k, const spot &o, memory<N> *m,
+                                                  loader &l)
 {
     const uint32_t b = fg_shared(m->b), c = fg_shared(m->c);
     float score[8][4] = {}, q[8][4] = {};
-    for (int h = o.h0; h < o.h1; h++) {
-        next_head<N>(k, o, m, h);
-        if (h == o.h0) {
-            pin(score);
-            wgmma_begin();
+    fg_copy_wait<0>();
+    proxy_fence();
+    __syncthreads();
+    pin(score);
+    wgmma_begin();
 #pragma unroll
-            for (int n = 0; n < N / 16; n++) {
-                const uint32_t at = n / 4 * PANEL_BYTES + n % 4 * 32;
-                product(score, matrix_at(b + at, 0), matrix_at(c + at, 0), n);
-            }
-            wgmma_commit();
-            wgmma_wait<0>();
-            pin(score);
-        } else if (threadIdx.x / 32 == 3) {
-            settle_head<N>(k, o, m, h - 1);
-        }
-        __syncwarp();
+    for (int n = 0; n < N / 16; n++) {
+        const uint32_t at = n / 4 * PANEL_BYTES + n % 4 * 32;
+        product(score, matrix_at(b + at, 0), matrix_at(c + at, 0), n);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(score);
+    for (int h = o.h0; h < o.h1; h++) {
+        next_head<N>(o, m, l, h);
         pairs_of_head<N>(k, o, m, h, score, q);
     }
     __syncthreads();
@@ -563,11 +645,15 @@ static __device__ __forceinline__ void pairs_walk(const chunks &k, const spot &o
 }
 
 template <int N>
-static __device__ __forceinline__ void states_walk(const chunks &k, const spot &o, memory<N> *m)
+static __device__ __forceinline__ void states_walk(const chunks &k, const spot &o, memory<N> *m,
+                                                   loader &l)
 {
     float gb[N / 8][4] = {}, gc[N / 8][4] = {};
+    fg_copy_wait<0>();
+    proxy_fence();
+    __syncthreads();
     for (int h = o.h0; h < o.h1; h++) {
-        next_head<N>(k, o, m, h);
+        next_head<N>(o, m, l, h);
         states_of_head<N>(o, m, h, gb, gc);
     }
     __syncthreads();
@@ -578,21 +664,25 @@ static __device__ __forceinline__ void states_walk(const chunks &k, const spot &
 }
 
 template <int N>
-static __device__ __forceinline__ void open(const chunks &k, const spot &o, memory<N> *m)
+static __device__ __forceinline__ loader open(const chunks &k, const spot &o, memory<N> *m)
 {
     const int other = o.chunk ^ 1, other_real = (int)k.z.T - other * CHUNK;
     const int64_t own_token = o.b * k.z.T + (o.real > 0 ? o.t0 : 0);
     const int64_t token = o.b * k.z.T + (other_real > 0 ? other * CHUNK : 0);
-    float *t = (float *)m->t;
+    if (threadIdx.x < 2) barrier_init(fg_shared(&m->full[threadIdx.x]), 1);
+    if (threadIdx.x < 3 && !k.skip) m->v[threadIdx.x].skip = 0;
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncthreads();
     panels_load<N>(m->b, k.b + own_token * k.b_row + o.g * N, k.b_row, o.real);
     panels_load<N>(m->c, k.c + own_token * k.c_row + o.g * N, k.c_row, o.real);
     const bf16 *from = o.late ? k.b + token * k.b_row : k.c + token * k.c_row;
     panels_load<N>(m->other, from + o.g * N, o.late ? k.b_row : k.c_row, other_real);
-    for (int i = threadIdx.x; i < (int)(sizeof m->t / 4); i += THREADS) t[i] = 0;
     if (threadIdx.x < CHUNK)
         m->segment[threadIdx.x] = k.d.segment[o.b * k.d.padded + o.t0 + threadIdx.x];
-    load_head<N>(k, o, m, o.h0);
+    loader l = loader_of<N>(k, o);
+    load_head<N>(l, m, 0);
     fg_copy_commit();
+    return l;
 }
 #endif
 
@@ -609,9 +699,9 @@ template <int N> static __global__ void __launch_bounds__(THREADS, 1) run_chunks
     o.chunk = unit / parts / G % (chunks / 2) * 2 + half, o.b = unit / parts / G / (chunks / 2);
     o.t0 = o.chunk * CHUNK, o.real = (int)k.z.T - o.t0, o.late = half;
     o.h0 = o.g * M + M * o.part / parts, o.h1 = o.g * M + M * (o.part + 1) / parts;
-    open<N>(k, o, m);
-    if (threadIdx.x < 128) pairs_walk<N>(k, o, m);
-    else states_walk<N>(k, o, m);
+    loader l = open<N>(k, o, m);
+    if (threadIdx.x < 128) pairs_walk<N>(k, o, m, l);
+    else states_walk<N>(k, o, m, l);
 #endif
 }
 
