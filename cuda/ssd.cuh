@@ -276,9 +276,10 @@ struct fg_states {
     const float *weight;
     const float *from;                           /* f32[B,H,P,N]; NULL: 0 */
     float *to;                                   /* the same after the last chunk, or NULL */
-    bf16 *kept;                                  /* [B,H,chunks/each,P,N] before `each` chunks */
+    bf16 *kept;                                  /* [B,H,chunks/each,N/64,P,64], before `each`
+                                                    chunks, each row as fg_swizzle<64> has it */
     int each;
-    bool back, panels;                           /* panels: kept has 64 columns after the others */
+    bool back;
 };
 struct fg_both_states { fg_states s[2]; };       /* one direction for each gridDim.y */
 
@@ -348,10 +349,8 @@ static __device__ __forceinline__ void fg_states_done(uint32_t (&a)[R / 16][4], 
 #endif
 }
 
-/* Rows p + g and p + g + 8 of a state to bf16: rows of N, or panels of 64 columns as wgmma.cuh has
- * them. */
-static __device__ __forceinline__ void fg_states_keep(bf16 *to, int p, int64_t N, bool panels,
-                                                      const float (*sum)[4])
+/* Rows p + g and p + g + 8 of 64 columns of a state to bf16. */
+static __device__ __forceinline__ void fg_states_keep(bf16 *to, int p, const float (*sum)[4])
 {
     const int r = p + threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
@@ -363,9 +362,8 @@ static __device__ __forceinline__ void fg_states_keep(bf16 *to, int p, int64_t N
             for (int k = 0; k < 4; k++)
                 v[k] = fg_pack2(sum[n + k][2 * low], sum[n + k][2 * low + 1]);
             fg_quad_turn(v);
-            const int row = r + 8 * low, chunk = n + q;
-            fg_store4(panels ? to + row * 64 + 8 * (chunk ^ (row & 7)) : to + row * N + 8 * chunk,
-                      v);
+            const int row = r + 8 * low;
+            fg_store4(to + row * 64 + 8 * ((n + q) ^ (row & 7)), v);
         }
 }
 
@@ -417,8 +415,8 @@ template <int R>
 static __global__ void __launch_bounds__(128)
 fg_states_walk(fg_ssd z, fg_decays d, fg_both_states both)
 {
-    extern __shared__ __align__(1024) char memory[];
-    fg_state_tile<R> *m = (fg_state_tile<R> *)memory;
+    extern __shared__ __align__(1024) char fg_state_memory[];
+    fg_state_tile<R> *m = (fg_state_tile<R> *)fg_state_memory;
     const fg_states s = both.s[blockIdx.y];
     const int parts = (int)z.N / FG_STATE_COLUMNS, n0 = blockIdx.x % parts * FG_STATE_COLUMNS;
     const int64_t row = blockIdx.x / parts, chunks = d.chunks, size = FG_STATE_P * z.N;
@@ -426,7 +424,7 @@ fg_states_walk(fg_ssd z, fg_decays d, fg_both_states both)
     const float *whole = d.whole + row * chunks;
     const fg_state_loader<R> l = fg_loader_of<R>(z, s, row / z.H, row % z.H, n0,
                                                  s.weight + row * d.padded);
-    bf16 *kept = s.kept + row * (chunks / s.each) * size + (s.panels ? n0 * 64 : n0);
+    bf16 *kept = s.kept + row * (chunks / s.each) * size + n0 * FG_STATE_P;
     uint32_t a[R / 16][4];
     float sum[8][4] = {};
     if (s.from)
@@ -447,7 +445,7 @@ fg_states_walk(fg_ssd z, fg_decays d, fg_both_states both)
     fg_weigh_rows<R>(a, m->u, m->weight, p);
     float decay = whole[at];
     for (int64_t i = 0; i < chunks; i++, at += step) {
-        if (i % s.each == 0) fg_states_keep(kept + at / s.each * size, p, z.N, s.panels, sum);
+        if (i % s.each == 0) fg_states_keep(kept + at / s.each * size, p, sum);
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -480,10 +478,19 @@ fg_states_walk(fg_ssd z, fg_decays d, fg_both_states both)
             s.to[row * size + n0 + fg_state_at(p, n, e, z.N)] = sum[n][e];
 }
 
+/* On wgmma, with a state kept for every 128 tokens; whether this device and this build have it. */
+void fg_states_sm90(const fg_ssd &z, const fg_decays &d, const fg_both_states &s, int directions,
+                    cudaStream_t stream);
+bool fg_states_have_sm90();
+
 template <int R>
 static void fg_states_launch(const fg_ssd &z, const fg_decays &d, const fg_both_states &s,
                              int directions, cudaStream_t stream)
 {
+    if (R * s.s[0].each == 128 && fg_states_have_sm90()) {
+        fg_states_sm90(z, d, s, directions, stream);
+        return;
+    }
     const int bytes = FG_STATE_STAGES * (int)sizeof(fg_state_tile<R>);
     const dim3 blocks((unsigned)(z.B * z.H * z.N / FG_STATE_COLUMNS), (unsigned)directions);
     cudaFuncSetAttribute(fg_states_walk<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

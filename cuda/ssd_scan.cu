@@ -117,7 +117,9 @@ static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, in
     const int64_t row = b * k.z.H + h, at = row * k.d.padded + t0;
     fg_tile_load<64, CHUNK, 256>(m->x, k.x + (b * k.z.T + t0) * k.x_row + h * 64, k.x_row,
                                  (int)k.z.T - t0);
-    fg_tile_load<N, 64, 256>(m->state, k.states + (row * k.d.chunks + chunk) * 64 * N);
+    const bf16 *state = k.states + (row * k.d.chunks + chunk) * 64 * N;
+    for (int n = threadIdx.x; n < 64 * N / 8; n += 256)
+        fg_copy_async(fg_shared(m->state + 8 * n), state + 8 * n, true);
     const int i = threadIdx.x % 64 * 4;
     switch (threadIdx.x / 64) {                  /* two warps each */
     case 0: fg_copy_async(fg_shared((float *)m->sum + i), (const float *)(k.d.sum + at) + i, true);
@@ -190,7 +192,7 @@ static __device__ __forceinline__ void run_head(const chunks &k, const tile<N> *
 #pragma unroll
         for (int p = 0; p < 4; p++) {
             uint32_t s[4];
-            fg_b_trans<N>(s, state, 16 * n, 16 * p);
+            fg_b_trans<64>(s, state + n / 4 * 64 * 128, n % 4 * 16, 16 * p);
             fg_mma(y[2 * p], q[n], s[0], s[1]);
             fg_mma(y[2 * p + 1], q[n], s[2], s[3]);
         }
@@ -323,7 +325,7 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream
     k.parts = fg_ssd_parts(z, k.d.chunks, BLOCKS);
     fg_decays_launch<CHUNK>(z, (const float *)e->in[DT], (const float *)e->in[A], k.d, stream);
     const fg_states s = { k.x, k.b, k.x_row, k.b_row, k.d.push, (const float *)e->in[STATE],
-                          (float *)e->out[1], states, 1, false, false };
+                          (float *)e->out[1], states, 1, false };
     fg_states_launch<CHUNK>(z, k.d, { { s, s } }, 1, stream);
     if (z.N == 128) run_chunks_launch<128>(k, stream);
     else run_chunks_launch<64>(k, stream);

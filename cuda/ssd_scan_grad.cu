@@ -64,8 +64,10 @@ static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, in
     const int64_t state = (row * k.d.chunks + chunk) * 64 * N;
     fg_tile_load<64, CHUNK, THREADS>(m->x, k.x + token * k.x_row + h * 64, k.x_row, real);
     fg_tile_load<64, CHUNK, THREADS>(m->gy, k.gy + token * k.gy_row + h * 64, k.gy_row, real);
-    fg_tile_load<N, 64, THREADS>(m->state, k.states + state);
-    fg_tile_load<N, 64, THREADS>(m->pull, k.pulls + state);
+    for (int n = threadIdx.x; n < 64 * N / 8; n += THREADS) {
+        fg_copy_async(fg_shared(m->state + 8 * n), k.states + state + 8 * n, true);
+        fg_copy_async(fg_shared(m->pull + 8 * n), k.pulls + state + 8 * n, true);
+    }
     const int i = threadIdx.x % 16 * 4;
     switch (threadIdx.x / 16) {
     case 0: fg_copy_async(fg_shared(&m->sum[i]), k.d.sum + at + i, true); break;
@@ -186,7 +188,7 @@ static __device__ __forceinline__ void from_state(shared<N> *m, const tile<N> *h
         for (int p = 0; p < 4; p++) {
             uint32_t a[4], v[4];
             fg_a<64>(a, gy, l.row, 16 * p);
-            fg_b<N>(v, state, 16 * p, n0);
+            fg_b<64>(v, state + n0 / 64 * 64 * 128, 16 * p, n0 % 64);
             fg_mma(sum[0], a, v[0], v[1]);
             fg_mma(sum[1], a, v[2], v[3]);
         }
@@ -219,7 +221,7 @@ static __device__ __forceinline__ void to_state(shared<N> *m, const tile<N> *h, 
     for (int n = 0; n < N / 16; n++) {
         uint32_t a[4], v[4];
         fg_a<N>(a, b, l.row, 16 * n);
-        fg_b_trans<N>(v, pull, 16 * n, 16 * l.quarter);
+        fg_b_trans<64>(v, pull + n / 4 * 64 * 128, n % 4 * 16, 16 * l.quarter);
         fg_mma(gu[0], a, v[0], v[1]);
         fg_mma(gu[1], a, v[2], v[3]);
     }
@@ -244,7 +246,8 @@ static __device__ __forceinline__ void to_state(shared<N> *m, const tile<N> *h, 
 #pragma unroll
         for (int n = 0; n < N / 64; n++) {
             uint32_t v[4];
-            fg_b<N>(v, pull, 16 * p, N / 4 * l.quarter + 16 * n);
+            const int at = N / 4 * l.quarter + 16 * n;
+            fg_b<64>(v, pull + at / 64 * 64 * 128, 16 * p, at % 64);
             fg_mma(k->gb[2 * n], a, v[0], v[1]);
             fg_mma(k->gb[2 * n + 1], a, v[2], v[3]);
         }
@@ -704,8 +707,10 @@ static layout cut(const fg_ssd &z, bool tensor, void *base, size_t *used)
     m.sm90 = tensor && fg_ssd_scan_grad_has_sm90();
     const int each = m.sm90 ? 2 : 1;
     m.d = fg_decays_cut(base, used, z, CHUNK, each);
-    const int64_t parts = !tensor ? fg_ssd_parts(z, 1, TASKS)
-                                  : fg_ssd_parts(z, m.d.chunks, m.sm90 ? BLOCKS_SM90 : BLOCKS);
+    int64_t parts = !tensor ? fg_ssd_parts(z, 1, TASKS)
+                            : fg_ssd_parts(z, m.d.chunks, m.sm90 ? BLOCKS_SM90 : BLOCKS);
+    const int64_t least = (z.H / z.G + HEADS_SM90 - 1) / HEADS_SM90;
+    if (m.sm90 && parts < least) parts = least;
     m.s = sums_cut(base, used, z, m.d.chunks, parts);
     const int64_t states = z.B * z.H * (m.d.chunks / each) * z.P * z.N;
     if (tensor) {
@@ -737,9 +742,9 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, const layout &m, cu
     k.each = m.sm90 ? 2 : 1;
     const fg_both_states s = { {
         { k.x, k.b, k.x_row, k.b_row, m.d.push, (const float *)e->in[STATE], NULL, m.states, k.each,
-          false, m.sm90 },
+          false },
         { k.gy, k.c, k.gy_row, k.c_row, m.d.keep, (const float *)e->in[GEND],
-          (float *)e->out[GSTATE], m.pulls, k.each, true, m.sm90 } } };
+          (float *)e->out[GSTATE], m.pulls, k.each, true } } };
     fg_states_launch<CHUNK>(z, m.d, s, 2, stream);
     if (m.sm90) fg_ssd_scan_grad_sm90(k, stream);
     else if (z.N == 128) run_chunks_launch<128>(k, stream);

@@ -4,6 +4,7 @@
 #include "ssd.cuh"
 
 #define CHUNK 64
+#define HEADS_SM90 64                            /* of a block on wgmma, at most */
 
 /* Parts of sums: gb, gc: [parts][B,T,G,N]; ga, gd: [B*chunks][H]. */
 struct sums { float *gb, *gc, *ga, *gd; int64_t parts; };
