@@ -497,6 +497,20 @@ static void fg_states_launch(const fg_ssd &z, const fg_decays &d, const fg_both_
     fg_states_walk<R><<<blocks, 128, bytes, stream>>>(z, d, s);
 }
 
+/* ---- the chunks of ssd_scan ------------------------------------------------------------------ */
+
+struct fg_ssd_chunks {
+    fg_ssd z;
+    fg_decays d;
+    const bf16 *x, *b, *c, *states;
+    const float *skip;                           /* d; NULL: absent */
+    bf16 *y;
+    int64_t x_row, b_row, c_row, parts;          /* parts: blocks that share a group's heads */
+};
+/* On wgmma, for chunks of 128; whether this device and this build have it. */
+void fg_ssd_scan_sm90(const fg_ssd_chunks &k, cudaStream_t stream);
+bool fg_ssd_scan_has_sm90();
+
 /* Blocks that share a group's heads, so that there are about `blocks`. */
 static inline int64_t fg_ssd_parts(const fg_ssd &z, int64_t chunks, int64_t blocks)
 {

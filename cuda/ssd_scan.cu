@@ -19,6 +19,7 @@ enum { X, DT, A, B_IN, C_IN, D, STATE, FIRST, PAST };
 #define FEW    16                                /* tokens up to which the recurrence is followed */
 #define CHUNK  128
 #define BLOCKS 512                               /* of the last kernel, about */
+#define BLOCKS_SM90 120                          /* at least, where there are as many heads */
 
 /* ---- token by token ------------------------------------------------------------------------- */
 
@@ -93,14 +94,7 @@ static void follow_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream
 
 /* ---- in chunks ------------------------------------------------------------------------------ */
 
-struct chunks {
-    fg_ssd z;
-    fg_decays d;
-    const bf16 *x, *b, *c, *states;
-    const float *skip;                           /* d; NULL: absent */
-    bf16 *y;
-    int64_t x_row, b_row, c_row, parts;          /* parts: blocks that share a group's heads */
-};
+typedef fg_ssd_chunks chunks;
 
 template <int N> struct tile {
     alignas(128) bf16 x[CHUNK * 64];
@@ -322,12 +316,14 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream
     k.skip = (const float *)e->in[D];
     k.states = states;
     k.y = (bf16 *)e->out[0];
-    k.parts = fg_ssd_parts(z, k.d.chunks, BLOCKS);
+    const bool sm90 = fg_ssd_scan_has_sm90();
+    k.parts = fg_ssd_parts(z, k.d.chunks, sm90 ? BLOCKS_SM90 : BLOCKS);
     fg_decays_launch<CHUNK>(z, (const float *)e->in[DT], (const float *)e->in[A], k.d, stream);
     const fg_states s = { k.x, k.b, k.x_row, k.b_row, k.d.push, (const float *)e->in[STATE],
                           (float *)e->out[1], states, 1, false };
     fg_states_launch<CHUNK>(z, k.d, { { s, s } }, 1, stream);
-    if (z.N == 128) run_chunks_launch<128>(k, stream);
+    if (sm90) fg_ssd_scan_sm90(k, stream);
+    else if (z.N == 128) run_chunks_launch<128>(k, stream);
     else run_chunks_launch<64>(k, stream);
 }
 

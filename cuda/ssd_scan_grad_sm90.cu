@@ -16,12 +16,10 @@
  * one is worked on: rows by all threads, states, which lie in memory as they are needed here, by the
  * copy engine.  Tiles lie in shared memory as wgmma.cuh says. */
 #include "ssd_scan_grad.cuh"
-#include "tensor_map.cuh"
+#include "ssd_sm90.cuh"
 
 #define THREADS 384
 #define WALKERS 320                              /* all but two warps, which do nothing */
-#define PANEL   (64 * 64)                        /* elements */
-#define PANEL_BYTES (PANEL * 2)
 
 template <int N> struct head {
     alignas(1024) bf16 x[PANEL];
@@ -55,51 +53,9 @@ template <int N> struct memory {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* a 64 x 64 part over 16 of both */
-static __device__ __forceinline__ void product(float (&d)[8][4], uint64_t a, uint64_t b, int add)
-{
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, "
-                 "1, 1, 0, 0;\n}"
-                 : F32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
-template <int ID, int COUNT> static __device__ __forceinline__ void barrier_sync()
-{
-    asm volatile("bar.sync %0, %1;" :: "n"(ID), "n"(COUNT) : "memory");
-}
-template <int ID, int COUNT> static __device__ __forceinline__ void barrier_pass()
-{
-    asm volatile("bar.arrive %0, %1;" :: "n"(ID), "n"(COUNT) : "memory");
-}
 enum { STATES_ONLY = 1, PART_READY, NEXT, LAST };
-template <int REGISTERS> static __device__ __forceinline__ void registers_up()
-{
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
-}
-template <int REGISTERS> static __device__ __forceinline__ void registers_down()
-{
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
-}
-/* A matrix `bytes` behind the one of the descriptor. */
-static __device__ __forceinline__ uint64_t behind(uint64_t matrix, int bytes)
-{
-    return matrix + (uint64_t)(bytes >> 4);
-}
-
 /* A block's place. */
 struct spot { int b, g, chunk, t0, real, part, h0, h1; bool late; };
-
-/* 64 rows of N columns in panels. */
-template <int N>
-static __device__ __forceinline__ void panels_load(bf16 *to, const bf16 *from, int64_t row,
-                                                   int real)
-{
-#pragma unroll
-    for (int n = 0; n < N / 64; n++)
-        if (threadIdx.x < 256)
-            fg_tile_load<64, 64, 256>(to + n * PANEL, from + 64 * n, row, real);
-}
 
 /* What the copy engine brings for a head; one thread. */
 template <int N>
@@ -127,11 +83,6 @@ static __device__ __forceinline__ void load_head(const chunks &k, const maps *ma
     fg_bulk_load(fg_shared(v->weight), weight, sizeof v->weight, bar);
 }
 
-static __device__ __forceinline__ float quad_sum(float x)
-{
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
 /* A thread's rows r and r + 8, summed over the four threads that share them. */
 static __device__ __forceinline__ void put_rows(float *to, int r, const float *x)
 {
@@ -158,42 +109,12 @@ static __device__ __forceinline__ void put_columns(float *to, float *x)
     *(float2 *)&to[8 * n + 2 * (lane % 4)] = make_float2(x[0], x[1]);
 }
 
-/* Fragments of 64 columns of a warp's 16 rows. */
-static __device__ __forceinline__ void rows_of_tile(uint32_t (*a)[4], const bf16 *m, int r)
-{
-#pragma unroll
-    for (int k = 0; k < 4; k++) fg_a<64>(a[k], fg_shared(m), r, 16 * k);
-}
-
-/* Columns 8n + 2(lane % 4), + 1 of row lane / 4, or that + 8, of such fragments. */
-static __device__ __forceinline__ float2 pair_of(const uint32_t (&a)[4][4], int n, int low)
-{
-    const uint32_t u = a[n / 2][n % 2 * 2 + low];
-    return make_float2(__uint_as_float(u << 16), __uint_as_float(u & 0xffff0000u));
-}
-
 /* ---- pairs ---------------------------------------------------------------------------------- */
 
 /* What a head's pairs are summed over heads to: q of the warp's 16 rows and all columns, and of
  * its tile on the diagonal, `near`. */
 struct pair_sums { float far[8][4], near[2][4]; };
 struct weighed { float row[16], column[2]; };
-
-/* x[own], of four; own: the warp, the same for all its threads. */
-static __device__ __forceinline__ float pick(int own, float x0, float x1, float x2, float x3)
-{
-    const float low = own & 1 ? x1 : x0, high = own & 1 ? x3 : x2;
-    return own & 2 ? high : low;
-}
-static __device__ __forceinline__ void pick_near(int own, const float (&x)[8][4],
-                                                 float (&near)[2][4])
-{
-#pragma unroll
-    for (int n = 0; n < 2; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            near[n][e] = pick(own, x[n][e], x[n + 2][e], x[n + 4][e], x[n + 6][e]);
-}
 
 /* The warp's own 16 x 16 tile on the diagonal; row: the sums of its columns. */
 static __device__ __forceinline__ void weigh_near(const vectors &v, const int32_t *segment,
@@ -418,38 +339,44 @@ static __device__ __forceinline__ void other_half(const spot &o, memory<N> *m, h
     uint32_t a[4][4];
     float both = 0;
     fg_weigh_rows<64>(a, tile->other, v.weight, 16 * warp);
-#pragma unroll 1
-    for (int panel = 0; panel < N / 64; panel++) {
-        float sum[8][4];
-        uint32_t old[4][4];
-        const uint64_t y = matrix_at(fg_shared(m->other + panel * PANEL), 0);
-        rows_of_tile(old, mine + panel * PANEL, 16 * warp);
+    float sum[N / 64][8][4];
+    uint32_t old[4][4];
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+    for (int n = 0; n < N / 64; n++) {
+        const uint64_t y = matrix_at(fg_shared(m->other + n * PANEL), 0);
+        rows_of_tile(old, mine + n * PANEL, 16 * warp);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
 #pragma unroll
             for (int low = 0; low < 2; low++) {
-                const float2 s = pair_of(old, n, low);
-                sum[n][2 * low] = whole * s.x;
-                sum[n][2 * low + 1] = whole * s.y;
+                const float2 s = pair_of(old, i, low);
+                sum[n][i][2 * low] = whole * s.x;
+                sum[n][i][2 * low + 1] = whole * s.y;
             }
-        pin(sum);
+        pin(sum[n]);
         wgmma_begin();
 #pragma unroll
-        for (int j = 0; j < 4; j++) product(sum, a[j], behind(y, 2048 * j));
+        for (int j = 0; j < 4; j++) product(sum[n], a[j], behind(y, 2048 * j));
         wgmma_commit();
-        rows_of_tile(old, its + panel * PANEL, 16 * warp);
-        wgmma_wait<0>();
-        pin(sum);
+    }
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+    for (int n = 0; n < N / 64; n++) {
+        rows_of_tile(old, its + n * PANEL, 16 * warp);
+        if (n + 1 < N / 64) wgmma_wait<1>();
+        else wgmma_wait<0>();
+        pin(sum[n]);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
 #pragma unroll
             for (int low = 0; low < 2; low++) {
-                const float2 s = pair_of(old, n, low);
-                both = fmaf(sum[n][2 * low], s.x, fmaf(sum[n][2 * low + 1], s.y, both));
-                *(uint32_t *)((char *)(mine + panel * PANEL) + fg_swizzle<64>(r + 8 * low, n)
-                              + 2 * c) = fg_pack2(sum[n][2 * low], sum[n][2 * low + 1]);
+                const float2 s = pair_of(old, i, low);
+                const float u = sum[n][i][2 * low], w = sum[n][i][2 * low + 1];
+                both = fmaf(u, s.x, fmaf(w, s.y, both));
+                *(uint32_t *)((char *)(mine + n * PANEL) + fg_swizzle<64>(r + 8 * low, i) + 2 * c)
+                    = fg_pack2(u, w);
             }
     }
+    pin(a);
     both = fg_warp_sum(both);
     if (lane == 0) t->both[warp] = both;
 }
@@ -478,6 +405,24 @@ static __device__ __forceinline__ void put_part(memory<N> *m, const uint32_t (&x
     put_rows(t->w, r, w);
 }
 
+/* gc += keep v of 64 columns, and v.c. */
+static __device__ __forceinline__ void add_to_c(const float (&v)[8][4], const bf16 *c,
+                                                const float *keep, float (*gc)[4], float *on_c)
+{
+    uint32_t cs[4][4];
+    rows_of_tile(cs, c, threadIdx.x / 32 % 4 * 16);
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int low = 0; low < 2; low++) {
+            const float2 y = pair_of(cs, n, low);
+            const float v0 = keep[low] * v[n][2 * low], v1 = keep[low] * v[n][2 * low + 1];
+            on_c[low] = fmaf(v0, y.x, fmaf(v1, y.y, on_c[low]));
+            gc[n][2 * low] += v0;
+            gc[n][2 * low + 1] += v1;
+        }
+}
+
 template <int N>
 static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *m, int h,
                                                       float (&gb)[N / 8][4], float (&gc)[N / 8][4])
@@ -489,9 +434,10 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
     const uint64_t b = matrix_at(fg_shared(m->b), 0), pull = matrix_at(fg_shared(tile->pull), 0);
     const uint64_t wide = matrix_at(fg_shared(tile->pull), PANEL_BYTES);
     const uint64_t state = matrix_at(fg_shared(tile->state), 0);
+    const uint64_t gy = matrix_at(fg_shared(tile->gy), 0);
     const float push[2] = { v.left[r] * v.dt[r], v.left[r + 8] * v.dt[r + 8] };
     const float keep[2] = { v.keep[r], v.keep[r + 8] };
-    float sum[8][4] = {}, on_c[2] = { 0 };
+    float sum[8][4] = {}, back[8][4] = {}, on_c[2] = { 0 };
     uint32_t a[4][4], xs[4][4];
     other_half<N>(o, m, tile, v, m->n.other_whole[h - o.h0], t);
     proxy_fence();
@@ -501,7 +447,7 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
     for (int p = 0; p < 4; p++)
 #pragma unroll
         for (int e = 0; e < 4; e++) a[p][e] = fg_scale2(xs[p][e], push[e % 2], push[e % 2]);
-    pin(sum), pin(gb), pin(a);
+    pin(sum), pin(back), pin(gb), pin(a);
     wgmma_begin();
 #pragma unroll
     for (int n = 0; n < N / 16; n++) {
@@ -510,41 +456,31 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
     }
     wgmma_commit();
 #pragma unroll
+    for (int p = 0; p < 4; p++)
+        product_rows(back, behind(gy, 32 * p), behind(state, 2048 * p), p);
+    wgmma_commit();
+#pragma unroll
     for (int p = 0; p < 4; p++) product(gb, a[p], behind(wide, 2048 * p));
     wgmma_commit();
-    wgmma_wait<1>();
+    wgmma_wait<2>();
     pin(sum);
     put_part<N>(m, xs, v, sum, t);
-    wgmma_wait<0>();
-    pin(gb), pin(a);
-    rows_of_tile(a, tile->gy, 16 * warp);
-#pragma unroll
-    for (int panel = 0; panel < N / 64; panel++) {
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sum[n][e] = 0;
-        pin(sum), pin(a);
+    if (N > 64) {
+        pin(sum);
         wgmma_begin();
 #pragma unroll
         for (int p = 0; p < 4; p++)
-            product(sum, a[p], behind(state, panel * PANEL_BYTES + 2048 * p));
+            product_rows(sum, behind(gy, 32 * p), behind(state, PANEL_BYTES + 2048 * p), p);
         wgmma_commit();
-        rows_of_tile(xs, m->c + panel * PANEL, 16 * warp);
-        wgmma_wait<0>();
-        pin(sum);
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-            for (int low = 0; low < 2; low++) {
-                const float2 y = pair_of(xs, n, low);
-                const float v0 = keep[low] * sum[n][2 * low];
-                const float v1 = keep[low] * sum[n][2 * low + 1];
-                on_c[low] = fmaf(v0, y.x, fmaf(v1, y.y, on_c[low]));
-                gc[8 * panel + n][2 * low] += v0;
-                gc[8 * panel + n][2 * low + 1] += v1;
-            }
+        wgmma_wait<2>();
+    } else {
+        wgmma_wait<1>();
     }
+    pin(back);
+    add_to_c(back, m->c, keep, gc, on_c);
+    wgmma_wait<0>();
+    pin(gb), pin(a), pin(sum);
+    if (N > 64) add_to_c(sum, m->c + PANEL, keep, gc + 8, on_c);
     put_rows(t->u, r, on_c);
 }
 
