@@ -12,7 +12,7 @@
  * From j to an i in a later block of 16 tokens the decay is tail_j e^(sum_i - sum_last), with the
  * last token of j's block between them and tail_j = e^(sum_last - sum_j): one product a pair.
  *
- * States pass from chunk to chunk in f32, in registers, and go to the other kernels as bf16 [P,N]. */
+ * States pass from chunk to chunk in f32, in registers, and go to the other kernels as bf16. */
 #ifndef FG_SSD_CUH
 #define FG_SSD_CUH
 #include "attention.cuh"
@@ -82,6 +82,15 @@ static __device__ __forceinline__ float2 fg_two(double x)
     return make_float2(high, (float)(x - (double)high));
 }
 
+/* N floats, 2 or a multiple of 4. */
+template <int N> static __device__ __forceinline__ void fg_put_floats(float *to, const float *x)
+{
+    if (N == 2) *(float2 *)to = make_float2(x[0], x[1]);
+#pragma unroll
+    for (int i = 0; i + 4 <= N; i += 4)
+        *(float4 *)(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+}
+
 /* A block per chunk of a sequence and eight heads, a warp each; a lane has R / 32 neighbouring
  * tokens, `final` the last token of its block of 16. */
 template <int R>
@@ -134,18 +143,24 @@ fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
         }
         const double upto = fg_warp_prefix(all), whole = __shfl_sync(~0u, upto, 31);
         const double to = __shfl_sync(~0u, upto, final);
+        float keep[E], left[E], tail[E], push[E];
+        float2 two[E];
 #pragma unroll
         for (int e = 0; e < E; e++) {
             const double s = upto - all + sum[e];
-            const float keep = count[e] == 0 ? fg_exp2((float)s) : 0.0f;
-            const float left = count[e] == last && !pad[e] ? fg_exp2((float)(whole - s)) : 0.0f;
-            d.sum[at + e] = fg_two(s);
-            d.dt[at + e] = step[e];
-            d.tail[at + e] = count[e] == block && !pad[e] ? fg_exp2((float)(to - s)) : 0.0f;
-            d.keep[at + e] = keep;
-            d.left[at + e] = left;
-            d.push[at + e] = left * step[e];
+            const bool leaves = count[e] == last && !pad[e], ends = count[e] == block && !pad[e];
+            two[e] = fg_two(s);
+            keep[e] = count[e] == 0 ? fg_exp2((float)s) : 0.0f;
+            left[e] = leaves ? fg_exp2((float)(whole - s)) : 0.0f;
+            tail[e] = ends ? fg_exp2((float)(to - s)) : 0.0f;
+            push[e] = left[e] * step[e];
         }
+        fg_put_floats<2 * E>((float *)(d.sum + at), (const float *)two);
+        fg_put_floats<E>(d.dt + at, step);
+        fg_put_floats<E>(d.tail + at, tail);
+        fg_put_floats<E>(d.keep + at, keep);
+        fg_put_floats<E>(d.left + at, left);
+        fg_put_floats<E>(d.push + at, push);
         if (lane == 0)
             d.whole[(b * z.H + h) * d.chunks + chunk] = last == 0 ? fg_exp2((float)whole) : 0.0f;
     }

@@ -413,7 +413,7 @@ static __global__ void __launch_bounds__(THREADS, 1) run_chunks(chunks k)
         __syncthreads();
         if (warp == h % WARPS) {
             const int at = (b * chunks + chunk) * H + h;
-            settle(m->t, own->dt, m->segment, k.rate[h],
+            settle(m->t, nullptr, own->dt, m->segment, k.rate[h],
                    k.d.whole[((int64_t)b * H + h) * chunks + chunk], real, k.gdt + token * H + h,
                    H, k.s.ga + at, k.s.gd + at);
         }
@@ -564,16 +564,17 @@ static __device__ __forceinline__ void plain_products(const plain &k, const view
 /* gx; and a thread per token and two sums. */
 static __device__ __forceinline__ void plain_totals(const plain &k, const view &v,
                                                     const int32_t *segment, const work &m,
-                                                    totals *t)
+                                                    totals *t, double *crossing)
 {
     const int64_t P = k.z.P, N = k.z.N;
     const int i = threadIdx.x % CHUNK;
     const float skip = k.skip.p ? k.skip[v.h] : 0.0f;
     float one = 0, two = 0, both = 0;
+    double cross = 0;
     switch (threadIdx.x / CHUNK) {
-    case 0:
-        for (int j = 0; j < CHUNK; j++) one += m.z[i * CHUNK + j], two += m.z[j * CHUNK + i];
-        t->row[0][i] = one, t->column[0][i] = two;
+    case 0:                      /* in f32 their errors, shared by all that follows, make ga's */
+        for (int j = 0; j < CHUNK; j++) cross += (double)m.z[j * CHUNK + i] - m.z[i * CHUNK + j];
+        crossing[i] = cross;
         break;
     case 1:
         for (int64_t n = 0; n < N; n++) one = fmaf(m.inter[n * CHUNK + i], m.c[n * CHUNK + i], one);
@@ -590,8 +591,7 @@ static __device__ __forceinline__ void plain_totals(const plain &k, const view &
         for (int64_t p = 0; p < P; p++) one = fmaf(m.gy[p * CHUNK + i], m.x[p * CHUNK + i], one);
         t->gy[0][i] = one;
         for (int n = 1; n < PARTS; n++) {
-            t->row[n][i] = t->column[n][i] = t->u[n][i] = 0;
-            t->w[n][i] = t->gu[n][i] = t->gy[n][i] = 0;
+            t->u[n][i] = t->w[n][i] = t->gu[n][i] = t->gy[n][i] = 0;
         }
     }
     for (int64_t n = threadIdx.x; n < v.real * P; n += blockDim.x) {
@@ -609,6 +609,7 @@ static __device__ __forceinline__ void plain_head(const plain &k, view v, const 
                                                   float *gc)
 {
     __shared__ totals t;
+    __shared__ double crossing[CHUNK];
     const fg_ssd &z = k.z;
     const int64_t size = z.P * z.N, row = v.b * z.H + v.h;
     for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
@@ -638,10 +639,11 @@ static __device__ __forceinline__ void plain_head(const plain &k, view v, const 
         __syncthreads();
         plain_pairs(k, v, segment, m);
         plain_products(k, v, m, gb, gc);
-        plain_totals(k, v, segment, m, &t);
+        plain_totals(k, v, segment, m, &t, crossing);
         const int64_t at = (v.b * k.d.chunks + v.chunk) * z.H + v.h;
         if (threadIdx.x < 32)
-            settle(t, k.d.dt + v.at, segment, k.a[v.h], k.d.whole[row * k.d.chunks + v.chunk],
+            settle(t, crossing, k.d.dt + v.at, segment, k.a[v.h],
+                   k.d.whole[row * k.d.chunks + v.chunk],
                    v.real, k.gdt + v.token * z.H + v.h, z.H, k.s.ga + at, k.s.gd + at);
         advance(k, v, k.gy, k.c, k.d.keep, m.r);
     }
@@ -678,15 +680,16 @@ add_parts(const float *parts, int64_t n_parts, int64_t all, int64_t n, int64_t r
     for (int64_t k = 0; k < n_parts; k++) sum += parts[k * all + i];
     to.put(i / n * row + i % n, sum);
 }
-static __global__ void __launch_bounds__(256)
+/* A warp per head. */
+static __global__ void __launch_bounds__(32)
 add_chunks(sums s, int64_t rows, int64_t H, fg_out ga, fg_out gd)
 {
     const int64_t h = blockIdx.x;
-    float a = 0, d = 0;
-    for (int64_t i = threadIdx.x; i < rows; i += 256) a += s.ga[i * H + h], d += s.gd[i * H + h];
-    a = fg_block_sum<256>(a);
-    d = fg_block_sum<256>(d);
-    if (threadIdx.x == 0) ga.put(h, a), gd.put(h, d);
+    double a = 0, d = 0;
+    for (int64_t i = threadIdx.x; i < rows; i += 32) a += s.ga[i * H + h], d += s.gd[i * H + h];
+    a = warp_sum(a);
+    d = warp_sum(d);
+    if (threadIdx.x == 0) ga.put(h, (float)a), gd.put(h, (float)d);
 }
 
 /* ---- which ----------------------------------------------------------------------------------- */
@@ -791,7 +794,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
         add_parts<<<fg_blocks(all, 256), 256, 0, stream>>>(c ? m.s.gc : m.s.gb, m.s.parts, all, n,
                                                            row, fg_output_of(e, GB + c));
     }
-    add_chunks<<<(unsigned)z.H, 256, 0, stream>>>(m.s, z.B * m.d.chunks, z.H, fg_output_of(e, GA),
+    add_chunks<<<(unsigned)z.H, 32, 0, stream>>>(m.s, z.B * m.d.chunks, z.H, fg_output_of(e, GA),
                                                   fg_output_of(e, GD));
 }
 

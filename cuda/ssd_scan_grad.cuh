@@ -7,7 +7,7 @@
 #define HEADS_SM90 64                            /* of a block on wgmma, at most */
 
 /* Parts of sums: gb, gc: [parts][B,T,G,N]; ga, gd: [B*chunks][H]. */
-struct sums { float *gb, *gc, *ga, *gd; int64_t parts; };
+struct sums { float *gb, *gc; double *ga, *gd; int64_t parts; };
 
 static sums sums_cut(void *base, size_t *used, const fg_ssd &z, int64_t chunks, int64_t parts)
 {
@@ -16,8 +16,8 @@ static sums sums_cut(void *base, size_t *used, const fg_ssd &z, int64_t chunks, 
     s.parts = parts;
     s.gb = (float *)fg_ssd_cut(base, used, n, sizeof(float));
     s.gc = (float *)fg_ssd_cut(base, used, n, sizeof(float));
-    s.ga = (float *)fg_ssd_cut(base, used, z.B * chunks * z.H, sizeof(float));
-    s.gd = (float *)fg_ssd_cut(base, used, z.B * chunks * z.H, sizeof(float));
+    s.ga = (double *)fg_ssd_cut(base, used, z.B * chunks * z.H, sizeof(double));
+    s.gd = (double *)fg_ssd_cut(base, used, z.B * chunks * z.H, sizeof(double));
     return s;
 }
 
@@ -49,38 +49,45 @@ static __device__ __forceinline__ float before(float x)      /* sum over lower l
     }
     return y - x;
 }
+static __device__ __forceinline__ double warp_sum(double x)
+{
+#pragma unroll
+    for (int k = 16; k > 0; k /= 2) x += __shfl_xor_sync(~0u, x, k);
+    return x;
+}
 
-/* gdt, ga and gd of one head and chunk by one warp; a lane has two tokens. */
-static __device__ __noinline__ void settle(const totals &m, const float *dt,
+/* gdt, ga and gd of one head and chunk by one warp; a lane has two tokens.  crossing: column sums
+ * less row sums of z, if they are not those of m. */
+static __device__ __noinline__ void settle(const totals &m, const double *crossing, const float *dt,
                                            const int32_t *segment, float rate, float whole,
-                                           int64_t real, float *gdt, int64_t row, float *ga,
-                                           float *gd)
+                                           int64_t real, float *gdt, int64_t row, double *ga,
+                                           double *gd)
 {
     const int lane = threadIdx.x % 32;
-    float cross[2], u[2], w[2], both = 0, a = 0, d = 0;
+    double gl, step[2], u[2], both = 0, a = 0, d = 0;
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int t = 2 * lane + e;
-        cross[e] = part_sum(m.column, t) - part_sum(m.row, t);
+        const double z = crossing ? crossing[t]
+                                  : (double)part_sum(m.column, t) - (double)part_sum(m.row, t);
         u[e] = part_sum(m.u, t);
-        w[e] = dt[t] * part_sum(m.w, t);
+        step[e] = z + (double)dt[t] * part_sum(m.w, t) - u[e];
     }
 #pragma unroll
     for (int k = 0; k < WARPS; k++) both += m.both[k];
-    const float crossed = before(cross[0] + cross[1]), pushed = before(w[0] + w[1]);
-    const float all = fg_warp_sum(u[0] + u[1]), pulled = all - before(u[0] + u[1]);
+    gl = fg_warp_prefix(step[0] + step[1]) - (step[0] + step[1]) + warp_sum(u[0] + u[1])
+        + whole * both;
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int t = 2 * lane + e;
-        const float gl = (e ? crossed + cross[0] : crossed) + (e ? pulled - u[0] : pulled)
-            + (e ? pushed + w[0] : pushed) + whole * both;
         const bool counts = t < real && segment[t] >= 0;
-        if (t < real) gdt[t * row] = counts ? fmaf(rate, gl, part_sum(m.gu, t)) : 0.0f;
-        a += counts ? dt[t] * gl : 0.0f;
+        if (t < real) gdt[t * row] = counts ? (float)(rate * gl + part_sum(m.gu, t)) : 0.0f;
+        a += counts ? dt[t] * gl : 0.0;
         d += counts ? part_sum(m.gy, t) : 0.0f;
+        gl += step[e];
     }
-    a = fg_warp_sum(a);
-    d = fg_warp_sum(d);
+    a = warp_sum(a);
+    d = warp_sum(d);
     if (lane == 0) *ga = a, *gd = d;
 }
 

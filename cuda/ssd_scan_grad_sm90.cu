@@ -12,9 +12,9 @@
  *     E^T = x gy^T,   q += E^T L^T dt,   gu = W^T gy + part,   W_ij = (c_i.b_j) L_ij
  * and the other has the states:
  *     part = left b R^T,   gb += push x R,   gc += keep gy S
- * Sums over heads, q, gb and gc, stay in registers.  The next head's tiles are on their way while
- * one is worked on: rows by all threads, states, which lie in memory as they are needed here, by the
- * copy engine.  Tiles lie in shared memory as wgmma.cuh says. */
+ * Sums over heads, q, gb and gc, stay in registers.  Of two warps more one loads the next head by
+ * the copy engine, the other makes gdt, ga and gd of the last one.  Tiles lie in shared memory as
+ * wgmma.cuh says. */
 #include "ssd_scan_grad.cuh"
 #include "ssd_sm90.cuh"
 
@@ -37,7 +37,9 @@ struct vectors {
     float weight[CHUNK];                         /* keep, or push, of the other half */
 };
 /* Numbers of each head of the block. */
-struct scalars { float whole[HEADS_SM90], other_whole[HEADS_SM90], skip[HEADS_SM90], rate[HEADS_SM90]; };
+struct scalars {
+    float whole[HEADS_SM90], other_whole[HEADS_SM90], skip[HEADS_SM90], rate[HEADS_SM90];
+};
 struct maps { CUtensorMap x, gy; };
 template <int N> struct memory {
     head<N> heads[2];
@@ -268,7 +270,8 @@ static __device__ __forceinline__ void settle_head(const chunks &k, const spot &
     const float x = column.x - row.x + dt.x * w.x - u.x;
     const float y = column.y - row.y + dt.y * w.y - u.y;
     const float both = (s.both[0] + s.both[1]) + (s.both[2] + s.both[3]);
-    const float gl = before(x + y) + fg_warp_sum(u.x + u.y) + m->n.whole[h - o.h0] * both, next = gl + x;
+    const float all = fg_warp_sum(u.x + u.y) + m->n.whole[h - o.h0] * both;
+    const float gl = before(x + y) + all, next = gl + x;
     const int2 segment = *(const int2 *)(m->segment + t);
     const bool one = t < o.real && segment.x >= 0, other = t + 1 < o.real && segment.y >= 0;
     const float rate = m->n.rate[h - o.h0];
@@ -655,7 +658,8 @@ static __device__ __forceinline__ void open(const chunks &k, const maps *maps, c
 }
 #endif
 
-/* A block is a chunk and some heads of a group; both halves of a pair run at about the same time. */
+/* A block is a chunk and some heads of a group; both halves of a pair run at about the same
+ * time. */
 template <int N> static __global__ void __launch_bounds__(THREADS, 1)
 run_chunks(const __grid_constant__ chunks k, const __grid_constant__ maps maps)
 {

@@ -1,7 +1,7 @@
 /* ssd_scan_sm90.cu - the chunks of ssd_scan on Hopper's wgmma.
  *
- * A block has a chunk of 128 tokens and walks some heads; ssd_scan.cu has the formulas.  Each of two
- * warpgroups has 64 tokens,
+ * A block has a chunk of 128 tokens and walks some heads; ssd_scan.cu has the formulas.  Each of
+ * two warpgroups has 64 tokens,
  *
  *     y = keep (c S^T) + W x + d x,    W_ij = (c_i.b_j) e^(sum_i - sum_j) dt_j
  *
@@ -20,7 +20,7 @@ template <int N> struct head {
     float dt[CHUNK], tail[CHUNK], keep[CHUNK];
 };
 template <int N> struct memory {
-    alignas(1024) bf16 b[2][N / 64 * PANEL], c[2][N / 64 * PANEL];     /* [64 tokens of the chunk] */
+    alignas(1024) bf16 b[2][N / 64 * PANEL], c[2][N / 64 * PANEL];     /* 64 tokens each */
     head<N> heads[STAGES];
     alignas(16) int32_t segment[CHUNK];
     alignas(8) uint64_t full[STAGES], empty[STAGES];
