@@ -220,7 +220,7 @@ static void check_long(fg_plan *p, fg_tensor y, fg_tensor gx)
 
 /* Decay 1: what the first tokens store is there to the bit a million tokens on, and so is what
  * their gradient is. */
-Test(cuda_ssd_scan, a_million_tokens_lose_nothing, .timeout = 120)
+Test(cuda_ssd_scan, a_million_tokens_lose_nothing)
 {
     fg_backend *gpu = fg__cuda_or_skip(true);
     if (!gpu) return;
