@@ -180,13 +180,12 @@ static __device__ __forceinline__ void mix4(const float (*w)[V], const float *bi
             u[j] = !CUT || i <= seen ? fmaf(w[i][j], x[(r - i) & 3][j], u[j]) : u[j];
 }
 
-/* STAGE rows from row t on; those from `end` on are not needed. */
+/* STAGE rows, of which `n` are there. */
 template <class E, int V>
-static __device__ __forceinline__ void stage_load(some<E, V> *to, const E *x, int64_t row,
-                                                  int64_t t, int64_t end)
+static __device__ __forceinline__ void stage_load(some<E, V> *to, const E *x, int64_t row, int n)
 {
 #pragma unroll
-    for (int r = 0; r < STAGE; r++) to[r] = load<E, V>(x, r * row, t + r < end);
+    for (int r = 0; r < STAGE; r++) to[r] = load<E, V>(x, r * row, r < n);
 }
 
 /* Width 4.  CUT: rows may see less than 4 inputs, as documents and caches have it. */
@@ -197,22 +196,23 @@ static __global__ void __launch_bounds__(THREADS, 3) walk(geometry k, const E *x
     if (at.c >= k.C || at.t >= k.T) return;
     some<E, V> now[STAGE], next[STAGE];
     float w[4][V], bias[V], in[4][V];
-    const int64_t past = CUT && k.past ? *k.past : 0, end = min(at.t + LONG, k.T);
+    const int64_t past = CUT && k.past ? *k.past : 0;
+    const int rows = (int)min((int64_t)LONG, k.T - at.t);
     const E *from = x + (at.b * k.T + at.t) * k.x_row + at.c;
     E *to = y + (at.b * k.T + at.t) * k.y_row + at.c;
-    stage_load<E, V>(next, from, k.x_row, at.t, end);
+    stage_load<E, V>(next, from, k.x_row, rows);
 #pragma unroll
     for (int r = 1; r < 4; r++) input<E, V>(k, x, at, at.t + r - 4).floats(in[r]);
     weights<V, 4>(k, at.c, w, bias);
-    for (int64_t t = at.t; t < end; t += STAGE) {
+    for (int i = 0; i < rows; i += STAGE) {
 #pragma unroll
         for (int r = 0; r < STAGE; r++) now[r] = next[r];
         from += STAGE * k.x_row;
-        stage_load<E, V>(next, from, k.x_row, t + STAGE, end);
+        stage_load<E, V>(next, from, k.x_row, rows - i - STAGE);
 #pragma unroll
         for (int r = 0; r < STAGE; r++) {
-            if (t + r >= end) break;
-            const int seen = CUT ? reach(k, past, at.b, t + r) : 3;
+            if (i + r >= rows) break;
+            const int seen = CUT ? reach(k, past, at.b, at.t + i + r) : 3;
             float v[V];
             now[r].floats(in[r & 3]);
             mix4<V, CUT>(w, bias, in, r, seen, v);
@@ -418,38 +418,40 @@ static __device__ __forceinline__ some<E, V> input_back(const window<V> &m, int 
 }
 
 template <class E, class F, int V, bool CUT>
-static __global__ void __launch_bounds__(THREADS, 3)
+static __global__ void __launch_bounds__(THREADS, CUT && V > 2 ? 2 : 3)
 walk_grad(geometry k, const F *gy, const E *x, E *gx, float *sums)
 {
     const spot at = own<V, LONG_GRAD>();
-    const int64_t end = min(at.t + LONG_GRAD, k.T), last = min(end + 3, k.T);
     window<V> m = {};
     if (at.c < k.C && at.t < k.T) {
+        const int own = (int)min((int64_t)LONG_GRAD, k.T - at.t);
+        const int all = (int)min((int64_t)own + 3, k.T - at.t);
         some<E, V> x_now[STAGE], x_next[STAGE];
         some<F, V> gy_now[STAGE], gy_next[STAGE];
         const E *x_from = x + (at.b * k.T + at.t) * k.x_row + at.c;
         const F *gy_from = gy + (at.b * k.T + at.t) * k.gy_row + at.c;
         E *to = gx + (at.b * k.T + at.t - 3) * k.y_row + at.c;
-        stage_load<E, V>(x_next, x_from, k.x_row, at.t, last);
-        stage_load<F, V>(gy_next, gy_from, k.gy_row, at.t, last);
+        stage_load<E, V>(x_next, x_from, k.x_row, all);
+        stage_load<F, V>(gy_next, gy_from, k.gy_row, all);
 #pragma unroll
         for (int r = 1; r < 4; r++) input<E, V>(k, x, at, at.t + r - 4).floats(m.in[r]);
         weights<V, 4>(k, at.c, m.w, m.bias);
-        for (int64_t t = at.t; t < end + 3; t += STAGE) {
+        for (int i = 0; i < own + 3; i += STAGE) {
 #pragma unroll
             for (int r = 0; r < STAGE; r++) x_now[r] = x_next[r], gy_now[r] = gy_next[r];
             x_from += STAGE * k.x_row, gy_from += STAGE * k.gy_row;
-            stage_load<E, V>(x_next, x_from, k.x_row, t + STAGE, last);
-            stage_load<F, V>(gy_next, gy_from, k.gy_row, t + STAGE, last);
+            stage_load<E, V>(x_next, x_from, k.x_row, all - i - STAGE);
+            stage_load<F, V>(gy_next, gy_from, k.gy_row, all - i - STAGE);
 #pragma unroll
             for (int r = 0; r < STAGE; r++) {
-                if (t + r >= end + 3) break;
-                if (t + r < k.T)
-                    row_back<E, F, V, CUT>(k, m, r, at.b, t + r, t + r < end, x_now[r], gy_now[r]);
+                if (i + r >= own + 3) break;
+                if (i + r < all)
+                    row_back<E, F, V, CUT>(k, m, r, at.b, at.t + i + r, i + r < own, x_now[r],
+                                           gy_now[r]);
                 else
 #pragma unroll
                     for (int j = 0; j < V; j++) m.gu[r & 3][j] = 0;
-                if (t + r >= at.t + 3)
+                if (i + r >= 3)
                     *(some<E, V> *)(to + r * k.y_row) = input_back<E, V, CUT>(m, r);
             }
             to += STAGE * k.y_row;

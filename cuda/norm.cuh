@@ -405,7 +405,8 @@ norm_backward_fetch(norm_backward_row<VECS> &r, const norm_backward &a, int64_t 
 
 template <norm_gate GATED, int THREADS, int VECS>
 static __global__ void
-__launch_bounds__(norm_block<THREADS>, (norm_backward_blocks<THREADS, VECS>))
+__launch_bounds__(norm_block<THREADS>,
+                  (GATED == NORM_OF_GATED ? 1 : norm_backward_blocks<THREADS, VECS>))
 norm_grad_whole(const norm_backward a)
 {
     extern __shared__ float part[];
@@ -516,7 +517,7 @@ norm_grad_ring(const __grid_constant__ norm_backward a)
     extern __shared__ uint4 ring[];
     const norm_place<THREADS, 1> place(a.s, blockIdx.y);
     const int64_t first = norm_first(a.s.rows, a.parts, blockIdx.x);
-    const int64_t last = norm_first(a.s.rows, a.parts, blockIdx.x + 1);
+    const int rows = (int)(norm_first(a.s.rows, a.parts, blockIdx.x + 1) - first);
     const int at = place.at[0];
     const bool ok = place.ok[0];
     uint4 *own = ring + threadIdx.x;
@@ -526,18 +527,18 @@ norm_grad_ring(const __grid_constant__ norm_backward a)
     const float *rstd = a.rstd + first * a.s.groups + place.group[0];
     bf16 *gx = (bf16 *)a.gx.p + first * a.gx_rows.pitch + at;
     bf16 *gg = (bf16 *)a.gg.p + first * a.gg_rows.pitch + at;
-    float gw[8] = {}, scale = first < last ? *rstd : 0;
+    float gw[8] = {}, scale = rows > 0 ? *rstd : 0;
     if (!ok)
 #pragma unroll
         for (int i = 0; i < NORM_RING * 3; i++) own[i * THREADS] = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < NORM_RING - 1; i++) {
-        norm_ring_load(own + 3 * i * THREADS, THREADS, from, ok && first + i < last);
+        norm_ring_load(own + 3 * i * THREADS, THREADS, from, ok && i < rows);
         asm volatile("cp.async.commit_group;" ::: "memory");
         from.gy += a.gy_rows.pitch, from.x += a.x_rows.pitch, from.g += a.g_rows.pitch;
     }
-    for (int64_t row = first; row < last; row++) {
-        const int i = (int)(row - first), next = (i + NORM_RING - 1) % NORM_RING;
+    for (int i = 0; i < rows; i++) {
+        const int next = (i + NORM_RING - 1) % NORM_RING;
         const float now = scale;
         float gy[8], x[8], g[8], sum;
         asm volatile("cp.async.wait_group %0;" :: "n"(NORM_RING - 2) : "memory");
@@ -545,13 +546,15 @@ norm_grad_ring(const __grid_constant__ norm_backward a)
         fg_unpack(mine[0], gy);
         fg_unpack(mine[THREADS], x);
         fg_unpack(mine[2 * THREADS], g);
-        norm_ring_load(own + 3 * next * THREADS, THREADS, from, ok && row + NORM_RING - 1 < last);
+        norm_ring_load(own + 3 * next * THREADS, THREADS, from, ok && i + NORM_RING - 1 < rows);
         asm volatile("cp.async.commit_group;" ::: "memory");
         from.gy += a.gy_rows.pitch, from.x += a.x_rows.pitch, from.g += a.g_rows.pitch;
         rstd += a.s.groups;
-        if (row + 1 < last) scale = *rstd;
+        if (i + 1 < rows) scale = *rstd;
         sum = norm_gate_terms<1>(gy, x, g, now, fg_load8(a.w, place.w[0]), gw);
         const float mean = norm_block_sum<THREADS>(sum, i & 1) / (float)a.s.n;
+        fg_unpack(mine[THREADS], x);                         /* again: registers are few */
+        fg_unpack(mine[2 * THREADS], g);
 #pragma unroll
         for (int k = 0; k < 8; k++) norm_gate_back(gy[k], x[k], g[k], now, mean);
         if (ok) *(uint4 *)gx = norm_pack(gy), *(uint4 *)gg = norm_pack(g);
@@ -571,7 +574,7 @@ static inline bool norm_takes_ring(const norm_backward &a)
     const norm_rows *rows[] = { &a.gy_rows, &a.x_rows, &a.g_rows, &a.gx_rows, &a.gg_rows };
     bool plain = true;
     for (int i = 0; i < 5; i++) plain = plain && rows[i]->per == 1;
-    return plain && a.s.whole && !a.s.lanes && a.s.segment > 1024 && a.gy.narrow && a.x.narrow
+    return plain && a.s.whole && !a.s.lanes && a.s.segment > 512 && a.gy.narrow && a.x.narrow
         && a.g.narrow && a.gx.narrow && a.gg.narrow;
 }
 template <int THREADS> static void norm_ring_start(const norm_backward &a, cudaStream_t stream)
@@ -582,12 +585,20 @@ template <int THREADS> static void norm_ring_start(const norm_backward &a, cudaS
                          bytes);
     norm_grad_ring<THREADS><<<grid, THREADS, bytes, stream>>>(a);
 }
-static inline void norm_ring_launch(const norm_backward &a, cudaStream_t stream)
+/* Returns false if it is not for these. */
+template <norm_gate GATED>
+static bool norm_by_ring(const norm_backward &a, cudaStream_t stream)
 {
-    if (a.s.segment <= 1536) norm_ring_start<192>(a, stream);
-    else if (a.s.segment <= 2048) norm_ring_start<256>(a, stream);
-    else if (a.s.segment <= 3072) norm_ring_start<384>(a, stream);
-    else norm_ring_start<512>(a, stream);
+    if constexpr (GATED == NORM_OF_GATED) {
+        if (!norm_takes_ring(a)) return false;
+        if (a.s.segment <= 1024) norm_ring_start<128>(a, stream);
+        else if (a.s.segment <= 1536) norm_ring_start<192>(a, stream);
+        else if (a.s.segment <= 2048) norm_ring_start<256>(a, stream);
+        else if (a.s.segment <= 3072) norm_ring_start<384>(a, stream);
+        else norm_ring_start<512>(a, stream);
+        return true;
+    }
+    return false;
 }
 
 /* By which gate g multiplies what goes through it. */
@@ -715,9 +726,7 @@ static void norm_grad_launch(norm_backward &a, const fg_out &gw, cudaStream_t st
         if (s.rows > 0)
             norm_grad_elements<GATED><<<fg_blocks(s.rows * s.groups, NORM_WARPS), 32 * NORM_WARPS,
                                         0, stream>>>(a);
-    } else if (GATED == NORM_OF_GATED && norm_takes_ring(a)) {
-        norm_ring_launch(a, stream);
-    } else {
+    } else if (!norm_by_ring<GATED>(a, stream)) {
 #define USE(threads, vecs) norm_grad_start<GATED, threads, vecs>(a, stream)
         NORM_FORMS(s.segment, USE);
 #undef USE

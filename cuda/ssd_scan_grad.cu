@@ -64,9 +64,13 @@ static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, in
     const int64_t state = (row * k.d.chunks + chunk) * 64 * N;
     fg_tile_load<64, CHUNK, THREADS>(m->x, k.x + token * k.x_row + h * 64, k.x_row, real);
     fg_tile_load<64, CHUNK, THREADS>(m->gy, k.gy + token * k.gy_row + h * 64, k.gy_row, real);
-    for (int n = threadIdx.x; n < 64 * N / 8; n += THREADS) {
-        fg_copy_async(fg_shared(m->state + 8 * n), k.states + state + 8 * n, true);
-        fg_copy_async(fg_shared(m->pull + 8 * n), k.pulls + state + 8 * n, true);
+    const uint32_t to_state = fg_shared(m->state + 8 * threadIdx.x);
+    const uint32_t to_pull = fg_shared(m->pull + 8 * threadIdx.x);
+#pragma unroll
+    for (int n = 0; n < N / 64; n++) {
+        const int64_t own = state + 8 * threadIdx.x + n * 8 * THREADS;
+        fg_copy_async(to_state + n * 16 * THREADS, k.states + own, true);
+        fg_copy_async(to_pull + n * 16 * THREADS, k.pulls + own, true);
     }
     const int i = threadIdx.x % 16 * 4;
     switch (threadIdx.x / 16) {
@@ -368,7 +372,8 @@ static __device__ __forceinline__ void close(const chunks &k, shared<N> *m, cons
 /* A block is a chunk and some heads of a group.  Warps of one scheduler have tiles of all distances
  * from the diagonal. */
 template <int N>
-static __global__ void __launch_bounds__(THREADS, 1) run_chunks(chunks k)
+static __global__ void __launch_bounds__(THREADS, 1)
+run_chunks(const __grid_constant__ chunks k)
 {
     extern __shared__ __align__(128) char memory[];
     shared<N> *m = (shared<N> *)memory;
@@ -573,6 +578,7 @@ static __device__ __forceinline__ void plain_totals(const plain &k, const view &
     double cross = 0;
     switch (threadIdx.x / CHUNK) {
     case 0:                      /* in f32 their errors, shared by all that follows, make ga's */
+#pragma unroll 1
         for (int j = 0; j < CHUNK; j++) cross += (double)m.z[j * CHUNK + i] - m.z[i * CHUNK + j];
         crossing[i] = cross;
         break;
@@ -651,7 +657,8 @@ static __device__ __forceinline__ void plain_head(const plain &k, view v, const 
     __syncthreads();
 }
 
-static __global__ void __launch_bounds__(THREADS, 1) run_plain(plain k)
+static __global__ void __launch_bounds__(THREADS, 1)
+run_plain(const __grid_constant__ plain k)
 {
     const fg_ssd &z = k.z;
     const int64_t task = blockIdx.x % k.s.parts, g = blockIdx.x / k.s.parts % z.G;

@@ -386,13 +386,15 @@ static __device__ __forceinline__ void other_half(const spot &o, memory<N> *m, h
 
 /* The part of gu that comes through the state; it is in `sum` when the first group is done. */
 template <int N>
-static __device__ __forceinline__ void put_part(memory<N> *m, const uint32_t (&xs)[4][4],
-                                                const vectors &v, float (&sum)[8][4],
+static __device__ __forceinline__ void put_part(memory<N> *m, const bf16 *x, const vectors &v,
+                                                float (&sum)[8][4],
                                                 sums_of_head *t)
 {
     const int own = threadIdx.x % 128, r = own / 32 * 16 + own % 32 / 4;
     const float left[2] = { v.left[r], v.left[r + 8] };
     float w[2] = { 0 };
+    uint32_t xs[4][4];
+    rows_of_tile(xs, x, own / 32 * 16);
 #pragma unroll
     for (int n = 0; n < 8; n++) {
 #pragma unroll
@@ -441,15 +443,15 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
     const float push[2] = { v.left[r] * v.dt[r], v.left[r + 8] * v.dt[r + 8] };
     const float keep[2] = { v.keep[r], v.keep[r + 8] };
     float sum[8][4] = {}, back[8][4] = {}, on_c[2] = { 0 };
-    uint32_t a[4][4], xs[4][4];
+    uint32_t a[4][4];
     other_half<N>(o, m, tile, v, m->n.other_whole[h - o.h0], t);
     proxy_fence();
     barrier_sync<STATES_ONLY, 128>();
-    rows_of_tile(xs, tile->x, 16 * warp);
+    rows_of_tile(a, tile->x, 16 * warp);
 #pragma unroll
     for (int p = 0; p < 4; p++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) a[p][e] = fg_scale2(xs[p][e], push[e % 2], push[e % 2]);
+        for (int e = 0; e < 4; e++) a[p][e] = fg_scale2(a[p][e], push[e % 2], push[e % 2]);
     pin(sum), pin(back), pin(gb), pin(a);
     wgmma_begin();
 #pragma unroll
@@ -467,7 +469,7 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
     wgmma_commit();
     wgmma_wait<2>();
     pin(sum);
-    put_part<N>(m, xs, v, sum, t);
+    put_part<N>(m, tile->x, v, sum, t);
     if (N > 64) {
         pin(sum);
         wgmma_begin();
@@ -675,10 +677,10 @@ run_chunks(const __grid_constant__ chunks k, const __grid_constant__ maps maps)
     o.h0 = o.g * M + M * o.part / parts, o.h1 = o.g * M + M * (o.part + 1) / parts;
     open<N>(k, &maps, o, m);
     if (threadIdx.x < 128) {
-        registers_up<216>();
+        registers_up<208>();
         pairs_walk<N>(k, o, m);
     } else if (threadIdx.x < 256) {
-        registers_up<248>();
+        registers_up<256>();
         states_walk<N>(k, o, m);
     } else {
         registers_down<40>();
