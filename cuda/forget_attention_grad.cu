@@ -622,7 +622,7 @@ template <class S> static __global__ void __launch_bounds__(S::THREADS) queries_
 /* ---- the gate's gradient -------------------------------------------------------------------- */
 
 /* The sums over keys of 4 rows' ds.  some: those of SOME rows together are known; a row's own is
- * glse, and an equal part of what else that sum holds. */
+ * glse, and an equal part of what else that sum holds.  If that is NaN, only of rows that are. */
 static __device__ __forceinline__ void row_sums(const args &a, bool some, int64_t b, int64_t h,
                                                 int64_t t, float (&row)[4])
 {
@@ -643,44 +643,101 @@ static __device__ __forceinline__ void row_sums(const args &a, bool some, int64_
     const int64_t at = head * a.n_q * (a.tile / SOME) + from / SOME;
     const float rest = t < a.N ? (a.rows[at] - sum) / (float)rows : 0;
 #pragma unroll
-    for (int e = 0; e < 4; e++) row[e] = t + e < a.N ? row[e] + rest : 0;
+    for (int e = 0; e < 4; e++) {
+        const bool own = t + e < a.N && (!isnan(rest) || isnan(a.level[head * a.np + t + e]));
+        row[e] = t + e < a.N ? row[e] + (own ? rest : 0) : 0;
+    }
 }
 
-/* One block per head, from the last token to the first, 4 tokens a thread. */
+/* A sum over tokens from the last to the first; shut: it began anew among them. */
+struct suffix {
+    double sum;
+    bool shut;
+    __device__ void add(const suffix &later)
+    {
+        if (!shut) sum += later.sum;
+        shut |= later.shut;
+    }
+};
+
+/* The least of what the lanes behind this one have, or the sum over them; *all: of this one too. */
+static __device__ __forceinline__ int least_behind(int x, int lane, int *all)
+{
+#pragma unroll
+    for (int k = 1; k < 32; k *= 2) {
+        const int y = __shfl_down_sync(~0u, x, k);
+        if (lane + k < 32) x = min(x, y);
+    }
+    *all = x;
+    const int y = __shfl_down_sync(~0u, x, 1);
+    return lane < 31 ? y : UNSEEN;
+}
+static __device__ __forceinline__ suffix sum_behind(suffix x, int lane, suffix *all)
+{
+#pragma unroll
+    for (int k = 1; k < 32; k *= 2) {
+        const suffix y = { __shfl_down_sync(~0u, x.sum, k),
+                           (bool)__shfl_down_sync(~0u, (int)x.shut, k) };
+        if (lane + k < 32) x.add(y);
+    }
+    *all = x;
+    const suffix y = { __shfl_down_sync(~0u, x.sum, 1),
+                       (bool)__shfl_down_sync(~0u, (int)x.shut, 1) };
+    return lane < 31 ? y : suffix{ 0, false };
+}
+
+/* One block per head, from the last token to the first, 4 tokens a thread.  Where a token sees
+ * nothing in front of it, and those behind it neither, the sum is 0 and begins anew: what a
+ * document has, rounding or NaN, is not that of the one before. */
 static __global__ void __launch_bounds__(1024) gates_gradient(const args a, bool some)
 {
-    __shared__ double part[32];
+    __shared__ suffix part[32];
+    __shared__ int part_low[32];
     const int64_t h = blockIdx.x, b = blockIdx.y, head = b * a.H + h;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    double after = 0;
+    suffix after = { 0, false };
+    int after_low = UNSEEN;
     for (int64_t t0 = (a.N - 1) / 4096 * 4096; t0 >= 0; t0 -= 4096) {
         const int64_t t = t0 + (int64_t)threadIdx.x * 4;
         float row[4];
-        double sum[4], x = 0;
+        int low[4], all_low;
+        suffix sum[4], x = { 0, false }, all;
         row_sums(a, some, b, h, t, row);
 #pragma unroll
         for (int e = 3; e >= 0; e--) {
-            if (t + e < a.N) x += (double)row[e] - (double)a.column[head * a.np + t + e];
+            low[e] = t + e < a.N ? a.low[b * a.np + t + e] : UNSEEN;
+            if (e < 3) low[e] = min(low[e], low[e + 1]);
+        }
+        int later = min(least_behind(low[0], lane, &all_low), after_low);
+        __syncthreads();                 /* the last round's readers are done */
+        if (lane == 0) part_low[warp] = all_low;
+        __syncthreads();
+        for (int w = 0; w < 32; w++) {
+            if (w > warp) later = min(later, part_low[w]);
+            after_low = min(after_low, part_low[w]);
+        }
+#pragma unroll
+        for (int e = 3; e >= 0; e--) {
+            if (t + e < a.N) x.sum += (double)row[e] - (double)a.column[head * a.np + t + e];
+            if (t + e > 0 && t + e < a.N && min(low[e], later) >= t + e) x = { 0, true };
             sum[e] = x;
         }
-        double all = x;
-#pragma unroll
-        for (int k = 1; k < 32; k *= 2) {
-            const double y = __shfl_down_sync(~0u, all, k);
-            if (lane + k < 32) all += y;
-        }
-        __syncthreads();                 /* the last round's readers are done */
+        suffix behind = sum_behind(x, lane, &all);
         if (lane == 0) part[warp] = all;
         __syncthreads();
-        double behind = after + (all - x);
-        for (int w = warp + 1; w < 32; w++) behind += part[w];
+        for (int w = warp + 1; w < 32; w++) behind.add(part[w]);
+        behind.add(after);
 #pragma unroll
         for (int e = 0; e < 4; e++)
             if (t + e < a.N) {
                 const bool below = a.log_f[(b * a.N + t + e) * a.f_row + h] < LOG_F_MIN;
-                a.glog_f[(b * a.N + t + e) * a.gf_row + h] = below ? 0 : (float)(behind + sum[e]);
+                sum[e].add(behind);
+                a.glog_f[(b * a.N + t + e) * a.gf_row + h] = below ? 0 : (float)sum[e].sum;
             }
-        for (int w = 0; w < 32; w++) after += part[w];
+        suffix whole = part[0];
+        for (int w = 1; w < 32; w++) whole.add(part[w]);
+        whole.add(after);
+        after = { whole.sum, false };
     }
 }
 
