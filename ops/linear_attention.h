@@ -67,6 +67,60 @@ static inline fg_real *fg__out(const fg_exec *e, int i, int64_t at)
     return (fg_real *)e->out[i] + at;
 }
 
+/* ---- builders and gradients ------------------------------------------------------------------ */
+
+/* A scan op, whose inputs are q k v gate first past state: while decoding, the caches hold the
+ * state. */
+static inline fg_tensor fg__scan_build(fg_loc at, const fg_op *op, const void *attr, fg_tensor q,
+                                       fg_tensor k, fg_tensor v, fg_tensor gate, fg_tensor state)
+{
+    const fg_sequence s = fg_sequence_of(q.graph);
+    const bool decoding = !fg_absent(s.past) && fg_ok(k) && fg_ok(v) && fg_shape_of(k).rank == 4;
+    if (decoding && !fg_absent(state))
+        return (fg_fail)(at, v, FG_ERR_USAGE, "a state is given, but the caches hold it already");
+    if (decoding) {
+        const fg_shape kept = FG_DIMS(fg_dim(k, 0), fg_dim(k, 2), fg_dim(k, 3), fg_dim(v, -1));
+        state = fg__cache_state(at, q.graph, "state", FG_F32, kept);
+    }
+    const fg_tensor in[] = { q, k, v, gate, s.first, s.past, state };
+    const fg_tensor o = fg__apply(op, at, NULL, 7, in, attr);
+    if (decoding && fg_ok(o)) fg__cache_put(at, state, fg_result(o, 1));
+    return o;
+}
+
+/* Its gradient is the op `grad`, go gstate q k v gate first state -> gq gk gv ggate gstate, with
+ * the attributes of the scan itself. */
+static inline void fg__scan_vjp(fg_vjp *v, const fg_op *grad)
+{
+    fg_tensor go = v->gout[0];
+    if (!fg_absent(v->in[5])) {
+        v->gin[0] =
+            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
+        return;
+    }
+    if (fg_absent(go)) {
+        go = fg_fill(v->out[0].graph, fg_shape_of(v->out[0]), 0);
+        go = fg_cast(go, fg_dtype_of(v->out[0]));
+    }
+    const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3], v->in[4],
+                             v->in[6] };
+    const fg_tensor g = fg__apply(grad, FG_HERE, NULL, 8, in, v->attr);
+    for (int i = 0; i < 4; i++) if (!fg_absent(v->in[i])) v->gin[i] = fg_result(g, i);
+    if (!fg_absent(v->in[6])) v->gin[6] = fg_result(g, 4);
+}
+
+/* Bytes of all that a node reads and writes, once. */
+static inline double fg__scan_bytes(const fg_infer *c)
+{
+    double bytes = 0;
+    for (int i = 0; i < c->n_in; i++)
+        if (c->given[i])
+            bytes += (double)fg_shape_count(c->in[i]) * (c->in_type[i] == FG_BF16 ? 2 : 4);
+    for (int o = 0; o < c->n_out; o++)
+        bytes += (double)fg_shape_count(c->out[o]) * (c->out_type[o] == FG_BF16 ? 2 : 4);
+    return bytes;
+}
+
 /* ---- runs ----------------------------------------------------------------------------------- */
 
 typedef struct { int64_t t0, t1; bool padding, carried; } fg__run;    /* rows [t0,t1) */
