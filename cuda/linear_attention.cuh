@@ -208,6 +208,8 @@ struct la_chain {
     const float *decay;                          /* [B,H,chunks,128]; of the delta rule, [B,chunks]
                                                     or NULL: 1 */
     const float *beta;                           /* [B,H,chunks*64] */
+    const float *q_scale;                        /* [B,H,chunks*64]: q's rows are to be times it,
+                                                    forward; NULL: 1 */
     const uint8_t *flags;                        /* [B,chunks*64] for q and k, or NULL: all set */
     la_rows_to o;                                /* forward: o, or e if kept; back: gu */
     bf16 *kept;                                  /* [B,H,chunks,128,128], [value][key]: S before, or
@@ -399,6 +401,8 @@ static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_
                                                     int64_t h, int64_t t, int m, int n)
 {
     const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2;
+    const float *by = c.q_scale ? c.q_scale + (b * c.z.H + h) * c.z.chunks * LA_ROWS + t : nullptr;
+    const float above = by ? by[m + g] : 1, below = by ? by[m + g + 8] : 1;
     float o[4][4];
     la_zero<4>(o);
 #pragma unroll
@@ -409,6 +413,13 @@ static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_
         la_mma2(o, a, x);
         la_b<LA_WIDTH>(x, fg_shared(S), k, 16);
         la_mma2(o + 2, a, x);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        o[j][0] *= above;
+        o[j][1] *= above;
+        o[j][2] *= below;
+        o[j][3] *= below;
     }
 #pragma unroll
     for (int k = 0; k < LA_ROWS; k += 16) {

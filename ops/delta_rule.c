@@ -24,17 +24,6 @@ fg_tensor (fg_delta_rule)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v, fg_t
     return fg__scan_build(at, &fg_op_table[FG_OP_delta_rule], &a, q, k, v, beta, state);
 }
 
-static fg_status infer(fg_infer *c)
-{
-    if (fg__scan_check(c, 4)) return FG_ERR_SHAPE;
-    const fg_shape *k = &c->in[1];
-    FG_REQUIRE(c, fg_shape_equal(c->in[3], FG_DIMS(k->dim[0], k->dim[1], k->dim[2])), SHAPE,
-               "beta must be [B,T,H] = [%lld,%lld,%lld], one number per head and position",
-               (long long)k->dim[0], (long long)k->dim[1], (long long)k->dim[2]);
-    FG_REQUIRE(c, fg__is_real(c->in_type[3]), DTYPE, "beta must be f32 or bf16");
-    return FG_OK;
-}
-
 /* ---- a chunk -------------------------------------------------------------------------------- */
 
 typedef struct {                         /* a thread's own; panels of FG_CHUNK rows */
@@ -292,7 +281,7 @@ static fg_tensor example(fg_graph *g, int i)
 }
 
 const fg_op_code fg_code_delta_rule = {
-    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
+    .infer = fg__delta_check, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
     .example = example, .scratch = scratch,
     .bf16 = { .narrow_in = 7, .wide_in = 1u << 6, .narrow_out = 1, .wide_out = 2 },
 };
@@ -306,19 +295,6 @@ const fg_op_code fg_code_delta_rule = {
  *     gk_t = R u_t - S ge_t + sum_(s>=t) (go_s.u_t) scale q_s
  *            - sum_(s<t) (ge_t.u_s) k_s - sum_(s>t) (ge_s.u_t) k_s
  *     R before = R + sum_t (scale q_t go_t^T - k_t ge_t^T) */
-
-static fg_status grad_infer(fg_infer *c)
-{
-    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[4]), SHAPE, "go must have v's shape");
-    for (int i = 0; i < 4; i++) {
-        c->out[i] = c->in[2 + i];
-        c->out_type[i] = c->in_type[2 + i];
-    }
-    const fg_shape *k = &c->in[3];
-    c->out[4] = FG_DIMS(k->dim[0], k->dim[2], k->dim[3], c->in[4].dim[3]);
-    c->out_type[4] = FG_F32;
-    return FG_OK;
-}
 
 typedef struct {
     const fg_exec *e;
@@ -508,7 +484,7 @@ static fg_cost grad_cost(const fg_infer *c)
 }
 
 const fg_op_code fg_code_delta_rule_grad = {
-    .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .scratch = grad_scratch,
+    .infer = fg__scan_grad_infer, .cpu = grad_cpu, .cost = grad_cost, .scratch = grad_scratch,
     .bf16 = { .narrow_in = 1 | 7u << 2, .wide_in = 1u << 1 | 1u << 7, .narrow_out = 7,
               .wide_out = 1u << 4, .like = { 0, 0, 0, 6 } },
 };

@@ -129,6 +129,9 @@ FG_API fg_tensor (fg_hgrn2_scan)(fg_loc at, fg_tensor q, fg_tensor z, fg_tensor 
  * beta: [B,T,H]; all else as above.  It is stable for beta |k|^2 in [0,2]: give k length 1. */
 FG_API fg_tensor (fg_delta_rule)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v, fg_tensor beta,
                                  double scale, fg_tensor state);
+/* The same, of q and k scaled to length 1: x / sqrt(sum(x^2) + eps) over the last axis. */
+FG_API fg_tensor (fg_unit_delta_rule)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v,
+                                      fg_tensor beta, double scale, double eps, fg_tensor state);
 
 /* ---- the list of all ops --------------------------------------------------------------------- */
 
@@ -196,6 +199,7 @@ FG_API fg_tensor   fg_op_example(fg_graph *g, int i, int k);
 #define fg_gated_linear_attention(...) fg_gated_linear_attention(FG_HERE, __VA_ARGS__)
 #define fg_hgrn2_scan(...)   fg_hgrn2_scan(FG_HERE, __VA_ARGS__)
 #define fg_delta_rule(...)   fg_delta_rule(FG_HERE, __VA_ARGS__)
+#define fg_unit_delta_rule(...) fg_unit_delta_rule(FG_HERE, __VA_ARGS__)
 
 #ifdef __cplusplus
 }

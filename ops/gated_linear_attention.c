@@ -307,19 +307,6 @@ const fg_op_code fg_code_gated_linear_attention = {
 
 /* ---- gated_linear_attention_grad ------------------------------------------------------------ */
 
-static fg_status grad_infer(fg_infer *c)
-{
-    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[4]), SHAPE, "go must have v's shape");
-    for (int i = 0; i < 4; i++) {
-        c->out[i] = c->in[2 + i];
-        c->out_type[i] = c->in_type[2 + i];
-    }
-    const fg_shape *k = &c->in[3];
-    c->out[4] = FG_DIMS(k->dim[0], k->dim[2], k->dim[3], c->in[4].dim[3]);
-    c->out_type[4] = FG_F32;
-    return FG_OK;
-}
-
 typedef struct {                         /* a thread's own, beside its work */
     fg_real *gA;                         /* [.,FG_CHUNK] */
     fg_real *turned;                     /* [Vp,FG_CHUNK] of go, then v */
@@ -537,7 +524,7 @@ static fg_cost grad_cost(const fg_infer *c)
 }
 
 const fg_op_code fg_code_gated_linear_attention_grad = {
-    .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .scratch = grad_scratch,
+    .infer = fg__scan_grad_infer, .cpu = grad_cpu, .cost = grad_cost, .scratch = grad_scratch,
     .bf16 = { .narrow_in = 1 | 7u << 2, .wide_in = 1u << 1 | 1u << 5 | 1u << 7, .narrow_out = 7,
               .wide_out = 3u << 3 },
 };

@@ -99,16 +99,9 @@ const fg_op_code fg_code_hgrn2_scan = {
 /* glow is one zero where there is no bound. */
 static fg_status grad_infer(fg_infer *c)
 {
-    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[4]), SHAPE, "go must have v's shape");
-    const fg_shape *z = &c->in[3];
-    for (int i = 0; i < 3; i++) {
-        c->out[i] = c->in[2 + i];
-        c->out_type[i] = c->in_type[2 + i];
-    }
+    if (fg__scan_grad_infer(c)) return FG_ERR_SHAPE;
     c->out[3] = c->given[5] ? c->in[5] : (fg_shape){ .rank = 0 };
     c->out_type[3] = c->given[5] ? c->in_type[5] : FG_F32;
-    c->out[4] = FG_DIMS(z->dim[0], z->dim[2], z->dim[3], c->in[4].dim[3]);
-    c->out_type[4] = FG_F32;
     return FG_OK;
 }
 

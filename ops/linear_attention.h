@@ -109,6 +109,32 @@ static inline void fg__scan_vjp(fg_vjp *v, const fg_op *grad)
     if (!fg_absent(v->in[6])) v->gin[6] = fg_result(g, 4);
 }
 
+/* Shapes and dtypes of such a gradient whose gate has one of its own */
+static inline fg_status fg__scan_grad_infer(fg_infer *c)
+{
+    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[4]), SHAPE, "go must have v's shape");
+    for (int i = 0; i < 4; i++) {
+        c->out[i] = c->in[2 + i];
+        c->out_type[i] = c->in_type[2 + i];
+    }
+    const fg_shape *k = &c->in[3];
+    c->out[4] = FG_DIMS(k->dim[0], k->dim[2], k->dim[3], c->in[4].dim[3]);
+    c->out_type[4] = FG_F32;
+    return FG_OK;
+}
+
+/* Rules of q k v beta first past state */
+static inline fg_status fg__delta_check(fg_infer *c)
+{
+    if (fg__scan_check(c, 4)) return FG_ERR_SHAPE;
+    const fg_shape *k = &c->in[1];
+    FG_REQUIRE(c, fg_shape_equal(c->in[3], FG_DIMS(k->dim[0], k->dim[1], k->dim[2])), SHAPE,
+               "beta must be [B,T,H] = [%lld,%lld,%lld], one number per head and position",
+               (long long)k->dim[0], (long long)k->dim[1], (long long)k->dim[2]);
+    FG_REQUIRE(c, fg__is_real(c->in_type[3]), DTYPE, "beta must be f32 or bf16");
+    return FG_OK;
+}
+
 /* Bytes of all that a node reads and writes, once. */
 static inline double fg__scan_bytes(const fg_infer *c)
 {
