@@ -8,7 +8,7 @@
  *     M = (I + N diag(beta))^-1,  W = M K,  U = M V,  A = Q K^T on and below the diagonal
  * M in f32: substitution in blocks of 16 x 16, then [X11 0; -X22 L21 X11  X22] twice.  (A series
  * for the inverse fails for identical keys.)  In the gradient, gu from the chain:
- *     ge = (diag(beta) M)^T gu,   y = gu - N^T ge,   gbeta_t = y_t.e_t,   gv = ge
+ *     ge = (diag(beta) M)^T gu,   y = gu - N^T ge = ge / beta,   gbeta_t = y_t.e_t,   gv = ge
  *     P_ts = go_t.u_s (s <= t),   X_ts = ge_t.u_s (s < t),   u = diag(beta) e
  *     gq = scale (go S^T + P K),  gk = u R^T - ge S^T + scale P^T Q - X K - X^T K
  * UNIT: q and k are scaled to unit length first.  Forward, the chain takes them as they are: what a
@@ -310,6 +310,7 @@ static la_chain chain_of(const la_task &z, const operands &s, const inputs &x)
     c.z = z;
     c.q = { x.q, z.T * x.q_row, LA_WIDTH, x.q_row };
     c.k = { x.k, z.T * x.k_row, LA_WIDTH, x.k_row };
+    c.segments = 1, c.per = z.chunks;
     if (s.q) c.q = { s.q, z.H * own, own, LA_WIDTH };
     if (s.k) c.k = { s.k, z.H * own, own, LA_WIDTH };
     c.w = { s.w, z.H * own, own, LA_WIDTH };
@@ -441,7 +442,8 @@ static __device__ __forceinline__ void pair_block(const joined *sm, const bf16 *
         }
 }
 
-/* ge to shared memory and gv; then the products y.e, 32 columns of them, to part. */
+/* The products y.e, 32 columns of them, to part.  y = ge / beta, but where beta is almost 0: the
+ * difference would cancel where keys are alike. */
 static __device__ __forceinline__ void errors(joined *sm, int m, int n)
 {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
@@ -450,16 +452,24 @@ static __device__ __forceinline__ void errors(joined *sm, int m, int n)
     by_rows<true>(acc, sm->N, m, sm->ge, n, m, LA_ROWS);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
+        const int r = m + g + 8 * i;
+        const float beta = sm->beta[r];
+        const bool divides = fabsf(beta) > 1 / 64.0f;
+        const float over = divides ? 1 / beta : 0;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const uint32_t u = *la_pair<LA_WIDTH>(sm->gu, m + g + 8 * i, n + 8 * j + c);
-            const uint32_t e = *la_pair<LA_WIDTH>(sm->e, m + g + 8 * i, n + 8 * j + c);
-            sum[i] = fmaf(la_low_half(u) - acc[j][2 * i], la_low_half(e), sum[i]);
-            sum[i] = fmaf(la_high_half(u) - acc[j][2 * i + 1], la_high_half(e), sum[i]);
+            const uint32_t ge = *la_pair<LA_WIDTH>(sm->ge, r, n + 8 * j + c);
+            const uint32_t gu = *la_pair<LA_WIDTH>(sm->gu, r, n + 8 * j + c);
+            const uint32_t e = *la_pair<LA_WIDTH>(sm->e, r, n + 8 * j + c);
+            const float y = divides ? over * la_low_half(ge) : la_low_half(gu) - acc[j][2 * i];
+            const float z = divides ? over * la_high_half(ge)
+                                    : la_high_half(gu) - acc[j][2 * i + 1];
+            sum[i] = fmaf(y, la_low_half(e), sum[i]);
+            sum[i] = fmaf(z, la_high_half(e), sum[i]);
         }
         sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
         sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
-        if (threadIdx.x % 4 == 0) sm->part[n / 32][m + g + 8 * i] = sum[i];
+        if (threadIdx.x % 4 == 0) sm->part[n / 32][r] = sum[i];
     }
 }
 

@@ -45,7 +45,7 @@ static size_t grad_scratch(const fg_infer *c)
     size_t used = 0;
     if (!la_back_in_chunks(a->scale, c->in, c->in_type, c->out_type))
         return rows_grad_scratch(&c->in[3], &c->in[4]);
-    cut_way_back(nullptr, &used, z.B * z.H, z.chunks);
+    cut_way_back(nullptr, &used, z);
     return used;
 }
 
@@ -60,7 +60,7 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     }
     const int64_t row = z.H * LA_WIDTH;
     size_t used = 0;
-    const way_back w = cut_way_back((char *)e->scratch, &used, z.B * z.H, z.chunks);
+    const way_back w = cut_way_back((char *)e->scratch, &used, z);
     const gradients to = { (bf16 *)e->out[0], (bf16 *)e->out[1], (bf16 *)e->out[2], row, row, row,
                            (float *)e->out[3], nullptr };
     launch_backward<false>(z, inputs_of(e, 2), (const bf16 *)e->in[0], (const float *)e->in[1], w,

@@ -54,12 +54,8 @@ static __device__ __forceinline__ float gate_of(float z, float low, float &k)
     float s, rest;
     split(z, s, rest);
     k = (1 - low) * rest;
-    float x = fmaf(k, 1 / 6.0f, 1 / 5.0f);
-    x = fmaf(k, x, 1 / 4.0f);
-    x = fmaf(k, x, 1 / 3.0f);
-    x = fmaf(k, x, 1 / 2.0f);
-    x = fmaf(k, x, 1.0f);
-    return k < 1 / 16.0f ? -(float)FG_LOG2_E * k * x : __log2f(fmaf(1 - low, s, low));
+    const float x = fmaf(k, fmaf(k, 1 / 3.0f, 1 / 2.0f), 1.0f);
+    return k < 1 / 64.0f ? -(float)FG_LOG2_E * k * x : __log2f(fmaf(1 - low, s, low));
 }
 template <int W> static __device__ __forceinline__ bf16 *element(bf16 *x, int r, int d)
 {
@@ -168,16 +164,25 @@ struct operands {                                /* of all chunks, in scratch */
     bf16 *q, *k;                                 /* [B,H,chunks*64,128]: Q and K of the chain */
     bf16 *A;                                     /* [B,H,chunks,64,64] */
     float *decay;                                /* [B,H,chunks,128] */
+    int64_t segments;
+    float *ends[2], *through;                    /* as la_chain has them, forth and back; NULL
+                                                    where one segment is all */
 };
 
-static operands cut_operands(char *base, size_t *used, int64_t heads, int64_t chunks)
+static operands cut_operands(char *base, size_t *used, const la_task &z, bool back)
 {
+    const int64_t heads = z.B * z.H, chunks = z.chunks;
     const size_t panel = (size_t)(heads * chunks) * LA_ROWS * sizeof(bf16);
-    operands s;
+    operands s = {};
     s.q = (bf16 *)la_cut(base, used, panel * LA_WIDTH);
     s.k = (bf16 *)la_cut(base, used, panel * LA_WIDTH);
     s.A = (bf16 *)la_cut(base, used, panel * LA_ROWS);
     s.decay = (float *)la_cut(base, used, (size_t)(heads * chunks) * LA_WIDTH * sizeof(float));
+    s.segments = la_segments(z);
+    if (s.segments == 1) return s;
+    const size_t row = (size_t)(s.segments * heads) * LA_WIDTH * sizeof(float);
+    for (int i = 0; i <= back; i++) s.ends[i] = (float *)la_cut(base, used, row * LA_WIDTH);
+    s.through = (float *)la_cut(base, used, row);
     return s;
 }
 
@@ -313,7 +318,8 @@ static void launch_prepare(const la_task &z, const inputs &x, const operands &s,
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-static la_chain chain_of(const la_task &z, const operands &s, const bf16 *u, int64_t u_row)
+static la_chain chain_of(const la_task &z, const operands &s, const bf16 *u, int64_t u_row,
+                         bool back)
 {
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH;
     la_chain c = {};
@@ -322,6 +328,9 @@ static la_chain chain_of(const la_task &z, const operands &s, const bf16 *u, int
     c.k = { s.k, z.H * own, own, LA_WIDTH };
     c.u = { u, z.T * u_row, LA_WIDTH, u_row };
     c.A = s.A, c.decay = s.decay;
+    c.segments = s.segments, c.per = (z.chunks + s.segments - 1) / s.segments;
+    c.segments = (z.chunks + c.per - 1) / c.per;
+    c.ends = s.ends[back], c.through = s.through;
     return c;
 }
 
@@ -332,9 +341,9 @@ static void launch_forward(const la_task &z, const inputs &x, void *scratch, bf1
 {
     const int64_t row = z.H * LA_WIDTH;
     size_t used = 0;
-    const operands s = cut_operands((char *)scratch, &used, z.B * z.H, z.chunks);
+    const operands s = cut_operands((char *)scratch, &used, z, false);
     launch_prepare<RAW>(z, x, s, stream);
-    la_chain c = chain_of(z, s, x.v, x.v_row);
+    la_chain c = chain_of(z, s, x.v, x.v_row, false);
     c.o = { o, z.T * row, LA_WIDTH, row };
     c.to = last;
     la_run_forward<false>(c, stream);
@@ -342,7 +351,7 @@ static void launch_forward(const la_task &z, const inputs &x, void *scratch, bf1
 static size_t forward_scratch(const fg_shape *k)
 {
     size_t used = 0;
-    cut_operands(nullptr, &used, k->dim[0] * k->dim[2], (k->dim[1] + LA_ROWS - 1) / LA_ROWS);
+    cut_operands(nullptr, &used, la_task_of(k, 1, nullptr, nullptr, nullptr), false);
     return used;
 }
 
@@ -581,16 +590,15 @@ static __device__ __forceinline__ float2 slopes(uint32_t x)
     return make_float2(s * fmaf(la_low_half(x), rest, 1.0f),
                        t * fmaf(la_high_half(x), other, 1.0f));
 }
-/* The gradient by z from those by k and by ln f; glow gets its share. */
-static __device__ __forceinline__ float gate_gradient(float z, float low, float gk, float gg,
-                                                      float &glow)
+/* The gradient by z from those by k = (1 - low) (1 - sigmoid(z)) and by ln f, and f in units of
+ * log2; glow gets its share. */
+static __device__ __forceinline__ float gate_gradient(float log2_f, float k, float low, float room,
+                                                      float gk, float gg, float &glow)
 {
-    float s, rest;
-    split(z, s, rest);
-    const float up = (1 - low) * s, f = low + up, by_f = f > 1e-30f ? __fdividef(gg, f) : 0.0f;
-    const float each = rest * (by_f - gk);
+    const float f = fg_exp2(log2_f), by_f = f > 1e-30f ? __fdividef(gg, f) : 0.0f;
+    const float each = k * room * (by_f - gk);   /* room: 1 / (1 - low) */
     glow += each;
-    return up * each;
+    return (f - low) * each;
 }
 
 template <bool RAW>
@@ -687,6 +695,7 @@ join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const 
     const float through = last == -1 ? z.scale * both.x * fg_exp2(first.x + rest.x) : 0;
     const float through1 = last == -1 ? z.scale * both.y * fg_exp2(first.y + rest.y) : 0;
     const float2 low = RAW && x.low ? *(const float2 *)(x.low + half + d) : make_float2(0, 0);
+    const float2 room = make_float2(1 / (1 - low.x), 1 / (1 - low.y));
     float2 glow = make_float2(0, 0);
 #pragma unroll
     for (int p = 0; p < 8; p++) {
@@ -699,10 +708,15 @@ join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const 
             *(float2 *)(to.g + (token + r) * row + half + d) = make_float2(u, v);
             continue;
         }
-        const uint32_t zs = *(const uint32_t *)(own_k + r * x.k_row + d);
-        *(uint32_t *)(to.k + (token + r) * to.k_row + half + d) =
-            fg_pack2(gate_gradient(la_low_half(zs), low.x, inner_k[i][f], u, glow.x),
-                     gate_gradient(la_high_half(zs), low.y, inner_k[i][f + 1], v, glow.y));
+        const uint32_t ks = *la_pair<HALF>(sm->k, r, d);
+        float2 l = *(const float2 *)&sm->z.first[i][d];
+        if (r % 16) {
+            const float2 now = lambda_at(&sm->z, r, d), was = lambda_at(&sm->z, r - 1, d);
+            l = make_float2(now.x - was.x, now.y - was.y);
+        }
+        *(uint32_t *)(to.k + (token + r) * to.k_row + half + d) = fg_pack2(
+            gate_gradient(l.x, la_low_half(ks), low.x, room.x, inner_k[i][f], u, glow.x),
+            gate_gradient(l.y, la_high_half(ks), low.y, room.y, inner_k[i][f + 1], v, glow.y));
     }
     if constexpr (RAW) {
 #pragma unroll
@@ -717,11 +731,11 @@ join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const 
 
 struct way_back { operands s; bf16 *S, *R; };
 
-static way_back cut_way_back(char *base, size_t *used, int64_t heads, int64_t chunks)
+static way_back cut_way_back(char *base, size_t *used, const la_task &z)
 {
-    const size_t states = (size_t)(heads * chunks) * LA_WIDTH * LA_WIDTH * sizeof(bf16);
+    const size_t states = (size_t)(z.B * z.H * z.chunks) * LA_WIDTH * LA_WIDTH * sizeof(bf16);
     way_back w;
-    w.s = cut_operands(base, used, heads, chunks);
+    w.s = cut_operands(base, used, z, true);
     w.S = (bf16 *)la_cut(base, used, states);
     w.R = (bf16 *)la_cut(base, used, states);
     return w;
@@ -736,7 +750,8 @@ static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, c
     const int64_t row = z.H * LA_WIDTH;
     const int bytes = (int)sizeof(joined);
     launch_prepare<RAW>(z, x, w.s, stream);
-    la_chain forth = chain_of(z, w.s, x.v, x.v_row), back = chain_of(z, w.s, go, row);
+    la_chain forth = chain_of(z, w.s, x.v, x.v_row, false);
+    la_chain back = chain_of(z, w.s, go, row, true);
     forth.kept = w.S;
     back.kept = w.R;
     back.o = { to.v, z.T * to.v_row, LA_WIDTH, to.v_row };

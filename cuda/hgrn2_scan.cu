@@ -45,7 +45,7 @@ FG_KERNEL(hgrn2_scan) = {
 
 static way_back cut_raw(char *base, size_t *used, const la_task &z, bool low, float **parts)
 {
-    const way_back w = cut_way_back(base, used, z.B * z.H, z.chunks);
+    const way_back w = cut_way_back(base, used, z);
     const int64_t n = z.B * z.chunks * z.H * LA_WIDTH;
     *parts = low ? (float *)la_cut(base, used, (size_t)n * sizeof(float)) : nullptr;
     return w;

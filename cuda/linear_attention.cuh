@@ -9,8 +9,9 @@
  *     gu = scale A^T go + K R           R' = diag(decay) R + scale Q^T go - W^T diag(beta) gu
  *
  * R, the gradient of S, goes from the last chunk to the first.  Both stay in registers in f32;
- * operands are rounded to bf16.  A block of threads has 32 columns of one head, so a head is four
- * blocks, which read the same Q, K, W, A from L2.
+ * operands are rounded to bf16.  A block of threads has 32 or 64 columns of one head; the blocks of
+ * a head read the same Q, K, W, A from L2.  Without W the chain falls in segments that run at once:
+ * first what each makes of S = 0, then all, each from the state that those before it add up to.
  * Rows that a document's start cuts off from the state are 0 in Q and W, rows that do not reach the
  * next chunk are 0 in K, and decay is 0 where a document starts within the chunk. */
 #ifndef FG_LINEAR_ATTENTION_CUH
@@ -20,8 +21,6 @@
 
 #define LA_ROWS    64                            /* of a chunk */
 #define LA_WIDTH   128                           /* of keys and of values */
-#define LA_COLUMNS 32                            /* of values, of a block of the chain */
-#define LA_STAGES  3
 
 struct la_task {
     int64_t B, T, H, chunks;
@@ -217,29 +216,59 @@ struct la_chain {
     const float *from;                           /* gradient of the last state, or NULL */
     float *to;                                   /* [B,H,128,128]: the last state; back: gradient of
                                                     the first */
+    int64_t segments, per;                       /* the chain falls in segments of per chunks */
+    float *ends;                                 /* [segments,B,H,128,128]: what a segment adds */
+    float *through;                              /* [segments,B,H,128]: the product of its decays */
 };
 
 /* What a step needs: of the chain, and of those who write o one step behind it. */
+#define LA_STAGES 3
+template <bool DELTA> constexpr int la_columns = DELTA ? 32 : 64;      /* of values, of a block */
 template <bool DELTA> struct alignas(1024) la_stage {
     bf16 k[LA_ROWS * LA_WIDTH], w[DELTA ? LA_ROWS * LA_WIDTH : 64];
-    bf16 u[LA_ROWS * LA_COLUMNS];
+    bf16 u[LA_ROWS * la_columns<DELTA>];
     float factor[LA_WIDTH];                      /* beta of rows, or decay of channels */
 };
 struct alignas(1024) la_late { bf16 q[LA_ROWS * LA_WIDTH], A[LA_ROWS * LA_ROWS]; };
 template <bool DELTA> struct la_shared {
     la_stage<DELTA> stage[LA_STAGES];
     la_late late[LA_STAGES];
-    bf16 S[2][LA_COLUMNS * LA_WIDTH];            /* [value][key] */
-    bf16 u[2][LA_COLUMNS * LA_ROWS];             /* [value][row] */
+    bf16 S[2][la_columns<DELTA> * LA_WIDTH];     /* [value][key] */
+    bf16 u[2][la_columns<DELTA> * LA_ROWS];      /* [value][row] */
 };
 
-/* Warps 0 and 1 carry 16 columns of values each, transposed: S^T is the operand of W S as it stands
- * in registers, and u^T that of K^T u, so nothing passes between warps on the way.  Warps 2 and 3
- * fetch; 4 to 7 write o, or 6 and 7 what is kept, one step behind.  (Warp w runs on scheduler
+/* The first warps carry 16 columns of values each, transposed: S^T is the operand of W S as it
+ * stands in registers, and u^T that of K^T u, so nothing passes between warps on the way.  The next
+ * two fetch; the last write o, or what is kept, one step behind.  (Warp w runs on scheduler
  * w % 4: each warp of the chain should have one for itself, as far as the others can spare it.) */
-#define LA_THREADS 256
-#define LA_IS_CHAIN(warp)   ((warp) < 2)
-#define LA_IS_FETCHER(warp) ((warp) / 2 == 1)
+template <bool DELTA> constexpr int la_carriers = la_columns<DELTA> / 16;
+template <bool DELTA, bool KEEP> constexpr int la_writers = KEEP && !DELTA ? 2 : 4;
+template <bool DELTA, bool KEEP>
+constexpr int la_threads = 32 * (la_carriers<DELTA> + 2 + la_writers<DELTA, KEEP>);
+template <bool DELTA> static __device__ __forceinline__ bool la_is_chain()
+{
+    return threadIdx.x / 32 < la_carriers<DELTA>;
+}
+template <bool DELTA> static __device__ __forceinline__ bool la_is_fetcher()
+{
+    return threadIdx.x / 32 - la_carriers<DELTA> < 2;
+}
+template <bool DELTA> static __device__ __forceinline__ int la_writer()
+{
+    return threadIdx.x / 32 - la_carriers<DELTA> - 2;
+}
+
+/* A block's segment of the chain: chunks [from,to) of a head. */
+struct la_span { int64_t bh, b, h, segment, from, to; };
+static __device__ __forceinline__ la_span la_own_span(const la_chain &c)
+{
+    la_span s;
+    const int64_t heads = c.z.B * c.z.H;
+    s.segment = blockIdx.y / heads, s.bh = blockIdx.y - s.segment * heads;
+    s.b = s.bh / c.z.H, s.h = s.bh % c.z.H;
+    s.from = s.segment * c.per, s.to = min(c.z.chunks, s.from + c.per);
+    return s;
+}
 
 template <bool DELTA>
 static __device__ __forceinline__ void la_fetch(const la_chain &c, la_stage<DELTA> *s, int64_t bh,
@@ -249,7 +278,8 @@ static __device__ __forceinline__ void la_fetch(const la_chain &c, la_stage<DELT
     const int n = la_rows(c.z, chunk), i = threadIdx.x % 64;
     const uint8_t *flags = c.flags ? c.flags + (b * c.z.chunks + chunk) * LA_ROWS : nullptr;
     la_load<LA_WIDTH, 64>(s->k, la_at(c.k, b, h, t), c.k.row, n, i, flags, LA_PASSES);
-    la_load<LA_COLUMNS, 64>(s->u, la_at(c.u, b, h, t) + blockIdx.x * LA_COLUMNS, c.u.row, n, i);
+    const bf16 *u = la_at(c.u, b, h, t) + blockIdx.x * la_columns<DELTA>;
+    la_load<la_columns<DELTA>, 64>(s->u, u, c.u.row, n, i);
     if (DELTA) la_load<LA_WIDTH, 64>(s->w, la_at(c.w, b, h, t), c.w.row, n, i);
     const float *factor = DELTA ? c.beta + (bh * c.z.chunks + chunk) * LA_ROWS
                                 : c.decay + (bh * c.z.chunks + chunk) * LA_WIDTH;
@@ -268,27 +298,46 @@ static __device__ __forceinline__ void la_fetch_late(const la_chain &c, la_late 
 }
 
 /* A warp's columns of a [key][value] matrix in f32 to fragments of its transpose, and back. */
+template <bool DELTA> static __device__ __forceinline__ int la_state_at()
+{
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    return c * LA_WIDTH + blockIdx.x * la_columns<DELTA> + threadIdx.x / 32 * 16 + g;
+}
+template <bool DELTA>
 static __device__ __forceinline__ void la_state_in(float S[16][4], const float *from, float scale)
 {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    const int v = blockIdx.x * LA_COLUMNS + threadIdx.x / 32 * 16 + g;
     la_zero<16>(S);
     if (!from) return;
+    from += la_state_at<DELTA>();
 #pragma unroll
     for (int j = 0; j < 16; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            S[j][i] = scale * from[(8 * j + c + i % 2) * LA_WIDTH + v + i / 2 * 8];
+        for (int i = 0; i < 4; i++) S[j][i] = scale * from[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8];
 }
+template <bool DELTA>
 static __device__ __forceinline__ void la_state_out(const float S[16][4], float *to, float scale)
 {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    const int v = blockIdx.x * LA_COLUMNS + threadIdx.x / 32 * 16 + g;
+    to += la_state_at<DELTA>();
 #pragma unroll
     for (int j = 0; j < 16; j++)
 #pragma unroll
+        for (int i = 0; i < 4; i++) to[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8] = scale * S[j][i];
+}
+/* S = diag(through) S + what segment s adds, of a chain whose decays are known */
+static __device__ __forceinline__ void la_pass(float S[16][4], const la_chain &c, int64_t s,
+                                               int64_t bh)
+{
+    const int64_t at = s * c.z.B * c.z.H + bh;
+    const float *add = c.ends + at * LA_WIDTH * LA_WIDTH + la_state_at<false>();
+    const float *through = c.through + at * LA_WIDTH + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        if (j % 4 == 0) asm volatile("" ::: "memory");       /* or all is loaded at once */
+#pragma unroll
         for (int i = 0; i < 4; i++)
-            to[(8 * j + c + i % 2) * LA_WIDTH + v + i / 2 * 8] = scale * S[j][i];
+            S[j][i] = fmaf(S[j][i], through[8 * j + i % 2],
+                           add[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8]);
+    }
 }
 
 /* Sums of two neighbouring tiles as an operand A of 16 columns. */
@@ -367,25 +416,28 @@ static __device__ __forceinline__ void la_decay(float S[16][4], const float *fac
     }
 }
 
-/* A writer's share of S [32][128] to its place among the kept. */
+/* A writer's share of S [columns][128] to its place among the kept. */
+template <bool DELTA>
 static __device__ __forceinline__ void la_keep_state(const bf16 *S, bf16 *to, int writer)
 {
-    to += blockIdx.x * LA_COLUMNS * LA_WIDTH;
+    to += blockIdx.x * la_columns<DELTA> * LA_WIDTH;
 #pragma unroll
-    for (int k = 0; k < 8; k++) {
-        const int i = writer * 32 + threadIdx.x % 32 + 64 * k, r = i / 16, c = i % 16;
+    for (int k = 0; k < la_columns<DELTA> / 2 / la_writers<DELTA, true>; k++) {
+        const int i = (la_writers<DELTA, true> * k + writer) * 32 + threadIdx.x % 32;
+        const int r = i / 16, c = i % 16;
         *(uint4 *)(to + r * LA_WIDTH + c * 8) =
             *(const uint4 *)((const char *)S + fg_swizzle<LA_WIDTH>(r, c));
     }
 }
-/* 16 rows of x [32][64], turned, to memory. */
+/* 16 rows of x [columns][64], turned, to memory. */
+template <bool DELTA>
 static __device__ __forceinline__ void la_keep_rows(const bf16 *x, const la_rows_to &to, int64_t b,
                                                     int64_t h, int64_t t, int m, int n)
 {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    bf16 *p = to.p + b * to.batch + h * to.head + t * to.row + blockIdx.x * LA_COLUMNS + c;
+    bf16 *p = to.p + b * to.batch + h * to.head + t * to.row + blockIdx.x * la_columns<DELTA> + c;
 #pragma unroll
-    for (int v = 0; v < LA_COLUMNS; v += 16) {
+    for (int v = 0; v < la_columns<DELTA>; v += 16) {
         uint32_t a[4];
         la_a_turned<LA_ROWS>(a, fg_shared(x), m, v);
 #pragma unroll
@@ -396,26 +448,29 @@ static __device__ __forceinline__ void la_keep_rows(const bf16 *x, const la_rows
 }
 
 /* o = scale (Q S + A u) of 16 rows, by one writer */
+template <bool DELTA>
 static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_late *s,
                                                     const bf16 *S, const bf16 *u, int64_t b,
                                                     int64_t h, int64_t t, int m, int n)
 {
+    constexpr int N = la_columns<DELTA> / 8;
     const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2;
     const float *by = c.q_scale ? c.q_scale + (b * c.z.H + h) * c.z.chunks * LA_ROWS + t : nullptr;
     const float above = by ? by[m + g] : 1, below = by ? by[m + g + 8] : 1;
-    float o[4][4];
-    la_zero<4>(o);
+    float o[N][4];
+    la_zero<N>(o);
 #pragma unroll
     for (int k = 0; k < LA_WIDTH; k += 16) {
         uint32_t a[4], x[4];
         la_a<LA_WIDTH>(a, fg_shared(s->q), m, k);
-        la_b<LA_WIDTH>(x, fg_shared(S), k, 0);
-        la_mma2(o, a, x);
-        la_b<LA_WIDTH>(x, fg_shared(S), k, 16);
-        la_mma2(o + 2, a, x);
+#pragma unroll
+        for (int v = 0; v < N; v += 2) {
+            la_b<LA_WIDTH>(x, fg_shared(S), k, 8 * v);
+            la_mma2(o + v, a, x);
+        }
     }
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
+    for (int j = 0; j < N; j++) {
         o[j][0] *= above;
         o[j][1] *= above;
         o[j][2] *= below;
@@ -426,16 +481,18 @@ static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_
         uint32_t a[4], x[4];
         if (k > m) break;
         la_a<LA_ROWS>(a, fg_shared(s->A), m, k);
-        la_b<LA_ROWS>(x, fg_shared(u), k, 0);
-        la_mma2(o, a, x);
-        la_b<LA_ROWS>(x, fg_shared(u), k, 16);
-        la_mma2(o + 2, a, x);
+#pragma unroll
+        for (int v = 0; v < N; v += 2) {
+            la_b<LA_ROWS>(x, fg_shared(u), k, 8 * v);
+            la_mma2(o + v, a, x);
+        }
     }
-    bf16 *p = c.o.p + b * c.o.batch + h * c.o.head + t * c.o.row + blockIdx.x * LA_COLUMNS + cc;
+    bf16 *p = c.o.p + b * c.o.batch + h * c.o.head + t * c.o.row
+              + blockIdx.x * la_columns<DELTA> + cc;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < N; j++)
             if (m + g + 8 * i < n)
                 *(uint32_t *)(p + (m + g + 8 * i) * c.o.row + 8 * j) =
                     fg_pack2(c.z.scale * o[j][2 * i], c.z.scale * o[j][2 * i + 1]);
@@ -455,7 +512,7 @@ static __device__ __forceinline__ void la_step(float S[16][4], la_stage<DELTA> *
         la_share<LA_WIDTH>(a[k], S_to, m, 16 * k);
     }
 #pragma unroll
-    for (int k = 0; k < 4; k++) la_a_turned<LA_COLUMNS>(u[k], fg_shared(s->u), m, 16 * k);
+    for (int k = 0; k < 4; k++) la_a_turned<la_columns<DELTA>>(u[k], fg_shared(s->u), m, 16 * k);
     if (DELTA) {
         float e[8][4];
         la_zero<8>(e);
@@ -490,57 +547,61 @@ static __device__ __forceinline__ void la_step(float S[16][4], la_stage<DELTA> *
     la_to_keys(S, u, fg_shared(s->k));
 }
 
-/* From the first chunk to the last.  KEEP: the states, and e of the delta rule; else o. */
+/* From the first chunk of the segment to its last.  KEEP: the states, and e of the delta rule; else
+ * o. */
 template <bool DELTA, bool KEEP>
 static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_shared<DELTA> *sm)
 {
-    const int warp = threadIdx.x / 32;
-    const int64_t bh = blockIdx.y, b = bh / c.z.H, h = bh % c.z.H, size = LA_WIDTH * LA_WIDTH;
-    const int64_t chunks = c.z.chunks;
+    const la_span s = la_own_span(c);
+    const int64_t bh = s.bh, size = LA_WIDTH * LA_WIDTH, chunks = s.to - s.from;
+    const int writer = la_writer<DELTA>();
     float S[16][4];
     float keep = 1;
-    if (LA_IS_CHAIN(warp)) {
-        la_state_in(S, la_carried(c.z, b) ? c.z.state + bh * size : nullptr, 1);
-        if (DELTA) keep = la_keep(c, b, 0);
-    }
-    if (LA_IS_FETCHER(warp)) {
-        la_fetch<DELTA>(c, &sm->stage[0], bh, 0);
+    if (la_is_chain<DELTA>()) {
+        la_state_in<DELTA>(S, la_carried(c.z, s.b) ? c.z.state + bh * size : nullptr, 1);
+        if (DELTA) keep = la_keep(c, s.b, s.from);
+        else for (int64_t i = 0; i < s.segment; i++) la_pass(S, c, i, bh);
+    } else if (la_is_fetcher<DELTA>()) {
+        la_fetch<DELTA>(c, &sm->stage[0], bh, s.from);
         fg_copy_commit();
-        if (chunks > 1) la_fetch<DELTA>(c, &sm->stage[1], bh, 1);
-        if (!KEEP) la_fetch_late(c, &sm->late[0], bh, 0);
+        if (chunks > 1) la_fetch<DELTA>(c, &sm->stage[1], bh, s.from + 1);
+        if (!KEEP) la_fetch_late(c, &sm->late[0], bh, s.from);
         fg_copy_commit();
         fg_copy_wait<1>();
     }
     __syncthreads();
     for (int64_t i = 0; i <= chunks; i++) {      /* step i: chunk i; what is written is i - 1's */
-        if (LA_IS_CHAIN(warp)) {
+        if (la_is_chain<DELTA>()) {
             if (i < chunks) {
-                const float next = DELTA ? la_keep(c, b, i + 1) : 1;
+                const float next = DELTA ? la_keep(c, s.b, s.from + i + 1) : 1;
                 la_step<DELTA, KEEP>(S, &sm->stage[i % LA_STAGES], sm->S[i % 2], sm->u[i % 2],
                                      keep);
                 keep = next;
             }
-        } else if (LA_IS_FETCHER(warp)) {
-            if (i + 2 < chunks) la_fetch<DELTA>(c, &sm->stage[(i + 2) % LA_STAGES], bh, i + 2);
+        } else if (la_is_fetcher<DELTA>()) {
+            const int64_t ahead = s.from + i + 1;
+            if (i + 2 < chunks)
+                la_fetch<DELTA>(c, &sm->stage[(i + 2) % LA_STAGES], bh, ahead + 1);
             if (!KEEP && i + 1 < chunks)
-                la_fetch_late(c, &sm->late[(i + 1) % LA_STAGES], bh, i + 1);
+                la_fetch_late(c, &sm->late[(i + 1) % LA_STAGES], bh, ahead);
             fg_copy_commit();
             fg_copy_wait<1>();                   /* what the next step needs is there */
-        } else if (warp >= (KEEP ? 6 : 4) && i > 0) {
-            const int64_t j = i - 1, t = j * LA_ROWS;
-            const int n = la_rows(c.z, j), m = 32 * (warp - 6);
+        } else if (i > 0) {
+            const int64_t j = i - 1, chunk = s.from + j, t = chunk * LA_ROWS;
+            const int n = la_rows(c.z, chunk), m = 16 * writer;
             if (KEEP) {
-                la_keep_state(sm->S[j % 2], c.kept + (bh * chunks + j) * size, warp - 6);
-                if (DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, m, n);
-                if (DELTA) la_keep_rows(sm->u[j % 2], c.o, b, h, t, m + 16, n);
+                la_keep_state<DELTA>(sm->S[j % 2], c.kept + (bh * c.z.chunks + chunk) * size,
+                                     writer);
+                if (DELTA) la_keep_rows<DELTA>(sm->u[j % 2], c.o, s.b, s.h, t, m, n);
             } else {
-                la_write_out(c, &sm->late[j % LA_STAGES], sm->S[j % 2], sm->u[j % 2], b, h, t,
-                             16 * (warp - 4), n);
+                la_write_out<DELTA>(c, &sm->late[j % LA_STAGES], sm->S[j % 2], sm->u[j % 2], s.b,
+                                    s.h, t, m, n);
             }
         }
         __syncthreads();
     }
-    if (LA_IS_CHAIN(warp) && c.to) la_state_out(S, c.to + bh * size, 1);
+    if (la_is_chain<DELTA>() && c.to && s.segment == c.segments - 1)
+        la_state_out<DELTA>(S, c.to + bh * size, 1);
 }
 
 /* One chunk on the way back, in units of scale: shares R behind it, and gu, leaves R before it. */
@@ -555,7 +616,7 @@ static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DEL
     la_zero<8>(gu);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        la_a_turned<LA_COLUMNS>(go[k], fg_shared(s->u), m, 16 * k);
+        la_a_turned<la_columns<DELTA>>(go[k], fg_shared(s->u), m, 16 * k);
 #pragma unroll
         for (int j = 0; j <= k; j++) {
             uint32_t b[4];
@@ -591,61 +652,62 @@ static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DEL
     if (DELTA) la_to_keys(R, u, fg_shared(s->w));
 }
 
-/* From the last chunk to the first. */
+/* From the last chunk of the segment to its first. */
 template <bool DELTA>
 static __device__ __forceinline__ void la_backward_chain(const la_chain &c, la_shared<DELTA> *sm)
 {
-    const int warp = threadIdx.x / 32;
-    const int64_t bh = blockIdx.y, b = bh / c.z.H, h = bh % c.z.H, size = LA_WIDTH * LA_WIDTH;
-    const int64_t chunks = c.z.chunks;
+    const la_span s = la_own_span(c);
+    const int64_t bh = s.bh, size = LA_WIDTH * LA_WIDTH, chunks = s.to - s.from;
     float R[16][4];
     float keep = 1;
-    if (LA_IS_CHAIN(warp)) {
-        la_state_in(R, c.from ? c.from + bh * size : nullptr, 1 / c.z.scale);
-        if (DELTA) keep = la_keep(c, b, chunks - 1);
-    }
-    if (LA_IS_FETCHER(warp))
+    if (la_is_chain<DELTA>()) {
+        la_state_in<DELTA>(R, c.from ? c.from + bh * size : nullptr, 1 / c.z.scale);
+        if (DELTA) keep = la_keep(c, s.b, s.to - 1);
+        else for (int64_t i = c.segments - 1; i > s.segment; i--) la_pass(R, c, i, bh);
+    } else if (la_is_fetcher<DELTA>()) {
         for (int64_t i = 0; i < 2; i++) {
             if (i < chunks) {
-                la_fetch<DELTA>(c, &sm->stage[i], bh, chunks - 1 - i);
-                la_fetch_late(c, &sm->late[i], bh, chunks - 1 - i);
+                la_fetch<DELTA>(c, &sm->stage[i], bh, s.to - 1 - i);
+                la_fetch_late(c, &sm->late[i], bh, s.to - 1 - i);
             }
             fg_copy_commit();
             if (i == 1) fg_copy_wait<1>();
         }
+    }
     __syncthreads();
     for (int64_t i = 0; i <= chunks; i++) {
-        const int64_t chunk = chunks - 1 - i;
-        if (LA_IS_CHAIN(warp)) {
+        const int64_t chunk = s.to - 1 - i;
+        if (la_is_chain<DELTA>()) {
             if (i < chunks) {
-                const float next = DELTA ? la_keep(c, b, chunk - 1) : 1;
+                const float next = DELTA ? la_keep(c, s.b, chunk - 1) : 1;
                 la_step_back<DELTA>(R, &sm->stage[i % LA_STAGES], &sm->late[i % LA_STAGES],
                                     sm->S[i % 2], sm->u[i % 2], keep, c.z.scale);
                 keep = next;
             }
-        } else if (LA_IS_FETCHER(warp)) {
+        } else if (la_is_fetcher<DELTA>()) {
             if (i + 2 < chunks) {
                 la_fetch<DELTA>(c, &sm->stage[(i + 2) % LA_STAGES], bh, chunk - 2);
                 la_fetch_late(c, &sm->late[(i + 2) % LA_STAGES], bh, chunk - 2);
             }
             fg_copy_commit();
             fg_copy_wait<1>();
-        } else if (warp >= 6 && i > 0) {
-            const int w = warp - 6;
-            la_keep_state(sm->S[(i - 1) % 2], c.kept + (bh * chunks + chunk + 1) * size, w);
-            for (int m = 32 * w; m < 32 * w + 32; m += 16)
-                la_keep_rows(sm->u[(i - 1) % 2], c.o, b, h, (chunk + 1) * LA_ROWS, m,
-                             la_rows(c.z, chunk + 1));
+        } else if (i > 0) {
+            const int w = la_writer<DELTA>();
+            la_keep_state<DELTA>(sm->S[(i - 1) % 2], c.kept + (bh * c.z.chunks + chunk + 1) * size,
+                                 w);
+            for (int m = 16 * w; m < LA_ROWS; m += 16 * la_writers<DELTA, true>)
+                la_keep_rows<DELTA>(sm->u[(i - 1) % 2], c.o, s.b, s.h, (chunk + 1) * LA_ROWS, m,
+                                    la_rows(c.z, chunk + 1));
         }
         __syncthreads();
     }
-    if (!LA_IS_CHAIN(warp)) return;
-    if (!la_carried(c.z, b)) la_zero<16>(R);
-    la_state_out(R, c.to + bh * size, c.z.scale);
+    if (!la_is_chain<DELTA>() || s.segment > 0) return;
+    if (!la_carried(c.z, s.b)) la_zero<16>(R);
+    la_state_out<DELTA>(R, c.to + bh * size, c.z.scale);
 }
 
 template <bool DELTA>
-static __global__ void __launch_bounds__(LA_THREADS, 1)
+static __global__ void __launch_bounds__(la_threads<DELTA, false>, 1)
 la_forward(const __grid_constant__ la_chain c)
 {
     extern __shared__ __align__(1024) char memory[];
@@ -653,7 +715,7 @@ la_forward(const __grid_constant__ la_chain c)
 }
 /* The two ways of the gradient do not need each other: half the blocks go forth, half back. */
 template <bool DELTA>
-static __global__ void __launch_bounds__(LA_THREADS, 1)
+static __global__ void __launch_bounds__(la_threads<DELTA, true>, 1)
 la_both_ways(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain back)
 {
     extern __shared__ __align__(1024) char memory[];
@@ -661,20 +723,94 @@ la_both_ways(const __grid_constant__ la_chain forth, const __grid_constant__ la_
     else la_backward_chain<DELTA>(back, (la_shared<DELTA> *)memory);
 }
 
+/* ---- segments: what each adds to a state of 0, with decays of channels ------------------------ */
+
+/* Of the way back, k and u are q and go. */
+static __device__ __forceinline__ void la_end_chain(const la_chain &c, la_stage<false> *stage,
+                                                    bool back)
+{
+    const la_span s = la_own_span(c);
+    const int64_t chunks = s.to - s.from, at = s.segment * c.z.B * c.z.H + s.bh;
+    const int m = threadIdx.x / 32 * 16;
+    float S[16][4];
+    la_zero<16>(S);
+    if (la_is_fetcher<false>())
+        for (int64_t i = 0; i < 2; i++) {
+            if (i < chunks) la_fetch<false>(c, &stage[i], s.bh, back ? s.to - 1 - i : s.from + i);
+            fg_copy_commit();
+            if (i == 1) fg_copy_wait<1>();
+        }
+    __syncthreads();
+    for (int64_t i = 0; i < chunks; i++) {
+        if (la_is_chain<false>()) {
+            la_stage<false> *now = &stage[i % LA_STAGES];
+            uint32_t u[4][4];
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                la_a_turned<la_columns<false>>(u[k], fg_shared(now->u), m, 16 * k);
+            la_decay<false>(S, now->factor, 1);
+            la_to_keys(S, u, fg_shared(now->k));
+        } else {
+            const int64_t ahead = back ? s.to - 3 - i : s.from + i + 2;
+            if (i + 2 < chunks) la_fetch<false>(c, &stage[(i + 2) % LA_STAGES], s.bh, ahead);
+            fg_copy_commit();
+            fg_copy_wait<1>();
+        }
+        __syncthreads();
+    }
+    if (la_is_chain<false>()) la_state_out<false>(S, c.ends + at * LA_WIDTH * LA_WIDTH, 1);
+    if (blockIdx.x || threadIdx.x >= LA_WIDTH) return;
+    const float *decay = c.decay + (s.bh * c.z.chunks + s.from) * LA_WIDTH + threadIdx.x;
+    float all = 1;
+    for (int64_t i = 0; i < chunks; i++) all *= decay[i * LA_WIDTH];
+    c.through[at * LA_WIDTH + threadIdx.x] = all;
+}
+
+#define LA_END_THREADS (32 * (la_carriers<false> + 2))
+static __global__ void __launch_bounds__(LA_END_THREADS, 2)
+la_ends(const __grid_constant__ la_chain one, const __grid_constant__ la_chain two)
+{
+    extern __shared__ __align__(1024) char memory[];
+    if (blockIdx.z) la_end_chain(two, (la_stage<false> *)memory, true);
+    else la_end_chain(one, (la_stage<false> *)memory, false);
+}
+/* The ends of a chain, or of one forth and one back. */
+static inline void la_run_ends(const la_chain &forth, const la_chain *back, cudaStream_t stream)
+{
+    const int bytes = (int)sizeof(la_stage<false>) * LA_STAGES;
+    la_chain two = back ? *back : forth;
+    const dim3 grid(LA_WIDTH / la_columns<false>,
+                    (unsigned)(forth.z.B * forth.z.H * forth.segments), back ? 2 : 1);
+    two.k = two.q;
+    cudaFuncSetAttribute(la_ends, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    la_ends<<<grid, LA_END_THREADS, bytes, stream>>>(forth, two);
+}
+
+/* As many segments as give every multiprocessor a block, if they are not too short to pay. */
+static inline int64_t la_segments(const la_task &z)
+{
+    const int64_t wanted = fg_processors() / (z.B * z.H * (LA_WIDTH / la_columns<false>));
+    const int64_t most = z.chunks / 8;
+    return wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most;
+}
+
 template <bool DELTA> static void la_run_forward(const la_chain &c, cudaStream_t stream)
 {
     const int bytes = (int)sizeof(la_shared<DELTA>);
-    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(c.z.B * c.z.H));
+    const dim3 grid(LA_WIDTH / la_columns<DELTA>, (unsigned)(c.z.B * c.z.H * c.segments));
+    if constexpr (!DELTA) if (c.segments > 1) la_run_ends(c, nullptr, stream);
     cudaFuncSetAttribute(la_forward<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    la_forward<DELTA><<<grid, LA_THREADS, bytes, stream>>>(c);
+    la_forward<DELTA><<<grid, la_threads<DELTA, false>, bytes, stream>>>(c);
 }
 template <bool DELTA>
 static void la_run_both_ways(const la_chain &forth, const la_chain &back, cudaStream_t stream)
 {
     const int bytes = (int)sizeof(la_shared<DELTA>);
-    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(forth.z.B * forth.z.H), 2);
+    const dim3 grid(LA_WIDTH / la_columns<DELTA>,
+                    (unsigned)(forth.z.B * forth.z.H * forth.segments), 2);
+    if constexpr (!DELTA) if (forth.segments > 1) la_run_ends(forth, &back, stream);
     cudaFuncSetAttribute(la_both_ways<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    la_both_ways<DELTA><<<grid, LA_THREADS, bytes, stream>>>(forth, back);
+    la_both_ways<DELTA><<<grid, la_threads<DELTA, true>, bytes, stream>>>(forth, back);
 }
 
 /* Cuts bytes off scratch, 256-byte aligned; base NULL: only counts. */
