@@ -17,17 +17,24 @@ static inputs inputs_of(const fg_exec *e, int i)
 
 static size_t scratch(const fg_infer *c)
 {
-    return in_chunks(c->in, c->in_type, c->out_type) ? forward_scratch(&c->in[1], false) : 0;
+    size_t used = 0;
+    if (in_chunks(c->in, c->in_type, c->out_type))
+        cut_operands(nullptr, &used, la_task_of(&c->in[1], 1, nullptr, nullptr, nullptr), false,
+                     false);
+    return used;
 }
 
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_delta_rule *a = (const struct fg_attr_delta_rule *)e->attr;
     const la_task z = la_task_of(&e->in_shape[1], a->scale, e->in[4], e->in[5], e->in[6]);
-    if (in_chunks(e->in_shape, e->in_type, e->out_type))
-        launch_forward<false>(z, inputs_of(e, 0), e->scratch, (bf16 *)e->out[0], (float *)e->out[1],
-                              stream);
-    else rows_forward<true>(e, z, stream);
+    size_t used = 0;
+    if (!in_chunks(e->in_shape, e->in_type, e->out_type)) {
+        rows_forward<true>(e, z, stream);
+        return;
+    }
+    const operands s = cut_operands((char *)e->scratch, &used, z, false, false);
+    launch_forward<false>(z, inputs_of(e, 0), s, (bf16 *)e->out[0], (float *)e->out[1], stream);
 }
 
 static const char *unfit(const fg_infer *c) { return rows_unfit(&c->in[1], &c->in[2]); }
@@ -36,11 +43,22 @@ FG_KERNEL(delta_rule) = { .launch = launch, .unfit = unfit, .scratch = scratch }
 
 /* ---- gradient -------------------------------------------------------------------------------- */
 
+static way_back cut_back(char *base, size_t *used, const la_task &z)
+{
+    const operands s = cut_operands(base, used, z, true, false);
+    way_back w = cut_way_back(base, used, z);
+    w.s = s;
+    return w;
+}
+
 static size_t grad_scratch(const fg_infer *c)
 {
     const struct fg_attr_delta_rule_grad *a = (const struct fg_attr_delta_rule_grad *)c->attr;
-    return la_back_in_chunks(a->scale, c->in, c->in_type, c->out_type)
-         ? backward_scratch(&c->in[3], false) : rows_grad_scratch(&c->in[3], &c->in[4]);
+    size_t used = 0;
+    if (!la_back_in_chunks(a->scale, c->in, c->in_type, c->out_type))
+        return rows_grad_scratch(&c->in[3], &c->in[4]);
+    cut_back(nullptr, &used, la_task_of(&c->in[3], 1, nullptr, nullptr, nullptr));
+    return used;
 }
 
 static void grad_launch(const fg_exec *e, cudaStream_t stream)
@@ -54,8 +72,12 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     const int64_t row = z.H * LA_WIDTH;
     const gradients to = { (bf16 *)e->out[0], (bf16 *)e->out[1], (bf16 *)e->out[2], row, row, row,
                            fg_output_of(e, 3) };
-    launch_backward<false>(z, inputs_of(e, 2), (const bf16 *)e->in[0], (const float *)e->in[1],
-                           e->scratch, to, (float *)e->out[4], stream);
+    const inputs x = inputs_of(e, 2);
+    size_t used = 0;
+    const way_back w = cut_back((char *)e->scratch, &used, z);
+    launch_prepare<false>(z, x, w.s, stream);
+    launch_backward<false>(z, x, (const bf16 *)e->in[0], (const float *)e->in[1], w, to,
+                           (float *)e->out[4], stream);
 }
 
 static const char *grad_unfit(const fg_infer *c) { return rows_unfit(&c->in[3], &c->in[4]); }

@@ -11,24 +11,22 @@
  *     ge = (diag(beta) M)^T gu,   y = gu - N^T ge = ge / beta,   gbeta_t = y_t.e_t,   gv = ge
  *     P_ts = go_t.u_s (s <= t),   X_ts = ge_t.u_s (s < t),   u = diag(beta) e
  *     gq = scale (go S^T + P K),  gk = u R^T - ge S^T + scale P^T Q - X K - X^T K
- * UNIT: q and k are scaled to unit length first.  Forward, the chain takes them as they are: what a
- * row of k is scaled by goes with its beta and, inverted, with its column of A, what a row of q is
- * scaled by with its output.  In the gradient they are written scaled, for the chain and the end.
+ * UNIT: q and k are scaled to unit length first.
  *
- * Bytes of 1 x 16384 rows, 12 heads, a unit is 50 MB: forward 11 (least 4), gradient 30, UNIT 32
- * (least 8). */
+ * Bytes of 1 x 16384 rows, 12 heads, a unit is 50 MB: forward 11, UNIT 14 (least 4), gradient 30,
+ * UNIT, which finds all prepared, 23 (least 8). */
 #ifndef FG_DELTA_RULE_CUH
 #define FG_DELTA_RULE_CUH
 #include "linear_attention.cuh"
 
 #define LANE 68                                  /* floats from row to row of L and M */
 
-struct operands {                                /* of all chunks, in scratch */
+struct operands {                                /* of all chunks, what prepare writes */
     bf16 *w, *u;                                 /* [B,H,chunks*64,128] */
     bf16 *A;                                     /* [B,H,chunks,64,64] */
     bf16 *M;                                     /* the same: diag(beta) M, or NULL */
-    bf16 *q, *k;                                 /* [B,H,chunks*64,128], UNIT, gradient: scaled */
-    float *beta;                                 /* [B,H,chunks*64]; UNIT and forward: with k's */
+    bf16 *q, *k;                                 /* [B,H,chunks*64,128] of UNIT, scaled; or NULL */
+    float *beta;                                 /* [B,H,chunks*64] */
     float *q_scale, *k_scale;                    /* [B,H,chunks*64] of UNIT, or NULL */
     float *keep;                                 /* [B,chunks]: 1, or 0 where a document starts */
     uint8_t *flags;                              /* [B,chunks*64] */
@@ -37,16 +35,17 @@ struct operands {                                /* of all chunks, in scratch */
 static operands cut_operands(char *base, size_t *used, const la_task &z, bool back, bool unit)
 {
     const size_t rows = (size_t)(z.B * z.H * z.chunks) * LA_ROWS;
+    const size_t panel = rows * LA_WIDTH * sizeof(bf16);
     operands s = {};
-    s.w = (bf16 *)la_cut(base, used, rows * LA_WIDTH * sizeof(bf16));
-    s.u = (bf16 *)la_cut(base, used, rows * LA_WIDTH * sizeof(bf16));
-    s.A = (bf16 *)la_cut(base, used, rows * LA_ROWS * sizeof(bf16));
-    if (back) s.M = (bf16 *)la_cut(base, used, rows * LA_ROWS * sizeof(bf16));
-    if (back && unit) s.q = (bf16 *)la_cut(base, used, rows * LA_WIDTH * sizeof(bf16));
-    if (back && unit) s.k = (bf16 *)la_cut(base, used, rows * LA_WIDTH * sizeof(bf16));
+    s.w = (bf16 *)la_cut(base, used, panel);
+    s.u = (bf16 *)la_cut(base, used, panel);
+    if (unit) s.q = (bf16 *)la_cut(base, used, panel);
+    if (unit) s.k = (bf16 *)la_cut(base, used, panel);
+    s.A = (bf16 *)la_cut(base, used, panel / 2);
+    if (back) s.M = (bf16 *)la_cut(base, used, panel / 2);
+    s.beta = (float *)la_cut(base, used, rows * sizeof(float));
     if (unit) s.q_scale = (float *)la_cut(base, used, rows * sizeof(float));
     if (unit) s.k_scale = (float *)la_cut(base, used, rows * sizeof(float));
-    s.beta = (float *)la_cut(base, used, rows * sizeof(float));
     s.keep = (float *)la_cut(base, used, (size_t)(z.B * z.chunks) * sizeof(float));
     s.flags = (uint8_t *)la_cut(base, used, (size_t)(z.B * z.chunks) * LA_ROWS);
     return s;
@@ -61,18 +60,22 @@ struct inputs {                                  /* row t of head h: t row + 128
 
 /* ---- preparing a chunk ----------------------------------------------------------------------- */
 
-struct prepared {
-    bf16 q[LA_ROWS * LA_WIDTH], k[LA_ROWS * LA_WIDTH], v[LA_ROWS * LA_WIDTH];
-    bf16 M[LA_ROWS * LA_ROWS];
-    float L[LA_ROWS * LANE];                     /* N diag(beta) */
-    float X[LA_ROWS * LANE];                     /* M; above the diagonal: products on the way */
+struct prepared {                                /* small enough for three blocks at a time */
+    bf16 k[LA_ROWS * LA_WIDTH], v[LA_ROWS * LA_WIDTH];
+    union alignas(1024) {
+        bf16 q[LA_ROWS * LA_WIDTH];              /* until A is there */
+        float X[LA_ROWS * LANE];                 /* M; above the diagonal: products on the way */
+    };
+    union alignas(1024) {
+        float L[LA_ROWS * LANE];                 /* N diag(beta) */
+        bf16 M[LA_ROWS * LA_ROWS];               /* when L has been used */
+    };
     float beta[LA_ROWS];
-    float by_q[LA_ROWS], by_k[LA_ROWS];          /* of UNIT: what rows are scaled by */
     int start[LA_ROWS];
     uint32_t marks[2];
 };
 
-/* Rows of x to unit length, in place; four threads a row. */
+/* Rows of x to unit length, in place, and by: what they were scaled by; four threads a row. */
 static __device__ __forceinline__ void scale_rows(bf16 *x, float *by, int n, float eps)
 {
     const int r = threadIdx.x / 4, c = threadIdx.x % 4;
@@ -111,8 +114,8 @@ static __device__ __forceinline__ void products(float acc[2][4], const bf16 *x, 
     }
 }
 
-/* L and A, ten blocks of 16 x 16 each, by eight warps; UNSCALED: columns of A over by_k. */
-template <bool UNSCALED> static __device__ __forceinline__ void pairs(prepared *sm, bf16 *A)
+/* L and A, ten blocks of 16 x 16 each, by eight warps. */
+static __device__ __forceinline__ void pairs(prepared *sm, bf16 *A)
 {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
     for (int p = threadIdx.x / 32; p < 20; p += 8) {
@@ -130,11 +133,9 @@ template <bool UNSCALED> static __device__ __forceinline__ void pairs(prepared *
                     sm->L[t * LANE + s] = s < t && s >= from ? u * sm->beta[s] : 0;
                     sm->L[t * LANE + s + 1] = s + 1 < t && s + 1 >= from ? v * sm->beta[s + 1] : 0;
                 } else {
-                    const float by = UNSCALED ? 1 / sm->by_k[s] : 1;
-                    const float by1 = UNSCALED ? 1 / sm->by_k[s + 1] : 1;
                     *(uint32_t *)(A + t * LA_ROWS + s) =
-                        fg_pack2(s <= t && s >= from ? by * u : 0.0f,
-                                 s + 1 <= t && s + 1 >= from ? by1 * v : 0.0f);
+                        fg_pack2(s <= t && s >= from ? u : 0.0f,
+                                 s + 1 <= t && s + 1 >= from ? v : 0.0f);
                 }
             }
     }
@@ -240,9 +241,8 @@ static __device__ __forceinline__ void put_tile(const bf16 *x, bf16 *to)
             *(const uint4 *)((const char *)x + fg_swizzle<LA_WIDTH>(i / 16, i % 16));
 }
 
-/* BACK: for the gradient */
-template <bool UNIT, bool BACK>
-static __global__ void __launch_bounds__(256, 2)
+template <bool UNIT>
+static __global__ void __launch_bounds__(256, 3)
 prepare(const __grid_constant__ la_task z, const __grid_constant__ inputs x,
         const __grid_constant__ operands s)
 {
@@ -267,38 +267,34 @@ prepare(const __grid_constant__ la_task z, const __grid_constant__ inputs x,
     }
     fg_copy_wait<1>();
     __syncthreads();
+    if (r < LA_ROWS) s.beta[tile * LA_ROWS + r] = sm->beta[r];
     if (UNIT) {
-        scale_rows(sm->k, sm->by_k, n, x.eps);
-        scale_rows(sm->q, sm->by_q, n, x.eps);
+        scale_rows(sm->k, s.k_scale + tile * LA_ROWS, n, x.eps);
+        scale_rows(sm->q, s.q_scale + tile * LA_ROWS, n, x.eps);
         __syncthreads();
-        if (BACK) put_tile(sm->k, s.k + tile * LA_ROWS * LA_WIDTH);
-        if (BACK) put_tile(sm->q, s.q + tile * LA_ROWS * LA_WIDTH);
-        if (r < LA_ROWS) s.k_scale[tile * LA_ROWS + r] = sm->by_k[r];
-        if (r < LA_ROWS) s.q_scale[tile * LA_ROWS + r] = sm->by_q[r];
+        put_tile(sm->k, s.k + tile * LA_ROWS * LA_WIDTH);
+        put_tile(sm->q, s.q + tile * LA_ROWS * LA_WIDTH);
     }
-    if (r < LA_ROWS)
-        s.beta[tile * LA_ROWS + r] = UNIT && !BACK ? sm->beta[r] * sm->by_k[r] : sm->beta[r];
-    pairs<UNIT && !BACK>(sm, s.A + tile * LA_ROWS * LA_ROWS);
+    pairs(sm, s.A + tile * LA_ROWS * LA_ROWS);
     fg_copy_wait<0>();
     __syncthreads();
     invert_blocks(sm);
     __syncthreads();
     join_blocks<16>(sm);
     join_blocks<32>(sm);
-    round_inverse(sm, BACK ? s.M + tile * LA_ROWS * LA_ROWS : nullptr);
+    round_inverse(sm, s.M ? s.M + tile * LA_ROWS * LA_ROWS : nullptr);
     __syncthreads();
     solve(sm, sm->k, s.w + tile * LA_ROWS * LA_WIDTH, true);
     solve(sm, sm->v, s.u + tile * LA_ROWS * LA_WIDTH, false);
 }
 
-template <bool UNIT, bool BACK>
+template <bool UNIT>
 static void launch_prepare(const la_task &z, const inputs &x, const operands &s,
                            cudaStream_t stream)
 {
     const int bytes = (int)sizeof(prepared);
-    cudaFuncSetAttribute(prepare<UNIT, BACK>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    prepare<UNIT, BACK><<<dim3((unsigned)z.chunks, (unsigned)(z.B * z.H)), 256, bytes, stream>>>(
-        z, x, s);
+    cudaFuncSetAttribute(prepare<UNIT>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    prepare<UNIT><<<dim3((unsigned)z.chunks, (unsigned)(z.B * z.H)), 256, bytes, stream>>>(z, x, s);
 }
 
 /* ---- forward --------------------------------------------------------------------------------- */
@@ -322,24 +318,15 @@ static la_chain chain_of(const la_task &z, const operands &s, const inputs &x)
 
 /* o [B,T,H,128] and the last state */
 template <bool UNIT>
-static void launch_forward(const la_task &z, const inputs &x, void *scratch, bf16 *o, float *last,
-                           cudaStream_t stream)
+static void launch_forward(const la_task &z, const inputs &x, const operands &s, bf16 *o,
+                           float *last, cudaStream_t stream)
 {
     const int64_t row = z.H * LA_WIDTH;
-    size_t used = 0;
-    const operands s = cut_operands((char *)scratch, &used, z, false, UNIT);
-    launch_prepare<UNIT, false>(z, x, s, stream);
+    launch_prepare<UNIT>(z, x, s, stream);
     la_chain c = chain_of(z, s, x);
-    c.q_scale = s.q_scale;
     c.o = { o, z.T * row, LA_WIDTH, row };
     c.to = last;
     la_run_forward<true>(c, stream);
-}
-static size_t forward_scratch(const fg_shape *k, bool unit)
-{
-    size_t used = 0;
-    cut_operands(nullptr, &used, la_task_of(k, 1, nullptr, nullptr, nullptr), false, unit);
-    return used;
 }
 
 /* ---- gradient -------------------------------------------------------------------------------- */
@@ -350,11 +337,11 @@ struct way_back {
     bf16 *S, *R;                                 /* [B,H,chunks,128,128] */
 };
 
-static way_back cut_way_back(char *base, size_t *used, const la_task &z, bool unit)
+/* All but what prepare writes. */
+static way_back cut_way_back(char *base, size_t *used, const la_task &z)
 {
     const size_t tiles = (size_t)(z.B * z.H * z.chunks);
-    way_back w;
-    w.s = cut_operands(base, used, z, true, unit);
+    way_back w = {};
     w.e = (bf16 *)la_cut(base, used, tiles * LA_ROWS * LA_WIDTH * sizeof(bf16));
     w.gu = (bf16 *)la_cut(base, used, tiles * LA_ROWS * LA_WIDTH * sizeof(bf16));
     w.S = (bf16 *)la_cut(base, used, tiles * LA_WIDTH * LA_WIDTH * sizeof(bf16));
@@ -625,17 +612,14 @@ join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const 
     put_rows(to.k + token * to.k_row + at, to.k_row, m, wide, n, gk);
 }
 
-/* last: gradient of the last state, or NULL; to_first: of the first. */
+/* Of what prepare has written.  last: gradient of the last state, or NULL; to_first: the first's. */
 template <bool UNIT>
 static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, const float *last,
-                            void *scratch, const gradients &to, float *to_first,
+                            const way_back &w, const gradients &to, float *to_first,
                             cudaStream_t stream)
 {
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH, row = z.H * LA_WIDTH;
     const int bytes = (int)sizeof(joined);
-    size_t used = 0;
-    const way_back w = cut_way_back((char *)scratch, &used, z, UNIT);
-    launch_prepare<UNIT, true>(z, x, w.s, stream);
     la_chain forth = chain_of(z, w.s, x), back = forth;
     forth.kept = w.S;
     forth.o = { w.e, z.H * own, own, LA_WIDTH };
@@ -647,11 +631,5 @@ static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, c
     cudaFuncSetAttribute(join<UNIT>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     join<UNIT><<<dim3((unsigned)z.chunks, (unsigned)(z.B * z.H)), 512, bytes, stream>>>(
         z, x, go, w, to);
-}
-static size_t backward_scratch(const fg_shape *k, bool unit)
-{
-    size_t used = 0;
-    cut_way_back(nullptr, &used, la_task_of(k, 1, nullptr, nullptr, nullptr), unit);
-    return used;
 }
 #endif

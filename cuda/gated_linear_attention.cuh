@@ -169,21 +169,22 @@ struct operands {                                /* of all chunks, in scratch */
                                                     where one segment is all */
 };
 
-static operands cut_operands(char *base, size_t *used, const la_task &z, bool back)
+/* What prepare writes, and what segments of the chain add. */
+static void cut_prepared(char *base, size_t *used, const la_task &z, operands *s)
 {
-    const int64_t heads = z.B * z.H, chunks = z.chunks;
-    const size_t panel = (size_t)(heads * chunks) * LA_ROWS * sizeof(bf16);
-    operands s = {};
-    s.q = (bf16 *)la_cut(base, used, panel * LA_WIDTH);
-    s.k = (bf16 *)la_cut(base, used, panel * LA_WIDTH);
-    s.A = (bf16 *)la_cut(base, used, panel * LA_ROWS);
-    s.decay = (float *)la_cut(base, used, (size_t)(heads * chunks) * LA_WIDTH * sizeof(float));
-    s.segments = la_segments(z);
-    if (s.segments == 1) return s;
-    const size_t row = (size_t)(s.segments * heads) * LA_WIDTH * sizeof(float);
-    for (int i = 0; i <= back; i++) s.ends[i] = (float *)la_cut(base, used, row * LA_WIDTH);
-    s.through = (float *)la_cut(base, used, row);
-    return s;
+    const size_t tiles = (size_t)(z.B * z.H * z.chunks), panel = tiles * LA_ROWS * sizeof(bf16);
+    s->q = (bf16 *)la_cut(base, used, panel * LA_WIDTH);
+    s->k = (bf16 *)la_cut(base, used, panel * LA_WIDTH);
+    s->A = (bf16 *)la_cut(base, used, panel * LA_ROWS);
+    s->decay = (float *)la_cut(base, used, tiles * LA_WIDTH * sizeof(float));
+}
+static void cut_ends(char *base, size_t *used, const la_task &z, bool back, operands *s)
+{
+    s->segments = la_segments(z);
+    if (s->segments == 1) return;
+    const size_t row = (size_t)(s->segments * z.B * z.H) * LA_WIDTH * sizeof(float);
+    for (int i = 0; i <= back; i++) s->ends[i] = (float *)la_cut(base, used, row * LA_WIDTH);
+    s->through = (float *)la_cut(base, used, row);
 }
 
 /* ---- preparing a chunk ----------------------------------------------------------------------- */
@@ -334,25 +335,17 @@ static la_chain chain_of(const la_task &z, const operands &s, const bf16 *u, int
     return c;
 }
 
-/* o [B,T,H,128] and the last state */
+/* o [B,T,H,128] and the last state, of s with all in its place */
 template <bool RAW>
-static void launch_forward(const la_task &z, const inputs &x, void *scratch, bf16 *o, float *last,
-                           cudaStream_t stream)
+static void launch_forward(const la_task &z, const inputs &x, const operands &s, bf16 *o,
+                           float *last, cudaStream_t stream)
 {
     const int64_t row = z.H * LA_WIDTH;
-    size_t used = 0;
-    const operands s = cut_operands((char *)scratch, &used, z, false);
     launch_prepare<RAW>(z, x, s, stream);
     la_chain c = chain_of(z, s, x.v, x.v_row, false);
     c.o = { o, z.T * row, LA_WIDTH, row };
     c.to = last;
     la_run_forward<false>(c, stream);
-}
-static size_t forward_scratch(const fg_shape *k)
-{
-    size_t used = 0;
-    cut_operands(nullptr, &used, la_task_of(k, 1, nullptr, nullptr, nullptr), false);
-    return used;
 }
 
 /* ---- gradient -------------------------------------------------------------------------------- */
@@ -731,17 +724,16 @@ join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const 
 
 struct way_back { operands s; bf16 *S, *R; };
 
-static way_back cut_way_back(char *base, size_t *used, const la_task &z)
+/* All but what prepare writes. */
+static void cut_way_back(char *base, size_t *used, const la_task &z, way_back *w)
 {
     const size_t states = (size_t)(z.B * z.H * z.chunks) * LA_WIDTH * LA_WIDTH * sizeof(bf16);
-    way_back w;
-    w.s = cut_operands(base, used, z, true);
-    w.S = (bf16 *)la_cut(base, used, states);
-    w.R = (bf16 *)la_cut(base, used, states);
-    return w;
+    cut_ends(base, used, z, true, &w->s);
+    w->S = (bf16 *)la_cut(base, used, states);
+    w->R = (bf16 *)la_cut(base, used, states);
 }
 
-/* last: gradient of the last state, or NULL; to_first: of the first. */
+/* Of what prepare has written.  last: gradient of the last state, or NULL; to_first: the first's. */
 template <bool RAW>
 static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, const float *last,
                             const way_back &w, const gradients &to, float *to_first,
@@ -749,7 +741,6 @@ static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, c
 {
     const int64_t row = z.H * LA_WIDTH;
     const int bytes = (int)sizeof(joined);
-    launch_prepare<RAW>(z, x, w.s, stream);
     la_chain forth = chain_of(z, w.s, x.v, x.v_row, false);
     la_chain back = chain_of(z, w.s, go, row, true);
     forth.kept = w.S;

@@ -207,8 +207,6 @@ struct la_chain {
     const float *decay;                          /* [B,H,chunks,128]; of the delta rule, [B,chunks]
                                                     or NULL: 1 */
     const float *beta;                           /* [B,H,chunks*64] */
-    const float *q_scale;                        /* [B,H,chunks*64]: q's rows are to be times it,
-                                                    forward; NULL: 1 */
     const uint8_t *flags;                        /* [B,chunks*64] for q and k, or NULL: all set */
     la_rows_to o;                                /* forward: o, or e if kept; back: gu */
     bf16 *kept;                                  /* [B,H,chunks,128,128], [value][key]: S before, or
@@ -242,9 +240,9 @@ template <bool DELTA> struct la_shared {
  * two fetch; the last write o, or what is kept, one step behind.  (Warp w runs on scheduler
  * w % 4: each warp of the chain should have one for itself, as far as the others can spare it.) */
 template <bool DELTA> constexpr int la_carriers = la_columns<DELTA> / 16;
-template <bool DELTA, bool KEEP> constexpr int la_writers = KEEP && !DELTA ? 2 : 4;
-template <bool DELTA, bool KEEP>
-constexpr int la_threads = 32 * (la_carriers<DELTA> + 2 + la_writers<DELTA, KEEP>);
+template <bool KEEP> constexpr int la_writers = KEEP ? 2 : 4;
+template <bool DELTA, bool KEEP>         /* of the delta rule's gradient, two warps have no work */
+constexpr int la_threads = KEEP ? 256 : 32 * (la_carriers<DELTA> + 2 + la_writers<KEEP>);
 template <bool DELTA> static __device__ __forceinline__ bool la_is_chain()
 {
     return threadIdx.x / 32 < la_carriers<DELTA>;
@@ -253,9 +251,10 @@ template <bool DELTA> static __device__ __forceinline__ bool la_is_fetcher()
 {
     return threadIdx.x / 32 - la_carriers<DELTA> < 2;
 }
-template <bool DELTA> static __device__ __forceinline__ int la_writer()
+/* The last warps write; below 0: does not. */
+template <bool DELTA, bool KEEP> static __device__ __forceinline__ int la_writer()
 {
-    return threadIdx.x / 32 - la_carriers<DELTA> - 2;
+    return threadIdx.x / 32 - (la_threads<DELTA, KEEP> / 32 - la_writers<KEEP>);
 }
 
 /* A block's segment of the chain: chunks [from,to) of a head. */
@@ -422,8 +421,8 @@ static __device__ __forceinline__ void la_keep_state(const bf16 *S, bf16 *to, in
 {
     to += blockIdx.x * la_columns<DELTA> * LA_WIDTH;
 #pragma unroll
-    for (int k = 0; k < la_columns<DELTA> / 2 / la_writers<DELTA, true>; k++) {
-        const int i = (la_writers<DELTA, true> * k + writer) * 32 + threadIdx.x % 32;
+    for (int k = 0; k < la_columns<DELTA> / 2 / la_writers<true>; k++) {
+        const int i = (la_writers<true> * k + writer) * 32 + threadIdx.x % 32;
         const int r = i / 16, c = i % 16;
         *(uint4 *)(to + r * LA_WIDTH + c * 8) =
             *(const uint4 *)((const char *)S + fg_swizzle<LA_WIDTH>(r, c));
@@ -455,8 +454,6 @@ static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_
 {
     constexpr int N = la_columns<DELTA> / 8;
     const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2;
-    const float *by = c.q_scale ? c.q_scale + (b * c.z.H + h) * c.z.chunks * LA_ROWS + t : nullptr;
-    const float above = by ? by[m + g] : 1, below = by ? by[m + g + 8] : 1;
     float o[N][4];
     la_zero<N>(o);
 #pragma unroll
@@ -468,13 +465,6 @@ static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_
             la_b<LA_WIDTH>(x, fg_shared(S), k, 8 * v);
             la_mma2(o + v, a, x);
         }
-    }
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-        o[j][0] *= above;
-        o[j][1] *= above;
-        o[j][2] *= below;
-        o[j][3] *= below;
     }
 #pragma unroll
     for (int k = 0; k < LA_ROWS; k += 16) {
@@ -554,7 +544,7 @@ static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_sh
 {
     const la_span s = la_own_span(c);
     const int64_t bh = s.bh, size = LA_WIDTH * LA_WIDTH, chunks = s.to - s.from;
-    const int writer = la_writer<DELTA>();
+    const int writer = la_writer<DELTA, KEEP>();
     float S[16][4];
     float keep = 1;
     if (la_is_chain<DELTA>()) {
@@ -586,13 +576,14 @@ static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_sh
                 la_fetch_late(c, &sm->late[(i + 1) % LA_STAGES], bh, ahead);
             fg_copy_commit();
             fg_copy_wait<1>();                   /* what the next step needs is there */
-        } else if (i > 0) {
+        } else if (i > 0 && writer >= 0) {
             const int64_t j = i - 1, chunk = s.from + j, t = chunk * LA_ROWS;
             const int n = la_rows(c.z, chunk), m = 16 * writer;
             if (KEEP) {
                 la_keep_state<DELTA>(sm->S[j % 2], c.kept + (bh * c.z.chunks + chunk) * size,
                                      writer);
-                if (DELTA) la_keep_rows<DELTA>(sm->u[j % 2], c.o, s.b, s.h, t, m, n);
+                for (int r = m; DELTA && r < LA_ROWS; r += 16 * la_writers<true>)
+                    la_keep_rows<DELTA>(sm->u[j % 2], c.o, s.b, s.h, t, r, n);
             } else {
                 la_write_out<DELTA>(c, &sm->late[j % LA_STAGES], sm->S[j % 2], sm->u[j % 2], s.b,
                                     s.h, t, m, n);
@@ -658,6 +649,7 @@ static __device__ __forceinline__ void la_backward_chain(const la_chain &c, la_s
 {
     const la_span s = la_own_span(c);
     const int64_t bh = s.bh, size = LA_WIDTH * LA_WIDTH, chunks = s.to - s.from;
+    const int w = la_writer<DELTA, true>();
     float R[16][4];
     float keep = 1;
     if (la_is_chain<DELTA>()) {
@@ -691,11 +683,10 @@ static __device__ __forceinline__ void la_backward_chain(const la_chain &c, la_s
             }
             fg_copy_commit();
             fg_copy_wait<1>();
-        } else if (i > 0) {
-            const int w = la_writer<DELTA>();
+        } else if (i > 0 && w >= 0) {
             la_keep_state<DELTA>(sm->S[(i - 1) % 2], c.kept + (bh * c.z.chunks + chunk + 1) * size,
                                  w);
-            for (int m = 16 * w; m < LA_ROWS; m += 16 * la_writers<DELTA, true>)
+            for (int m = 16 * w; m < LA_ROWS; m += 16 * la_writers<true>)
                 la_keep_rows<DELTA>(sm->u[(i - 1) % 2], c.o, s.b, s.h, (chunk + 1) * LA_ROWS, m,
                                     la_rows(c.z, chunk + 1));
         }
@@ -723,7 +714,7 @@ la_both_ways(const __grid_constant__ la_chain forth, const __grid_constant__ la_
     else la_backward_chain<DELTA>(back, (la_shared<DELTA> *)memory);
 }
 
-/* ---- segments: what each adds to a state of 0, with decays of channels ------------------------ */
+/* ---- segments: what each adds to a state of 0, with decays of channels ----------------------- */
 
 /* Of the way back, k and u are q and go. */
 static __device__ __forceinline__ void la_end_chain(const la_chain &c, la_stage<false> *stage,

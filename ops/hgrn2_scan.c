@@ -6,7 +6,8 @@
  *
  * q, z: [B,T,H,K]   v, o: [B,T,H,V]   low: H*K numbers in [0,1), absent: 0   first: i32[B,T]
  * past: i32[1]   state: f32[B,H,K,V], S before row 0; absent: 0.  Second output: S after the last
- * row.
+ * row.  Third: what a device's kernel keeps for the gradient, 324 numbers of bf16 for each row and
+ * head of 128 channels; elsewhere a single 0.
  * On a device forward reads q, z, v and writes o, the gradient reads q, z, v, go and writes gq, gz,
  * gv: silu(q), k and ln f are never in memory.  The CPU runs the definition.
  * Source: Qin et al. 2024, "HGRN2: Gated Linear RNNs with State Expansion" (arXiv 2404.07904),
@@ -27,32 +28,37 @@ static fg_status infer(fg_infer *c)
     FG_REQUIRE(c, !c->given[3] || fg_shape_count(c->in[3]) == n, SHAPE,
                "low must hold %lld numbers, one per head and key channel", (long long)n);
     FG_REQUIRE(c, !c->given[3] || fg__is_real(c->in_type[3]), DTYPE, "low must be f32 or bf16");
+    fg__scan_keeps(c, fg__scan_tiles(&c->in[1], &c->in[2]) * FG_HGRN2_KEPT);
     return FG_OK;
 }
 
 static void vjp(fg_vjp *v) { fg__scan_vjp(v, &fg_op_table[FG_OP_hgrn2_scan_grad]); }
 
-/* The gate's inputs as its op wants them: z [B,T,H*K], low [H*K]. */
-static void gate_inputs(fg_tensor z, fg_tensor low, fg_tensor *to)
+/* gate: z [B,T,H*K] and low [H*K], as forget_gate wants them;  x: silu(q) and k, of v's dtype, and
+ * in x[3] ln f */
+static void activate(fg_tensor q, fg_tensor z, fg_tensor low, fg_dtype type, fg_tensor *gate,
+                     fg_tensor *x)
 {
-    const int64_t n = fg_dim(z, 2) * fg_dim(z, 3);
-    to[0] = fg_reshape(z, FG_DIMS(fg_dim(z, 0), fg_dim(z, 1), n));
-    to[1] = fg_absent(low) ? low : fg_reshape(low, FG_DIMS(n));
+    const fg_shape s = fg_shape_of(z);
+    const int64_t n = s.dim[2] * s.dim[3];
+    gate[0] = fg_reshape(z, FG_DIMS(s.dim[0], s.dim[1], n));
+    gate[1] = fg_absent(low) ? low : fg_reshape(low, FG_DIMS(n));
+    const fg_tensor k = fg_forget_gate(gate[0], gate[1]);
+    x[0] = fg_silu(q);
+    x[0] = fg_cast(x[0], type);
+    x[1] = fg_reshape(k, s);
+    x[1] = fg_cast(x[1], type);
+    x[3] = fg_reshape(fg_result(k, 1), s);
 }
 
 static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
 {
     const struct fg_attr_hgrn2_scan *a = attr;
-    const fg_shape s = fg_shape_of(in[1]);
-    fg_tensor gate[2];
-    const fg_tensor q = fg_silu(in[0]);
-    gate_inputs(in[1], in[3], gate);
-    fg_tensor k = fg_forget_gate(gate[0], gate[1]);
-    const fg_tensor log_f = fg_reshape(fg_result(k, 1), s);
-    k = fg_reshape(k, s);
-    const fg_tensor x[] = { q, k, in[2], log_f, in[4], in[5], in[6] };
+    fg_tensor x[] = { in[0], in[1], in[2], in[3], in[4], in[5], in[6] }, gate[2];
+    activate(in[0], in[1], in[3], fg_dtype_of(in[2]), gate, x);
     out[0] = FG_APPLY(gated_linear_attention, FG_HERE, x, a->scale);
     out[1] = fg_result(out[0], 1);
+    out[2] = fg_fill(in[0].graph, FG_DIMS(1), 0);
 }
 
 /* As gated_linear_attention, silu and forget_gate. */
@@ -91,7 +97,7 @@ static fg_tensor example(fg_graph *g, int i)
 
 const fg_op_code fg_code_hgrn2_scan = {
     .infer = infer, .vjp = vjp, .cost = cost, .decompose = decompose, .example = example,
-    .bf16 = { .narrow_in = 7, .wide_in = 1u << 3 | 1u << 6, .narrow_out = 1, .wide_out = 2 },
+    .bf16 = { .narrow_in = 4, .wide_in = 1u << 3 | 1u << 6, .narrow_out = 5, .wide_out = 2 },
 };
 
 /* ---- hgrn2_scan_grad ------------------------------------------------------------------------ */
@@ -108,21 +114,16 @@ static fg_status grad_infer(fg_infer *c)
 static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
 {
     const struct fg_attr_hgrn2_scan_grad *a = attr;
-    const fg_shape s = fg_shape_of(in[3]);
-    fg_tensor gate[2];
-    const fg_tensor q = fg_silu(in[2]);
-    gate_inputs(in[3], in[5], gate);
-    fg_tensor k = fg_forget_gate(gate[0], gate[1]);
-    const fg_tensor log_f = fg_reshape(fg_result(k, 1), s);
-    k = fg_reshape(k, s);
-    const fg_tensor x[] = { in[0], in[1], q, k, in[4], log_f, in[6], in[7] };
+    fg_tensor a_of[4], gate[2];
+    activate(in[2], in[3], in[5], fg_dtype_of(in[4]), gate, a_of);
+    const fg_tensor x[] = { in[0], in[1], a_of[0], a_of[1], in[4], a_of[3], in[6], in[7] };
     const fg_tensor g = FG_APPLY(gated_linear_attention_grad, FG_HERE, x, a->scale);
     const fg_tensor gk = fg_reshape(fg_result(g, 1), fg_shape_of(gate[0]));
     const fg_tensor glog_f = fg_reshape(fg_result(g, 3), fg_shape_of(gate[0]));
     const fg_tensor y[] = { gate[0], gate[1], gk, glog_f };
     const fg_tensor gz = FG_APPLY(forget_gate_grad, FG_HERE, y, 0);
     out[0] = fg__silu_grad(FG_HERE, g, in[2]);
-    out[1] = fg_reshape(gz, s);
+    out[1] = fg_reshape(gz, fg_shape_of(in[3]));
     out[2] = fg_result(g, 2);
     if (!fg_absent(in[5])) out[3] = fg_reshape(fg_result(gz, 1), fg_shape_of(in[5]));
     out[4] = fg_result(g, 4);
@@ -138,6 +139,6 @@ static fg_cost grad_cost(const fg_infer *c)
 
 const fg_op_code fg_code_hgrn2_scan_grad = {
     .infer = grad_infer, .cost = grad_cost, .decompose = grad_decompose,
-    .bf16 = { .narrow_in = 1 | 7u << 2, .wide_in = 1u << 1 | 1u << 5 | 1u << 7, .narrow_out = 7,
-              .wide_out = 3u << 3 },
+    .bf16 = { .narrow_in = 1 | 1u << 4, .wide_in = 1u << 1 | 1u << 5 | 1u << 7, .like = { 3, 4 },
+              .narrow_out = 4, .wide_out = 3u << 3 },
 };

@@ -89,7 +89,7 @@ static inline fg_tensor fg__scan_build(fg_loc at, const fg_op *op, const void *a
 }
 
 /* Its gradient is the op `grad`, go gstate q k v gate first state -> gq gk gv ggate gstate, with
- * the attributes of the scan itself. */
+ * the attributes of the scan itself; a third output of the scan is its ninth input. */
 static inline void fg__scan_vjp(fg_vjp *v, const fg_op *grad)
 {
     fg_tensor go = v->gout[0];
@@ -102,9 +102,10 @@ static inline void fg__scan_vjp(fg_vjp *v, const fg_op *grad)
         go = fg_fill(v->out[0].graph, fg_shape_of(v->out[0]), 0);
         go = fg_cast(go, fg_dtype_of(v->out[0]));
     }
+    const fg_tensor none = { 0 }, kept = v->n_out > 2 ? v->out[2] : none;
     const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3], v->in[4],
-                             v->in[6] };
-    const fg_tensor g = fg__apply(grad, FG_HERE, NULL, 8, in, v->attr);
+                             v->in[6], kept };
+    const fg_tensor g = fg__apply(grad, FG_HERE, NULL, v->n_out > 2 ? 9 : 8, in, v->attr);
     for (int i = 0; i < 4; i++) if (!fg_absent(v->in[i])) v->gin[i] = fg_result(g, i);
     if (!fg_absent(v->in[6])) v->gin[6] = fg_result(g, 4);
 }
@@ -133,6 +134,24 @@ static inline fg_status fg__delta_check(fg_infer *c)
                (long long)k->dim[0], (long long)k->dim[1], (long long)k->dim[2]);
     FG_REQUIRE(c, fg__is_real(c->in_type[3]), DTYPE, "beta must be f32 or bf16");
     return FG_OK;
+}
+
+/* What the kernels of a device keep of a scan for its gradient is output 2, elements of bf16 in an
+ * order of their own.  Where there are no such kernels it is a single 0, which nothing reads. */
+enum {                                           /* elements of 64 rows of a head */
+    FG_HGRN2_KEPT = 64 * 324,                    /* decayed q and k, weights, decays */
+    FG_UNIT_DELTA_KEPT = 64 * 650                /* q, k, W, U, weights, inverse, beta, scales */
+};
+static inline void fg__scan_keeps(fg_infer *c, int64_t elements)
+{
+    c->out[2] = FG_DIMS(elements > 1 ? elements : 1);
+    c->out_type[2] = FG_BF16;
+}
+/* Chunks of 64 rows of all heads, where heads are such that kernels work in chunks: 128 wide. */
+static inline int64_t fg__scan_tiles(const fg_shape *k, const fg_shape *v)
+{
+    const bool fits = k->dim[3] == 128 && v->dim[3] == 128 && k->dim[1] >= 64;
+    return fits ? k->dim[0] * k->dim[2] * ((k->dim[1] + 63) / 64) : 0;
 }
 
 /* Bytes of all that a node reads and writes, once. */

@@ -2,8 +2,10 @@
  *
  *     o = delta_rule(l2_norm(q), l2_norm(k), v, beta),   l2_norm(x) = x / sqrt(sum(x^2) + eps)
  *
- * Shapes as in delta_rule.c; q and k of any length.  On a device forward reads q, k, v and writes
- * o, the gradient reads q, k, v, go and writes gq, gk, gv.  The CPU runs the definition.
+ * Shapes as in delta_rule.c; q and k of any length.  Third output: what a device's kernel keeps for
+ * the gradient, 650 numbers of bf16 for each row and head of 128 channels; elsewhere a single 0.
+ * On a device forward reads q, k, v and writes o and what it keeps, the gradient reads that and go
+ * and writes gq, gk, gv.  The CPU runs the definition.
  * Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence
  * Length" (arXiv 2406.06484), section 3.3. */
 #include "linear_attention.h"
@@ -19,7 +21,9 @@ static fg_status infer(fg_infer *c)
 {
     const struct fg_attr_unit_delta_rule *a = c->attr;
     FG_REQUIRE(c, a->eps >= 0, USAGE, "eps is %g and must not be negative", a->eps);
-    return fg__delta_check(c);
+    if (fg__delta_check(c)) return FG_ERR_SHAPE;
+    fg__scan_keeps(c, fg__scan_tiles(&c->in[1], &c->in[2]) * FG_UNIT_DELTA_KEPT);
+    return FG_OK;
 }
 
 static void vjp(fg_vjp *v) { fg__scan_vjp(v, &fg_op_table[FG_OP_unit_delta_rule_grad]); }
@@ -27,10 +31,14 @@ static void vjp(fg_vjp *v) { fg__scan_vjp(v, &fg_op_table[FG_OP_unit_delta_rule_
 static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
 {
     const struct fg_attr_unit_delta_rule *a = attr;
-    const fg_tensor q = fg_l2_norm(in[0], a->eps), k = fg_l2_norm(in[1], a->eps);
+    const fg_tensor unit_q = fg_l2_norm(in[0], a->eps);
+    const fg_tensor unit_k = fg_l2_norm(in[1], a->eps);
+    const fg_tensor q = fg_cast(unit_q, fg_dtype_of(in[2]));
+    const fg_tensor k = fg_cast(unit_k, fg_dtype_of(in[2]));
     const fg_tensor x[] = { q, k, in[2], in[3], in[4], in[5], in[6] };
     out[0] = FG_APPLY(delta_rule, FG_HERE, x, a->scale);
     out[1] = fg_result(out[0], 1);
+    out[2] = fg_fill(in[0].graph, FG_DIMS(1), 0);
 }
 
 /* As l2_norm and delta_rule. */
@@ -65,7 +73,7 @@ static fg_tensor example(fg_graph *g, int i)
 
 const fg_op_code fg_code_unit_delta_rule = {
     .infer = infer, .vjp = vjp, .cost = cost, .decompose = decompose, .example = example,
-    .bf16 = { .narrow_in = 7, .wide_in = 1u << 6, .narrow_out = 1, .wide_out = 2 },
+    .bf16 = { .narrow_in = 4, .wide_in = 1u << 6, .narrow_out = 5, .wide_out = 2 },
 };
 
 /* ---- unit_delta_rule_grad ------------------------------------------------------------------- */
@@ -73,11 +81,14 @@ const fg_op_code fg_code_unit_delta_rule = {
 static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
 {
     const struct fg_attr_unit_delta_rule_grad *a = attr;
-    const fg_tensor q = fg_l2_norm(in[2], a->eps), k = fg_l2_norm(in[3], a->eps);
+    const fg_tensor unit_q = fg_l2_norm(in[2], a->eps);
+    const fg_tensor unit_k = fg_l2_norm(in[3], a->eps);
+    const fg_tensor q = fg_cast(unit_q, fg_dtype_of(in[4]));
+    const fg_tensor k = fg_cast(unit_k, fg_dtype_of(in[4]));
     const fg_tensor x[] = { in[0], in[1], q, k, in[4], in[5], in[6], in[7] };
     const fg_tensor g = FG_APPLY(delta_rule_grad, FG_HERE, x, a->scale);
-    const fg_tensor by_q[] = { g, q, fg_result(q, 1) };
-    const fg_tensor by_k[] = { fg_result(g, 1), k, fg_result(k, 1) };
+    const fg_tensor by_q[] = { g, unit_q, fg_result(unit_q, 1) };
+    const fg_tensor by_k[] = { fg_result(g, 1), unit_k, fg_result(unit_k, 1) };
     out[0] = FG_APPLY(l2_norm_grad, FG_HERE, by_q, 0);
     out[1] = FG_APPLY(l2_norm_grad, FG_HERE, by_k, 0);
     for (int i = 2; i < 5; i++) out[i] = fg_result(g, i);
@@ -93,6 +104,6 @@ static fg_cost grad_cost(const fg_infer *c)
 
 const fg_op_code fg_code_unit_delta_rule_grad = {
     .infer = fg__scan_grad_infer, .cost = grad_cost, .decompose = grad_decompose,
-    .bf16 = { .narrow_in = 1 | 7u << 2, .wide_in = 1u << 1 | 1u << 7, .narrow_out = 7,
-              .wide_out = 1u << 4, .like = { 0, 0, 0, 6 } },
+    .bf16 = { .narrow_in = 1 | 1u << 4, .wide_in = 1u << 1 | 1u << 7, .narrow_out = 4,
+              .wide_out = 1u << 4, .like = { 3, 4, 0, 6 } },
 };
