@@ -15,12 +15,18 @@ static inputs inputs_of(const fg_exec *e, int i)
              row, row, fg_input_of(e, i + 3), 0 };
 }
 
+static operands cut(char *base, size_t *used, const la_task &z)
+{
+    operands s = cut_operands(base, used, z, false, false);
+    cut_ends(base, used, z, false, &s);
+    return s;
+}
+
 static size_t scratch(const fg_infer *c)
 {
     size_t used = 0;
     if (in_chunks(c->in, c->in_type, c->out_type))
-        cut_operands(nullptr, &used, la_task_of(&c->in[1], 1, nullptr, nullptr, nullptr), false,
-                     false);
+        cut(nullptr, &used, la_task_of(&c->in[1], 1, nullptr, nullptr, nullptr));
     return used;
 }
 
@@ -33,8 +39,8 @@ static void launch(const fg_exec *e, cudaStream_t stream)
         rows_forward<true>(e, z, stream);
         return;
     }
-    const operands s = cut_operands((char *)e->scratch, &used, z, false, false);
-    launch_forward<false>(z, inputs_of(e, 0), s, (bf16 *)e->out[0], (float *)e->out[1], stream);
+    launch_forward<false>(z, inputs_of(e, 0), cut((char *)e->scratch, &used, z),
+                          (bf16 *)e->out[0], (float *)e->out[1], stream);
 }
 
 static const char *unfit(const fg_infer *c) { return rows_unfit(&c->in[1], &c->in[2]); }
@@ -45,9 +51,8 @@ FG_KERNEL(delta_rule) = { .launch = launch, .unfit = unfit, .scratch = scratch }
 
 static way_back cut_back(char *base, size_t *used, const la_task &z)
 {
-    const operands s = cut_operands(base, used, z, true, false);
     way_back w = cut_way_back(base, used, z);
-    w.s = s;
+    prepared_in(cut_operands(base, used, z, true, false), &w);
     return w;
 }
 

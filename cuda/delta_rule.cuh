@@ -30,6 +30,8 @@ struct operands {                                /* of all chunks, what prepare 
     float *q_scale, *k_scale;                    /* [B,H,chunks*64] of UNIT, or NULL */
     float *keep;                                 /* [B,chunks]: 1, or 0 where a document starts */
     uint8_t *flags;                              /* [B,chunks*64] */
+    float *ends[2], *through;                    /* as la_chain has them, forth and back; not of
+                                                    prepare */
 };
 
 static operands cut_operands(char *base, size_t *used, const la_task &z, bool back, bool unit)
@@ -49,6 +51,10 @@ static operands cut_operands(char *base, size_t *used, const la_task &z, bool ba
     s.keep = (float *)la_cut(base, used, (size_t)(z.B * z.chunks) * sizeof(float));
     s.flags = (uint8_t *)la_cut(base, used, (size_t)(z.B * z.chunks) * LA_ROWS);
     return s;
+}
+static void cut_ends(char *base, size_t *used, const la_task &z, bool back, operands *s)
+{
+    la_cut_ends(base, used, z, back, true, s->ends, &s->through);
 }
 
 struct inputs {                                  /* row t of head h: t row + 128 h behind q */
@@ -299,14 +305,14 @@ static void launch_prepare(const la_task &z, const inputs &x, const operands &s,
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-static la_chain chain_of(const la_task &z, const operands &s, const inputs &x)
+static la_chain chain_of(const la_task &z, const operands &s, const inputs &x, bool back)
 {
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH;
     la_chain c = {};
     c.z = z;
     c.q = { x.q, z.T * x.q_row, LA_WIDTH, x.q_row };
     c.k = { x.k, z.T * x.k_row, LA_WIDTH, x.k_row };
-    c.segments = 1, c.per = z.chunks;
+    la_cut_up(&c, z, s.ends, s.through, back);
     if (s.q) c.q = { s.q, z.H * own, own, LA_WIDTH };
     if (s.k) c.k = { s.k, z.H * own, own, LA_WIDTH };
     c.w = { s.w, z.H * own, own, LA_WIDTH };
@@ -323,7 +329,7 @@ static void launch_forward(const la_task &z, const inputs &x, const operands &s,
 {
     const int64_t row = z.H * LA_WIDTH;
     launch_prepare<UNIT>(z, x, s, stream);
-    la_chain c = chain_of(z, s, x);
+    la_chain c = chain_of(z, s, x, false);
     c.o = { o, z.T * row, LA_WIDTH, row };
     c.to = last;
     la_run_forward<true>(c, stream);
@@ -342,11 +348,20 @@ static way_back cut_way_back(char *base, size_t *used, const la_task &z)
 {
     const size_t tiles = (size_t)(z.B * z.H * z.chunks);
     way_back w = {};
+    cut_ends(base, used, z, true, &w.s);
     w.e = (bf16 *)la_cut(base, used, tiles * LA_ROWS * LA_WIDTH * sizeof(bf16));
     w.gu = (bf16 *)la_cut(base, used, tiles * LA_ROWS * LA_WIDTH * sizeof(bf16));
     w.S = (bf16 *)la_cut(base, used, tiles * LA_WIDTH * LA_WIDTH * sizeof(bf16));
     w.R = (bf16 *)la_cut(base, used, tiles * LA_WIDTH * LA_WIDTH * sizeof(bf16));
     return w;
+}
+
+/* What prepare writes stands in s. */
+static void prepared_in(operands s, way_back *w)
+{
+    for (int i = 0; i < 2; i++) s.ends[i] = w->s.ends[i];
+    s.through = w->s.through;
+    w->s = s;
 }
 
 struct gradients {                               /* rows as those of inputs */
@@ -612,7 +627,8 @@ join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const 
     put_rows(to.k + token * to.k_row + at, to.k_row, m, wide, n, gk);
 }
 
-/* Of what prepare has written.  last: gradient of the last state, or NULL; to_first: the first's. */
+/* Of what prepare has written.  last: gradient of the last state, or NULL; to_first: of the
+ * first. */
 template <bool UNIT>
 static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, const float *last,
                             const way_back &w, const gradients &to, float *to_first,
@@ -620,7 +636,7 @@ static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, c
 {
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH, row = z.H * LA_WIDTH;
     const int bytes = (int)sizeof(joined);
-    la_chain forth = chain_of(z, w.s, x), back = forth;
+    la_chain forth = chain_of(z, w.s, x, false), back = chain_of(z, w.s, x, true);
     forth.kept = w.S;
     forth.o = { w.e, z.H * own, own, LA_WIDTH };
     back.kept = w.R;

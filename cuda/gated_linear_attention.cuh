@@ -88,7 +88,7 @@ static __device__ __forceinline__ void fill_gates(gates<W> *z, bf16 *k, const fl
 #pragma unroll
         for (int r = 0; r < 16; r++) {
             if (!RAW) {
-                x[r] = 16 * i + r < n ? g[(16 * i + r) * row + d] * (float)FG_LOG2_E : 0.0f;
+                x[r] = 16 * i + r < n ? g[(16 * i + r) * row + d] : 0.0f;
                 continue;
             }
             bf16 *at = element<W>(k, 16 * i + r, d);
@@ -99,7 +99,8 @@ static __device__ __forceinline__ void fill_gates(gates<W> *z, bf16 *k, const fl
         }
 #pragma unroll
         for (int r = 0; r < 16; r++) {
-            const float y = x[r] < STRONGEST ? STRONGEST : x[r];
+            const float unit = RAW ? 1.0f : (float)FG_LOG2_E, least = STRONGEST / unit;
+            const float y = (x[r] < least ? least : x[r]) * unit;
             if (r) sum += y;
             else z->first[i][d] = y;
             z->lambda[(16 * i + r) * LANE + d] = sum;
@@ -164,9 +165,7 @@ struct operands {                                /* of all chunks, in scratch */
     bf16 *q, *k;                                 /* [B,H,chunks*64,128]: Q and K of the chain */
     bf16 *A;                                     /* [B,H,chunks,64,64] */
     float *decay;                                /* [B,H,chunks,128] */
-    int64_t segments;
-    float *ends[2], *through;                    /* as la_chain has them, forth and back; NULL
-                                                    where one segment is all */
+    float *ends[2], *through;                    /* as la_chain has them, forth and back */
 };
 
 /* What prepare writes, and what segments of the chain add. */
@@ -180,11 +179,7 @@ static void cut_prepared(char *base, size_t *used, const la_task &z, operands *s
 }
 static void cut_ends(char *base, size_t *used, const la_task &z, bool back, operands *s)
 {
-    s->segments = la_segments(z);
-    if (s->segments == 1) return;
-    const size_t row = (size_t)(s->segments * z.B * z.H) * LA_WIDTH * sizeof(float);
-    for (int i = 0; i <= back; i++) s->ends[i] = (float *)la_cut(base, used, row * LA_WIDTH);
-    s->through = (float *)la_cut(base, used, row);
+    la_cut_ends(base, used, z, back, false, s->ends, &s->through);
 }
 
 /* ---- preparing a chunk ----------------------------------------------------------------------- */
@@ -329,9 +324,7 @@ static la_chain chain_of(const la_task &z, const operands &s, const bf16 *u, int
     c.k = { s.k, z.H * own, own, LA_WIDTH };
     c.u = { u, z.T * u_row, LA_WIDTH, u_row };
     c.A = s.A, c.decay = s.decay;
-    c.segments = s.segments, c.per = (z.chunks + s.segments - 1) / s.segments;
-    c.segments = (z.chunks + c.per - 1) / c.per;
-    c.ends = s.ends[back], c.through = s.through;
+    la_cut_up(&c, z, s.ends, s.through, back);
     return c;
 }
 
@@ -640,7 +633,16 @@ join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const 
     la_zero<4>(inner_q);
     la_zero<4>(inner_k);
     chunk_pairs(sm, inner_q, inner_k);
+    if (RAW) {                                   /* gA has been used: q as it came in its place */
+        __syncthreads();
+        la_load<HALF, 256>(sm->gA, own_q, q_row, n, threadIdx.x);
+        fg_copy_commit();
+    }
     through_state(X, fg_shared(sm->go), fg_shared(sm->S));
+    if (RAW) {
+        fg_copy_wait<0>();
+        __syncthreads();
+    }
     const int last = sm->start[n - 1];
 #pragma unroll
     for (int p = 0; p < 8; p++) {
@@ -658,7 +660,7 @@ join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const 
         if (r >= n) continue;
         float2 gq = make_float2(fmaf(own, la_low_half(ks), u), fmaf(own, la_high_half(ks), v));
         if (RAW) {
-            const float2 slope = slopes(*(const uint32_t *)(own_q + r * q_row + d));
+            const float2 slope = slopes(*la_pair<HALF>(sm->gA, r, d));
             gq.x *= slope.x;
             gq.y *= slope.y;
         }
@@ -733,7 +735,8 @@ static void cut_way_back(char *base, size_t *used, const la_task &z, way_back *w
     w->R = (bf16 *)la_cut(base, used, states);
 }
 
-/* Of what prepare has written.  last: gradient of the last state, or NULL; to_first: the first's. */
+/* Of what prepare has written.  last: gradient of the last state, or NULL; to_first: of the
+ * first. */
 template <bool RAW>
 static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, const float *last,
                             const way_back &w, const gradients &to, float *to_first,

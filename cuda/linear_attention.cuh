@@ -9,14 +9,16 @@
  *     gu = scale A^T go + K R           R' = diag(decay) R + scale Q^T go - W^T diag(beta) gu
  *
  * R, the gradient of S, goes from the last chunk to the first.  Both stay in registers in f32;
- * operands are rounded to bf16.  A block of threads has 32 or 64 columns of one head; the blocks of
- * a head read the same Q, K, W, A from L2.  Without W the chain falls in segments that run at once:
- * first what each makes of S = 0, then all, each from the state that those before it add up to.
+ * operands are rounded to bf16.  A block of threads has 64 columns of one head; the two of a head
+ * read the same Q, K, W, A from L2.  The chain falls in segments that run at once: first what each
+ * makes of S = 0 (and, with W, of S = 1), then all, each from the state that those before it add up
+ * to.
  * Rows that a document's start cuts off from the state are 0 in Q and W, rows that do not reach the
  * next chunk are 0 in K, and decay is 0 where a document starts within the chunk. */
 #ifndef FG_LINEAR_ATTENTION_CUH
 #define FG_LINEAR_ATTENTION_CUH
 #include <math.h>
+#include <stddef.h>
 #include "attention.cuh"
 
 #define LA_ROWS    64                            /* of a chunk */
@@ -216,45 +218,41 @@ struct la_chain {
                                                     the first */
     int64_t segments, per;                       /* the chain falls in segments of per chunks */
     float *ends;                                 /* [segments,B,H,128,128]: what a segment adds */
-    float *through;                              /* [segments,B,H,128]: the product of its decays */
+    float *through;                              /* [segments,B,H,128]: the product of its decays;
+                                                    of the delta rule [segments,B,H,128,128] */
 };
 
 /* What a step needs: of the chain, and of those who write o one step behind it. */
-#define LA_STAGES 3
-template <bool DELTA> constexpr int la_columns = DELTA ? 32 : 64;      /* of values, of a block */
+#define LA_COLUMNS 64                            /* of values, of a block of the chain */
+template <bool DELTA> constexpr int la_stages = DELTA ? 2 : 3;
 template <bool DELTA> struct alignas(1024) la_stage {
     bf16 k[LA_ROWS * LA_WIDTH], w[DELTA ? LA_ROWS * LA_WIDTH : 64];
-    bf16 u[LA_ROWS * la_columns<DELTA>];
+    bf16 u[LA_ROWS * LA_COLUMNS];
     float factor[LA_WIDTH];                      /* beta of rows, or decay of channels */
 };
 struct alignas(1024) la_late { bf16 q[LA_ROWS * LA_WIDTH], A[LA_ROWS * LA_ROWS]; };
 template <bool DELTA> struct la_shared {
-    la_stage<DELTA> stage[LA_STAGES];
-    la_late late[LA_STAGES];
-    bf16 S[2][la_columns<DELTA> * LA_WIDTH];     /* [value][key] */
-    bf16 u[2][la_columns<DELTA> * LA_ROWS];      /* [value][row] */
+    la_stage<DELTA> stage[la_stages<DELTA>];
+    la_late late[la_stages<DELTA>];
+    bf16 S[2][LA_COLUMNS * LA_WIDTH];     /* [value][key] */
+    bf16 u[2][LA_COLUMNS * LA_ROWS];      /* [value][row] */
 };
 
-/* The first warps carry 16 columns of values each, transposed: S^T is the operand of W S as it
- * stands in registers, and u^T that of K^T u, so nothing passes between warps on the way.  The next
- * two fetch; the last write o, or what is kept, one step behind.  (Warp w runs on scheduler
- * w % 4: each warp of the chain should have one for itself, as far as the others can spare it.) */
-template <bool DELTA> constexpr int la_carriers = la_columns<DELTA> / 16;
-template <bool KEEP> constexpr int la_writers = KEEP ? 2 : 4;
-template <bool DELTA, bool KEEP>         /* of the delta rule's gradient, two warps have no work */
-constexpr int la_threads = KEEP ? 256 : 32 * (la_carriers<DELTA> + 2 + la_writers<KEEP>);
-template <bool DELTA> static __device__ __forceinline__ bool la_is_chain()
+/* What the chain is run for: o, what the gradient wants kept, or the end of a segment alone. */
+enum la_purpose { LA_OUT, LA_KEEP, LA_END };
+
+/* Warps 0 to 3 carry 16 columns of values each, transposed: S^T is the operand of W S as it stands
+ * in registers, and u^T that of K^T u, so nothing passes between warps on the way.  The next two
+ * fetch; the last write o, or what is kept, one step behind. */
+#define LA_CARRIERS (LA_COLUMNS / 16)
+template <bool DELTA, la_purpose FOR>
+constexpr int la_writers = FOR == LA_END ? 0 : FOR == LA_KEEP || DELTA ? 2 : 4;
+template <bool DELTA, la_purpose FOR>
+constexpr int la_threads = 32 * (LA_CARRIERS + 2 + la_writers<DELTA, FOR>);
+static __device__ __forceinline__ bool la_is_chain() { return threadIdx.x / 32 < LA_CARRIERS; }
+static __device__ __forceinline__ bool la_is_fetcher()
 {
-    return threadIdx.x / 32 < la_carriers<DELTA>;
-}
-template <bool DELTA> static __device__ __forceinline__ bool la_is_fetcher()
-{
-    return threadIdx.x / 32 - la_carriers<DELTA> < 2;
-}
-/* The last warps write; below 0: does not. */
-template <bool DELTA, bool KEEP> static __device__ __forceinline__ int la_writer()
-{
-    return threadIdx.x / 32 - (la_threads<DELTA, KEEP> / 32 - la_writers<KEEP>);
+    return threadIdx.x / 32 - LA_CARRIERS < 2;
 }
 
 /* A block's segment of the chain: chunks [from,to) of a head. */
@@ -277,8 +275,8 @@ static __device__ __forceinline__ void la_fetch(const la_chain &c, la_stage<DELT
     const int n = la_rows(c.z, chunk), i = threadIdx.x % 64;
     const uint8_t *flags = c.flags ? c.flags + (b * c.z.chunks + chunk) * LA_ROWS : nullptr;
     la_load<LA_WIDTH, 64>(s->k, la_at(c.k, b, h, t), c.k.row, n, i, flags, LA_PASSES);
-    const bf16 *u = la_at(c.u, b, h, t) + blockIdx.x * la_columns<DELTA>;
-    la_load<la_columns<DELTA>, 64>(s->u, u, c.u.row, n, i);
+    const bf16 *u = la_at(c.u, b, h, t) + blockIdx.x * LA_COLUMNS;
+    if (c.u.p) la_load<LA_COLUMNS, 64>(s->u, u, c.u.row, n, i);
     if (DELTA) la_load<LA_WIDTH, 64>(s->w, la_at(c.w, b, h, t), c.w.row, n, i);
     const float *factor = DELTA ? c.beta + (bh * c.z.chunks + chunk) * LA_ROWS
                                 : c.decay + (bh * c.z.chunks + chunk) * LA_WIDTH;
@@ -297,37 +295,46 @@ static __device__ __forceinline__ void la_fetch_late(const la_chain &c, la_late 
 }
 
 /* A warp's columns of a [key][value] matrix in f32 to fragments of its transpose, and back. */
-template <bool DELTA> static __device__ __forceinline__ int la_state_at()
+static __device__ __forceinline__ int la_state_at()
 {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    return c * LA_WIDTH + blockIdx.x * la_columns<DELTA> + threadIdx.x / 32 * 16 + g;
+    return c * LA_WIDTH + blockIdx.x * LA_COLUMNS + threadIdx.x / 32 * 16 + g;
 }
-template <bool DELTA>
 static __device__ __forceinline__ void la_state_in(float S[16][4], const float *from, float scale)
 {
     la_zero<16>(S);
     if (!from) return;
-    from += la_state_at<DELTA>();
+    from += la_state_at();
 #pragma unroll
     for (int j = 0; j < 16; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) S[j][i] = scale * from[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8];
 }
-template <bool DELTA>
 static __device__ __forceinline__ void la_state_out(const float S[16][4], float *to, float scale)
 {
-    to += la_state_at<DELTA>();
+    to += la_state_at();
 #pragma unroll
     for (int j = 0; j < 16; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) to[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8] = scale * S[j][i];
+}
+/* 0, or 1 on the diagonal */
+static __device__ __forceinline__ void la_start(float S[16][4], bool unit)
+{
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    const int v = blockIdx.x * LA_COLUMNS + threadIdx.x / 32 * 16 + g;
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            S[j][i] = unit && 8 * j + c + i % 2 == v + i / 2 * 8 ? 1 : 0;
 }
 /* S = diag(through) S + what segment s adds, of a chain whose decays are known */
 static __device__ __forceinline__ void la_pass(float S[16][4], const la_chain &c, int64_t s,
                                                int64_t bh)
 {
     const int64_t at = s * c.z.B * c.z.H + bh;
-    const float *add = c.ends + at * LA_WIDTH * LA_WIDTH + la_state_at<false>();
+    const float *add = c.ends + at * LA_WIDTH * LA_WIDTH + la_state_at();
     const float *through = c.through + at * LA_WIDTH + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 16; j++) {
@@ -416,27 +423,24 @@ static __device__ __forceinline__ void la_decay(float S[16][4], const float *fac
 }
 
 /* A writer's share of S [columns][128] to its place among the kept. */
-template <bool DELTA>
 static __device__ __forceinline__ void la_keep_state(const bf16 *S, bf16 *to, int writer)
 {
-    to += blockIdx.x * la_columns<DELTA> * LA_WIDTH;
+    to += blockIdx.x * LA_COLUMNS * LA_WIDTH;
 #pragma unroll
-    for (int k = 0; k < la_columns<DELTA> / 2 / la_writers<true>; k++) {
-        const int i = (la_writers<true> * k + writer) * 32 + threadIdx.x % 32;
-        const int r = i / 16, c = i % 16;
+    for (int k = 0; k < LA_COLUMNS / 4; k++) {
+        const int i = (2 * k + writer) * 32 + threadIdx.x % 32, r = i / 16, c = i % 16;
         *(uint4 *)(to + r * LA_WIDTH + c * 8) =
             *(const uint4 *)((const char *)S + fg_swizzle<LA_WIDTH>(r, c));
     }
 }
 /* 16 rows of x [columns][64], turned, to memory. */
-template <bool DELTA>
 static __device__ __forceinline__ void la_keep_rows(const bf16 *x, const la_rows_to &to, int64_t b,
                                                     int64_t h, int64_t t, int m, int n)
 {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    bf16 *p = to.p + b * to.batch + h * to.head + t * to.row + blockIdx.x * la_columns<DELTA> + c;
+    bf16 *p = to.p + b * to.batch + h * to.head + t * to.row + blockIdx.x * LA_COLUMNS + c;
 #pragma unroll
-    for (int v = 0; v < la_columns<DELTA>; v += 16) {
+    for (int v = 0; v < LA_COLUMNS; v += 16) {
         uint32_t a[4];
         la_a_turned<LA_ROWS>(a, fg_shared(x), m, v);
 #pragma unroll
@@ -447,12 +451,11 @@ static __device__ __forceinline__ void la_keep_rows(const bf16 *x, const la_rows
 }
 
 /* o = scale (Q S + A u) of 16 rows, by one writer */
-template <bool DELTA>
 static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_late *s,
                                                     const bf16 *S, const bf16 *u, int64_t b,
                                                     int64_t h, int64_t t, int m, int n)
 {
-    constexpr int N = la_columns<DELTA> / 8;
+    constexpr int N = LA_COLUMNS / 8;
     const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2;
     float o[N][4];
     la_zero<N>(o);
@@ -478,7 +481,7 @@ static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_
         }
     }
     bf16 *p = c.o.p + b * c.o.batch + h * c.o.head + t * c.o.row
-              + blockIdx.x * la_columns<DELTA> + cc;
+              + blockIdx.x * LA_COLUMNS + cc;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -489,9 +492,9 @@ static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_
 }
 
 /* One chunk on the way forward: shares S before it, and u (or e), leaves S behind it. */
-template <bool DELTA, bool KEEP>
+template <bool DELTA, la_purpose FOR>
 static __device__ __forceinline__ void la_step(float S[16][4], la_stage<DELTA> *s, bf16 *S_to,
-                                               bf16 *u_to, float keep)
+                                               bf16 *u_to, float keep, bool given)
 {
     const int m = threadIdx.x / 32 * 16, c = threadIdx.x % 4 * 2;
     uint32_t u[4][4];
@@ -499,10 +502,13 @@ static __device__ __forceinline__ void la_step(float S[16][4], la_stage<DELTA> *
 #pragma unroll
     for (int k = 0; k < 8; k++) {
         la_operand(a[k], S[2 * k], S[2 * k + 1]);
-        la_share<LA_WIDTH>(a[k], S_to, m, 16 * k);
+        if (FOR != LA_END) la_share<LA_WIDTH>(a[k], S_to, m, 16 * k);
     }
 #pragma unroll
-    for (int k = 0; k < 4; k++) la_a_turned<la_columns<DELTA>>(u[k], fg_shared(s->u), m, 16 * k);
+    for (int k = 0; k < 4; k++) {
+        u[k][0] = u[k][1] = u[k][2] = u[k][3] = 0;
+        if (given) la_a_turned<LA_COLUMNS>(u[k], fg_shared(s->u), m, 16 * k);
+    }
     if (DELTA) {
         float e[8][4];
         la_zero<8>(e);
@@ -515,7 +521,7 @@ static __device__ __forceinline__ void la_step(float S[16][4], la_stage<DELTA> *
             e[j][1] = la_high_half(x) - e[j][1];
             e[j][2] = la_low_half(y) - e[j][2];
             e[j][3] = la_high_half(y) - e[j][3];
-            if (KEEP) {
+            if (FOR == LA_KEEP) {
                 u[j / 2][j % 2 * 2] = fg_pack2(e[j][0], e[j][1]);
                 u[j / 2][j % 2 * 2 + 1] = fg_pack2(e[j][2], e[j][3]);
             }
@@ -526,77 +532,86 @@ static __device__ __forceinline__ void la_step(float S[16][4], la_stage<DELTA> *
         }
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            if (KEEP) la_share<LA_ROWS>(u[k], u_to, m, 16 * k);
+            if (FOR == LA_KEEP) la_share<LA_ROWS>(u[k], u_to, m, 16 * k);
             la_operand(u[k], e[2 * k], e[2 * k + 1]);
         }
     }
 #pragma unroll
     for (int k = 0; k < 4; k++)
-        if (!KEEP) la_share<LA_ROWS>(u[k], u_to, m, 16 * k);
+        if (FOR == LA_OUT) la_share<LA_ROWS>(u[k], u_to, m, 16 * k);
     la_decay<DELTA>(S, s->factor, keep);
     la_to_keys(S, u, fg_shared(s->k));
 }
 
-/* From the first chunk of the segment to its last.  KEEP: the states, and e of the delta rule; else
- * o. */
-template <bool DELTA, bool KEEP>
+/* The state with which segment s begins, where the states of all are known. */
+static __device__ __forceinline__ const float *la_entered(const la_chain &c, int64_t bh, int64_t s)
+{
+    return c.ends + (s * c.z.B * c.z.H + bh) * LA_WIDTH * LA_WIDTH;
+}
+
+/* From the first chunk of the segment to its last.  LA_KEEP: the states, and e of the delta rule;
+ * LA_OUT: o; LA_END: the state behind it from 0, or, if u is not there, from 1. */
+template <bool DELTA, la_purpose FOR>
 static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_shared<DELTA> *sm)
 {
+    constexpr int STAGES = la_stages<DELTA>, AHEAD = STAGES - 1;
     const la_span s = la_own_span(c);
     const int64_t bh = s.bh, size = LA_WIDTH * LA_WIDTH, chunks = s.to - s.from;
-    const int writer = la_writer<DELTA, KEEP>();
     float S[16][4];
     float keep = 1;
-    if (la_is_chain<DELTA>()) {
-        la_state_in<DELTA>(S, la_carried(c.z, s.b) ? c.z.state + bh * size : nullptr, 1);
+    if (la_is_chain()) {
+        if (FOR == LA_END) la_start(S, !c.u.p);
+        else if (DELTA && s.segment) la_state_in(S, la_entered(c, bh, s.segment - 1), 1);
+        else la_state_in(S, la_carried(c.z, s.b) ? c.z.state + bh * size : nullptr, 1);
         if (DELTA) keep = la_keep(c, s.b, s.from);
         else for (int64_t i = 0; i < s.segment; i++) la_pass(S, c, i, bh);
-    } else if (la_is_fetcher<DELTA>()) {
-        la_fetch<DELTA>(c, &sm->stage[0], bh, s.from);
-        fg_copy_commit();
-        if (chunks > 1) la_fetch<DELTA>(c, &sm->stage[1], bh, s.from + 1);
-        if (!KEEP) la_fetch_late(c, &sm->late[0], bh, s.from);
-        fg_copy_commit();
-        fg_copy_wait<1>();
+    } else if (la_is_fetcher()) {
+        for (int64_t i = 0; i < AHEAD; i++) {
+            if (i < chunks) la_fetch<DELTA>(c, &sm->stage[i], bh, s.from + i);
+            if (FOR == LA_OUT && i && i <= chunks)
+                la_fetch_late(c, &sm->late[i - 1], bh, s.from + i - 1);
+            fg_copy_commit();
+        }
+        fg_copy_wait<AHEAD - 1>();
     }
     __syncthreads();
     for (int64_t i = 0; i <= chunks; i++) {      /* step i: chunk i; what is written is i - 1's */
-        if (la_is_chain<DELTA>()) {
+        if (la_is_chain()) {
             if (i < chunks) {
                 const float next = DELTA ? la_keep(c, s.b, s.from + i + 1) : 1;
-                la_step<DELTA, KEEP>(S, &sm->stage[i % LA_STAGES], sm->S[i % 2], sm->u[i % 2],
-                                     keep);
+                la_step<DELTA, FOR>(S, &sm->stage[i % STAGES], sm->S[i % 2], sm->u[i % 2], keep,
+                                    c.u.p);
                 keep = next;
             }
-        } else if (la_is_fetcher<DELTA>()) {
-            const int64_t ahead = s.from + i + 1;
-            if (i + 2 < chunks)
-                la_fetch<DELTA>(c, &sm->stage[(i + 2) % LA_STAGES], bh, ahead + 1);
-            if (!KEEP && i + 1 < chunks)
-                la_fetch_late(c, &sm->late[(i + 1) % LA_STAGES], bh, ahead);
+        } else if (la_is_fetcher()) {
+            const int64_t j = i + AHEAD;
+            if (j < chunks) la_fetch<DELTA>(c, &sm->stage[j % STAGES], bh, s.from + j);
+            if (FOR == LA_OUT && j - 1 < chunks)
+                la_fetch_late(c, &sm->late[(j - 1) % STAGES], bh, s.from + j - 1);
             fg_copy_commit();
-            fg_copy_wait<1>();                   /* what the next step needs is there */
-        } else if (i > 0 && writer >= 0) {
+            fg_copy_wait<AHEAD - 1>();           /* what the next step needs is there */
+        } else if (FOR != LA_END && i > 0) {
+            constexpr int WRITERS = la_writers<DELTA, FOR>;
             const int64_t j = i - 1, chunk = s.from + j, t = chunk * LA_ROWS;
-            const int n = la_rows(c.z, chunk), m = 16 * writer;
-            if (KEEP) {
-                la_keep_state<DELTA>(sm->S[j % 2], c.kept + (bh * c.z.chunks + chunk) * size,
-                                     writer);
-                for (int r = m; DELTA && r < LA_ROWS; r += 16 * la_writers<true>)
-                    la_keep_rows<DELTA>(sm->u[j % 2], c.o, s.b, s.h, t, r, n);
-            } else {
-                la_write_out<DELTA>(c, &sm->late[j % LA_STAGES], sm->S[j % 2], sm->u[j % 2], s.b,
-                                    s.h, t, m, n);
+            const int n = la_rows(c.z, chunk), writer = threadIdx.x / 32 - LA_CARRIERS - 2;
+            if (FOR == LA_KEEP)
+                la_keep_state(sm->S[j % 2], c.kept + (bh * c.z.chunks + chunk) * size, writer);
+            for (int m = 16 * writer; m < LA_ROWS; m += 16 * WRITERS) {
+                if (FOR == LA_OUT)
+                    la_write_out(c, &sm->late[j % STAGES], sm->S[j % 2], sm->u[j % 2], s.b, s.h, t,
+                                 m, n);
+                else if (DELTA) la_keep_rows(sm->u[j % 2], c.o, s.b, s.h, t, m, n);
             }
         }
         __syncthreads();
     }
-    if (la_is_chain<DELTA>() && c.to && s.segment == c.segments - 1)
-        la_state_out<DELTA>(S, c.to + bh * size, 1);
+    if (!la_is_chain()) return;
+    if (FOR == LA_END) la_state_out(S, c.ends + (s.segment * c.z.B * c.z.H + bh) * size, 1);
+    else if (c.to && s.segment == c.segments - 1) la_state_out(S, c.to + bh * size, 1);
 }
 
 /* One chunk on the way back, in units of scale: shares R behind it, and gu, leaves R before it. */
-template <bool DELTA>
+template <bool DELTA, la_purpose FOR>
 static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DELTA> *s,
                                                     la_late *late, bf16 *R_to, bf16 *u_to,
                                                     float keep, float scale)
@@ -607,7 +622,7 @@ static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DEL
     la_zero<8>(gu);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        la_a_turned<la_columns<DELTA>>(go[k], fg_shared(s->u), m, 16 * k);
+        la_a_turned<LA_COLUMNS>(go[k], fg_shared(s->u), m, 16 * k);
 #pragma unroll
         for (int j = 0; j <= k; j++) {
             uint32_t b[4];
@@ -620,7 +635,7 @@ static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DEL
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             la_operand(a[k], R[2 * k], R[2 * k + 1]);
-            la_share<LA_WIDTH>(a[k], R_to, m, 16 * k);
+            if (FOR != LA_END) la_share<LA_WIDTH>(a[k], R_to, m, 16 * k);
         }
         la_to_rows(gu, a, fg_shared(s->k));
     }
@@ -633,7 +648,7 @@ static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DEL
         for (int f = 0; f < 4; f++) gu[j][f] *= scale;
     }
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 4 && FOR != LA_END; k++) {
         uint32_t a[4];
         la_operand(a, gu[2 * k], gu[2 * k + 1]);
         la_share<LA_ROWS>(a, u_to, m, 16 * k);
@@ -643,89 +658,97 @@ static __device__ __forceinline__ void la_step_back(float R[16][4], la_stage<DEL
     if (DELTA) la_to_keys(R, u, fg_shared(s->w));
 }
 
-/* From the last chunk of the segment to its first. */
-template <bool DELTA>
+/* From the last chunk of the segment to its first; LA_END as forward. */
+template <bool DELTA, la_purpose FOR>
 static __device__ __forceinline__ void la_backward_chain(const la_chain &c, la_shared<DELTA> *sm)
 {
+    constexpr int STAGES = la_stages<DELTA>, AHEAD = STAGES - 1;
     const la_span s = la_own_span(c);
     const int64_t bh = s.bh, size = LA_WIDTH * LA_WIDTH, chunks = s.to - s.from;
-    const int w = la_writer<DELTA, true>();
     float R[16][4];
     float keep = 1;
-    if (la_is_chain<DELTA>()) {
-        la_state_in<DELTA>(R, c.from ? c.from + bh * size : nullptr, 1 / c.z.scale);
+    if (la_is_chain()) {
+        if (FOR == LA_END) la_start(R, false);
+        else if (DELTA && s.segment < c.segments - 1)
+            la_state_in(R, la_entered(c, bh, s.segment + 1), 1);
+        else la_state_in(R, c.from ? c.from + bh * size : nullptr, 1 / c.z.scale);
         if (DELTA) keep = la_keep(c, s.b, s.to - 1);
         else for (int64_t i = c.segments - 1; i > s.segment; i--) la_pass(R, c, i, bh);
-    } else if (la_is_fetcher<DELTA>()) {
-        for (int64_t i = 0; i < 2; i++) {
+    } else if (la_is_fetcher()) {
+        for (int64_t i = 0; i < AHEAD; i++) {
             if (i < chunks) {
                 la_fetch<DELTA>(c, &sm->stage[i], bh, s.to - 1 - i);
                 la_fetch_late(c, &sm->late[i], bh, s.to - 1 - i);
             }
             fg_copy_commit();
-            if (i == 1) fg_copy_wait<1>();
         }
+        fg_copy_wait<AHEAD - 1>();
     }
     __syncthreads();
     for (int64_t i = 0; i <= chunks; i++) {
         const int64_t chunk = s.to - 1 - i;
-        if (la_is_chain<DELTA>()) {
+        if (la_is_chain()) {
             if (i < chunks) {
                 const float next = DELTA ? la_keep(c, s.b, chunk - 1) : 1;
-                la_step_back<DELTA>(R, &sm->stage[i % LA_STAGES], &sm->late[i % LA_STAGES],
-                                    sm->S[i % 2], sm->u[i % 2], keep, c.z.scale);
+                la_step_back<DELTA, FOR>(R, &sm->stage[i % STAGES], &sm->late[i % STAGES],
+                                         sm->S[i % 2], sm->u[i % 2], keep, c.z.scale);
                 keep = next;
             }
-        } else if (la_is_fetcher<DELTA>()) {
-            if (i + 2 < chunks) {
-                la_fetch<DELTA>(c, &sm->stage[(i + 2) % LA_STAGES], bh, chunk - 2);
-                la_fetch_late(c, &sm->late[(i + 2) % LA_STAGES], bh, chunk - 2);
+        } else if (la_is_fetcher()) {
+            if (i + AHEAD < chunks) {
+                const int at = (i + AHEAD) % STAGES;
+                la_fetch<DELTA>(c, &sm->stage[at], bh, chunk - AHEAD);
+                la_fetch_late(c, &sm->late[at], bh, chunk - AHEAD);
             }
             fg_copy_commit();
-            fg_copy_wait<1>();
-        } else if (i > 0 && w >= 0) {
-            la_keep_state<DELTA>(sm->S[(i - 1) % 2], c.kept + (bh * c.z.chunks + chunk + 1) * size,
-                                 w);
-            for (int m = 16 * w; m < LA_ROWS; m += 16 * la_writers<true>)
-                la_keep_rows<DELTA>(sm->u[(i - 1) % 2], c.o, s.b, s.h, (chunk + 1) * LA_ROWS, m,
-                                    la_rows(c.z, chunk + 1));
+            fg_copy_wait<AHEAD - 1>();
+        } else if (FOR != LA_END && i > 0) {
+            const int writer = threadIdx.x / 32 - LA_CARRIERS - 2;
+            la_keep_state(sm->S[(i - 1) % 2], c.kept + (bh * c.z.chunks + chunk + 1) * size,
+                          writer);
+            for (int m = 16 * writer; m < LA_ROWS; m += 32)
+                la_keep_rows(sm->u[(i - 1) % 2], c.o, s.b, s.h, (chunk + 1) * LA_ROWS, m,
+                             la_rows(c.z, chunk + 1));
         }
         __syncthreads();
     }
-    if (!la_is_chain<DELTA>() || s.segment > 0) return;
+    if (!la_is_chain()) return;
+    if (FOR == LA_END) la_state_out(R, c.ends + (s.segment * c.z.B * c.z.H + bh) * size, 1);
+    if (FOR == LA_END || s.segment > 0) return;
     if (!la_carried(c.z, s.b)) la_zero<16>(R);
-    la_state_out<DELTA>(R, c.to + bh * size, c.z.scale);
+    la_state_out(R, c.to + bh * size, c.z.scale);
 }
 
 template <bool DELTA>
-static __global__ void __launch_bounds__(la_threads<DELTA, false>, 1)
+static __global__ void __launch_bounds__(la_threads<DELTA, LA_OUT>, 1)
 la_forward(const __grid_constant__ la_chain c)
 {
     extern __shared__ __align__(1024) char memory[];
-    la_forward_chain<DELTA, false>(c, (la_shared<DELTA> *)memory);
+    la_forward_chain<DELTA, LA_OUT>(c, (la_shared<DELTA> *)memory);
 }
 /* The two ways of the gradient do not need each other: half the blocks go forth, half back. */
 template <bool DELTA>
-static __global__ void __launch_bounds__(la_threads<DELTA, true>, 1)
+static __global__ void __launch_bounds__(la_threads<DELTA, LA_KEEP>, 1)
 la_both_ways(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain back)
 {
     extern __shared__ __align__(1024) char memory[];
-    if (blockIdx.z) la_forward_chain<DELTA, true>(forth, (la_shared<DELTA> *)memory);
-    else la_backward_chain<DELTA>(back, (la_shared<DELTA> *)memory);
+    if (blockIdx.z) la_forward_chain<DELTA, LA_KEEP>(forth, (la_shared<DELTA> *)memory);
+    else la_backward_chain<DELTA, LA_KEEP>(back, (la_shared<DELTA> *)memory);
 }
 
-/* ---- segments: what each adds to a state of 0, with decays of channels ----------------------- */
+/* ---- segments: what each adds to a state of 0 ------------------------------------------------ */
 
-/* Of the way back, k and u are q and go. */
+/* With decays of channels alone.  Of the way back, k and u are q and go. */
 static __device__ __forceinline__ void la_end_chain(const la_chain &c, la_stage<false> *stage,
                                                     bool back)
 {
+    constexpr int STAGES = la_stages<false>;
     const la_span s = la_own_span(c);
     const int64_t chunks = s.to - s.from, at = s.segment * c.z.B * c.z.H + s.bh;
     const int m = threadIdx.x / 32 * 16;
     float S[16][4];
     la_zero<16>(S);
-    if (la_is_fetcher<false>())
+    if (la_is_fetcher())
         for (int64_t i = 0; i < 2; i++) {
             if (i < chunks) la_fetch<false>(c, &stage[i], s.bh, back ? s.to - 1 - i : s.from + i);
             fg_copy_commit();
@@ -733,23 +756,22 @@ static __device__ __forceinline__ void la_end_chain(const la_chain &c, la_stage<
         }
     __syncthreads();
     for (int64_t i = 0; i < chunks; i++) {
-        if (la_is_chain<false>()) {
-            la_stage<false> *now = &stage[i % LA_STAGES];
+        if (la_is_chain()) {
+            la_stage<false> *now = &stage[i % STAGES];
             uint32_t u[4][4];
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-                la_a_turned<la_columns<false>>(u[k], fg_shared(now->u), m, 16 * k);
+            for (int k = 0; k < 4; k++) la_a_turned<LA_COLUMNS>(u[k], fg_shared(now->u), m, 16 * k);
             la_decay<false>(S, now->factor, 1);
             la_to_keys(S, u, fg_shared(now->k));
         } else {
             const int64_t ahead = back ? s.to - 3 - i : s.from + i + 2;
-            if (i + 2 < chunks) la_fetch<false>(c, &stage[(i + 2) % LA_STAGES], s.bh, ahead);
+            if (i + 2 < chunks) la_fetch<false>(c, &stage[(i + 2) % STAGES], s.bh, ahead);
             fg_copy_commit();
             fg_copy_wait<1>();
         }
         __syncthreads();
     }
-    if (la_is_chain<false>()) la_state_out<false>(S, c.ends + at * LA_WIDTH * LA_WIDTH, 1);
+    if (la_is_chain()) la_state_out(S, c.ends + at * LA_WIDTH * LA_WIDTH, 1);
     if (blockIdx.x || threadIdx.x >= LA_WIDTH) return;
     const float *decay = c.decay + (s.bh * c.z.chunks + s.from) * LA_WIDTH + threadIdx.x;
     float all = 1;
@@ -757,51 +779,170 @@ static __device__ __forceinline__ void la_end_chain(const la_chain &c, la_stage<
     c.through[at * LA_WIDTH + threadIdx.x] = all;
 }
 
-#define LA_END_THREADS (32 * (la_carriers<false> + 2))
-static __global__ void __launch_bounds__(LA_END_THREADS, 2)
-la_ends(const __grid_constant__ la_chain one, const __grid_constant__ la_chain two)
+/* Forth, and of the delta rule what passes through, else back.  The first segment of all is not
+ * needed back, the last not forth. */
+template <bool DELTA>
+static __global__ void __launch_bounds__(la_threads<DELTA, LA_END>, 2)
+la_ends(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain other, bool back)
 {
     extern __shared__ __align__(1024) char memory[];
-    if (blockIdx.z) la_end_chain(two, (la_stage<false> *)memory, true);
-    else la_end_chain(one, (la_stage<false> *)memory, false);
+    const int64_t segment = la_own_span(forth).segment;
+    const bool last = segment == forth.segments - 1;
+    if constexpr (DELTA) {
+        if (last && !(back && blockIdx.z)) return;
+        if (blockIdx.z) la_forward_chain<true, LA_END>(other, (la_shared<true> *)memory);
+        else la_forward_chain<true, LA_END>(forth, (la_shared<true> *)memory);
+    } else {
+        if (blockIdx.z ? segment == 0 : last) return;
+        la_end_chain(blockIdx.z ? other : forth, (la_stage<false> *)memory, blockIdx.z);
+    }
 }
-/* The ends of a chain, or of one forth and one back. */
-static inline void la_run_ends(const la_chain &forth, const la_chain *back, cudaStream_t stream)
+static __global__ void __launch_bounds__(la_threads<true, LA_END>, 1)
+la_ends_back(const __grid_constant__ la_chain back)
 {
-    const int bytes = (int)sizeof(la_stage<false>) * LA_STAGES;
-    la_chain two = back ? *back : forth;
-    const dim3 grid(LA_WIDTH / la_columns<false>,
-                    (unsigned)(forth.z.B * forth.z.H * forth.segments), back ? 2 : 1);
-    two.k = two.q;
-    cudaFuncSetAttribute(la_ends, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    la_ends<<<grid, LA_END_THREADS, bytes, stream>>>(forth, two);
+    extern __shared__ __align__(1024) char memory[];
+    if (la_own_span(back).segment) la_backward_chain<true, LA_END>(back, (la_shared<true> *)memory);
+}
+
+/* Of the delta rule, a segment takes S to P S + what it adds: puts in the place of the latter the
+ * state behind the segment, or R before it (P^T R + ...).  P and S are split in two bf16 each, so
+ * that next to nothing is lost.  A block has a head, a warp 16 values. */
+struct la_split { bf16 high[LA_WIDTH * LA_WIDTH], low[LA_WIDTH * LA_WIDTH]; };
+
+template <bool BACK>
+static __device__ __forceinline__ void la_add_up(const la_chain &c, const float *P, la_split *sm)
+{
+    const int64_t heads = c.z.B * c.z.H, size = LA_WIDTH * LA_WIDTH, bh = blockIdx.x;
+    const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2, v = threadIdx.x / 32 * 16 + g;
+    const float *first = BACK ? c.from : la_carried(c.z, bh / c.z.H) ? c.z.state : nullptr;
+    float S[16][4];
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            S[j][i] = !first ? 0 : (BACK ? 1 / c.z.scale : 1) *
+                first[bh * size + (8 * j + cc + i % 2) * LA_WIDTH + v + i / 2 * 8];
+    for (int64_t n = 0; n < c.segments - 1; n++) {
+        const int64_t at = ((BACK ? c.segments - 1 - n : n) * heads + bh) * size;
+        __syncthreads();
+        for (int i = threadIdx.x; i < size / 4; i += 256) {
+            const float4 x = ((const float4 *)(P + at))[i];
+            const uint2 high = make_uint2(fg_pack2(x.x, x.y), fg_pack2(x.z, x.w));
+            const uint2 low = make_uint2(
+                fg_pack2(x.x - la_low_half(high.x), x.y - la_high_half(high.x)),
+                fg_pack2(x.z - la_low_half(high.y), x.w - la_high_half(high.y)));
+            const int r = i / 32, d = i % 32 * 4;
+            const uint32_t to = fg_swizzle<LA_WIDTH>(r, d / 8) + d % 8 * 2;
+            *(uint2 *)((char *)sm->high + to) = high;
+            *(uint2 *)((char *)sm->low + to) = low;
+        }
+        __syncthreads();
+        uint32_t high[8][4], low[8][4];
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            la_operand(high[k], S[2 * k], S[2 * k + 1]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *x = &S[2 * k + i / 2][i % 2 * 2];
+                low[k][i] = fg_pack2(x[0] - la_low_half(high[k][i]),
+                                     x[1] - la_high_half(high[k][i]));
+            }
+        }
+        float *ends = c.ends + at + cc * LA_WIDTH + v;
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                S[j][i] = ends[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8];
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+#pragma unroll
+            for (int j = 0; j < 16; j += 2) {
+                uint32_t a[4], b[4];
+                if (BACK) la_b_turned<LA_WIDTH>(a, fg_shared(sm->high), 16 * k, 8 * j);
+                else la_b<LA_WIDTH>(a, fg_shared(sm->high), 16 * k, 8 * j);
+                if (BACK) la_b_turned<LA_WIDTH>(b, fg_shared(sm->low), 16 * k, 8 * j);
+                else la_b<LA_WIDTH>(b, fg_shared(sm->low), 16 * k, 8 * j);
+                la_mma2(S + j, high[k], a);
+                la_mma2(S + j, low[k], a);
+                la_mma2(S + j, high[k], b);
+            }
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                ends[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8] = S[j][i];
+    }
+}
+static __global__ void __launch_bounds__(256, 1)
+la_add_segments(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain back,
+                const float *P)
+{
+    extern __shared__ __align__(1024) char memory[];
+    if (blockIdx.y) la_add_up<true>(back, P, (la_split *)memory);
+    else la_add_up<false>(forth, P, (la_split *)memory);
+}
+
+/* The ends of a chain, or of one forth and one back. */
+template <bool DELTA>
+static void la_run_ends(const la_chain &forth, const la_chain *back, cudaStream_t stream)
+{
+    la_chain other = back ? *back : forth;
+    const int64_t heads = forth.z.B * forth.z.H;
+    const int bytes = (int)sizeof(la_stage<DELTA>) * la_stages<DELTA>, threads = 32 * 6;
+    dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(heads * forth.segments), back || DELTA ? 2 : 1);
+    cudaFuncSetAttribute(la_ends<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if constexpr (!DELTA) {
+        other.k = other.q;
+        la_ends<false><<<grid, threads, bytes, stream>>>(forth, other, back);
+    } else {
+        const int split = (int)sizeof(la_split), all = (int)offsetof(la_shared<true>, S);
+        la_chain through = forth;
+        through.u.p = nullptr;
+        through.ends = forth.through;
+        la_ends<true><<<grid, threads, bytes, stream>>>(forth, through, back);
+        grid.z = 1;
+        cudaFuncSetAttribute(la_ends_back, cudaFuncAttributeMaxDynamicSharedMemorySize, all);
+        if (back) la_ends_back<<<grid, threads, all, stream>>>(other);
+        cudaFuncSetAttribute(la_add_segments, cudaFuncAttributeMaxDynamicSharedMemorySize, split);
+        la_add_segments<<<dim3((unsigned)heads, back ? 2 : 1), 256, split, stream>>>(
+            forth, other, forth.through);
+    }
 }
 
 /* As many segments as give every multiprocessor a block, if they are not too short to pay. */
 static inline int64_t la_segments(const la_task &z)
 {
-    const int64_t wanted = fg_processors() / (z.B * z.H * (LA_WIDTH / la_columns<false>));
+    const int64_t wanted = fg_processors() / (z.B * z.H * (LA_WIDTH / LA_COLUMNS));
     const int64_t most = z.chunks / 8;
     return wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most;
+}
+/* Segments of a chain whose ends go forth to ends[0] and back to ends[1]. */
+static inline void la_cut_up(la_chain *c, const la_task &z, float *const *ends, float *through,
+                             bool back)
+{
+    c->segments = la_segments(z);
+    c->per = (z.chunks + c->segments - 1) / c->segments;
+    c->segments = (z.chunks + c->per - 1) / c->per;
+    c->ends = ends[back], c->through = through;
 }
 
 template <bool DELTA> static void la_run_forward(const la_chain &c, cudaStream_t stream)
 {
     const int bytes = (int)sizeof(la_shared<DELTA>);
-    const dim3 grid(LA_WIDTH / la_columns<DELTA>, (unsigned)(c.z.B * c.z.H * c.segments));
-    if constexpr (!DELTA) if (c.segments > 1) la_run_ends(c, nullptr, stream);
+    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(c.z.B * c.z.H * c.segments));
+    if (c.segments > 1) la_run_ends<DELTA>(c, nullptr, stream);
     cudaFuncSetAttribute(la_forward<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    la_forward<DELTA><<<grid, la_threads<DELTA, false>, bytes, stream>>>(c);
+    la_forward<DELTA><<<grid, la_threads<DELTA, LA_OUT>, bytes, stream>>>(c);
 }
 template <bool DELTA>
 static void la_run_both_ways(const la_chain &forth, const la_chain &back, cudaStream_t stream)
 {
     const int bytes = (int)sizeof(la_shared<DELTA>);
-    const dim3 grid(LA_WIDTH / la_columns<DELTA>,
-                    (unsigned)(forth.z.B * forth.z.H * forth.segments), 2);
-    if constexpr (!DELTA) if (forth.segments > 1) la_run_ends(forth, &back, stream);
+    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(forth.z.B * forth.z.H * forth.segments), 2);
+    if (forth.segments > 1) la_run_ends<DELTA>(forth, &back, stream);
     cudaFuncSetAttribute(la_both_ways<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    la_both_ways<DELTA><<<grid, la_threads<DELTA, true>, bytes, stream>>>(forth, back);
+    la_both_ways<DELTA><<<grid, la_threads<DELTA, LA_KEEP>, bytes, stream>>>(forth, back);
 }
 
 /* Cuts bytes off scratch, 256-byte aligned; base NULL: only counts. */
@@ -810,5 +951,15 @@ static inline void *la_cut(char *base, size_t *used, size_t bytes)
     void *p = base ? base + *used : nullptr;
     *used += (bytes + 255) / 256 * 256;
     return p;
+}
+/* Room for ends, of the way back too, and for what passes through: decays, or matrices. */
+static inline void la_cut_ends(char *base, size_t *used, const la_task &z, bool back, bool matrices,
+                               float **ends, float **through)
+{
+    const int64_t segments = la_segments(z);
+    if (segments == 1) return;
+    const size_t row = (size_t)(segments * z.B * z.H) * LA_WIDTH * sizeof(float);
+    for (int i = 0; i <= back; i++) ends[i] = (float *)la_cut(base, used, row * LA_WIDTH);
+    *through = (float *)la_cut(base, used, matrices ? row * LA_WIDTH : row);
 }
 #endif

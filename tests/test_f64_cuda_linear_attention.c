@@ -194,7 +194,7 @@ static void compare(trial s, fg_backend *gpu, fg_backend *cpu)
     static const char *const whats[] = { "", "gradient of gates", "gradient of state", "o",
                                          "last state" };
     const double of_o = s.of >= DELTA ? 6e-3 : 4e-3, rows = sqrt((double)(s.B * s.T));
-    const double bounds[] = { 0, s.of == HGRN2 ? fmax(1.5e-2, 1e-3 * rows) : 1.5e-2, 8e-3, of_o,
+    const double bounds[] = { 0, s.of == HGRN2 ? fmax(1.5e-2, 1.5e-3 * rows) : 1.5e-2, 8e-3, of_o,
                               of_o };
     const int64_t own = s.H * s.D;
     float *want[RESULTS], *got[RESULTS], *again[RESULTS];
