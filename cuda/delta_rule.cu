@@ -18,7 +18,7 @@ static inputs inputs_of(const fg_exec *e, int i)
 static operands cut(char *base, size_t *used, const la_task &z)
 {
     operands s = cut_operands(base, used, z, false, false);
-    cut_ends(base, used, z, false, &s);
+    cut_ends(base, used, z, &s);
     return s;
 }
 
@@ -52,7 +52,7 @@ FG_KERNEL(delta_rule) = { .launch = launch, .unfit = unfit, .scratch = scratch }
 static way_back cut_back(char *base, size_t *used, const la_task &z)
 {
     way_back w = cut_way_back(base, used, z);
-    prepared_in(cut_operands(base, used, z, true, false), &w);
+    w.s = cut_operands(base, used, z, true, false);
     return w;
 }
 

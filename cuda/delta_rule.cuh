@@ -30,8 +30,7 @@ struct operands {                                /* of all chunks, what prepare 
     float *q_scale, *k_scale;                    /* [B,H,chunks*64] of UNIT, or NULL */
     float *keep;                                 /* [B,chunks]: 1, or 0 where a document starts */
     uint8_t *flags;                              /* [B,chunks*64] */
-    float *ends[2], *through;                    /* as la_chain has them, forth and back; not of
-                                                    prepare */
+    float *ends, *through;                       /* as la_chain has them, forward */
 };
 
 static operands cut_operands(char *base, size_t *used, const la_task &z, bool back, bool unit)
@@ -52,9 +51,9 @@ static operands cut_operands(char *base, size_t *used, const la_task &z, bool ba
     s.flags = (uint8_t *)la_cut(base, used, (size_t)(z.B * z.chunks) * LA_ROWS);
     return s;
 }
-static void cut_ends(char *base, size_t *used, const la_task &z, bool back, operands *s)
+static void cut_ends(char *base, size_t *used, const la_task &z, operands *s)
 {
-    la_cut_ends(base, used, z, back, true, s->ends, &s->through);
+    la_cut_ends(base, used, z, false, true, &s->ends, &s->through);
 }
 
 struct inputs {                                  /* row t of head h: t row + 128 h behind q */
@@ -305,14 +304,14 @@ static void launch_prepare(const la_task &z, const inputs &x, const operands &s,
 
 /* ---- forward --------------------------------------------------------------------------------- */
 
-static la_chain chain_of(const la_task &z, const operands &s, const inputs &x, bool back)
+static la_chain chain_of(const la_task &z, const operands &s, const inputs &x)
 {
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH;
     la_chain c = {};
     c.z = z;
     c.q = { x.q, z.T * x.q_row, LA_WIDTH, x.q_row };
     c.k = { x.k, z.T * x.k_row, LA_WIDTH, x.k_row };
-    la_cut_up(&c, z, s.ends, s.through, back);
+    la_cut_up(&c, z, s.ends, s.through);
     if (s.q) c.q = { s.q, z.H * own, own, LA_WIDTH };
     if (s.k) c.k = { s.k, z.H * own, own, LA_WIDTH };
     c.w = { s.w, z.H * own, own, LA_WIDTH };
@@ -329,10 +328,10 @@ static void launch_forward(const la_task &z, const inputs &x, const operands &s,
 {
     const int64_t row = z.H * LA_WIDTH;
     launch_prepare<UNIT>(z, x, s, stream);
-    la_chain c = chain_of(z, s, x, false);
+    la_chain c = chain_of(z, s, x);
     c.o = { o, z.T * row, LA_WIDTH, row };
     c.to = last;
-    la_run_forward<true>(c, stream);
+    la_run_forward<la_delta>(c, stream);
 }
 
 /* ---- gradient -------------------------------------------------------------------------------- */
@@ -348,20 +347,11 @@ static way_back cut_way_back(char *base, size_t *used, const la_task &z)
 {
     const size_t tiles = (size_t)(z.B * z.H * z.chunks);
     way_back w = {};
-    cut_ends(base, used, z, true, &w.s);
     w.e = (bf16 *)la_cut(base, used, tiles * LA_ROWS * LA_WIDTH * sizeof(bf16));
     w.gu = (bf16 *)la_cut(base, used, tiles * LA_ROWS * LA_WIDTH * sizeof(bf16));
     w.S = (bf16 *)la_cut(base, used, tiles * LA_WIDTH * LA_WIDTH * sizeof(bf16));
     w.R = (bf16 *)la_cut(base, used, tiles * LA_WIDTH * LA_WIDTH * sizeof(bf16));
     return w;
-}
-
-/* What prepare writes stands in s. */
-static void prepared_in(operands s, way_back *w)
-{
-    for (int i = 0; i < 2; i++) s.ends[i] = w->s.ends[i];
-    s.through = w->s.through;
-    w->s = s;
 }
 
 struct gradients {                               /* rows as those of inputs */
@@ -636,14 +626,14 @@ static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, c
 {
     const int64_t own = z.chunks * LA_ROWS * LA_WIDTH, row = z.H * LA_WIDTH;
     const int bytes = (int)sizeof(joined);
-    la_chain forth = chain_of(z, w.s, x, false), back = chain_of(z, w.s, x, true);
+    la_chain forth = chain_of(z, w.s, x), back = forth;
     forth.kept = w.S;
     forth.o = { w.e, z.H * own, own, LA_WIDTH };
     back.kept = w.R;
     back.u = { go, z.T * row, LA_WIDTH, row };
     back.o = { w.gu, z.H * own, own, LA_WIDTH };
     back.from = last, back.to = to_first;
-    la_run_both_ways<true>(forth, back, stream);
+    la_run_both_ways<la_delta_back>(forth, back, stream);
     cudaFuncSetAttribute(join<UNIT>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     join<UNIT><<<dim3((unsigned)z.chunks, (unsigned)(z.B * z.H)), 512, bytes, stream>>>(
         z, x, go, w, to);

@@ -324,7 +324,7 @@ static la_chain chain_of(const la_task &z, const operands &s, const bf16 *u, int
     c.k = { s.k, z.H * own, own, LA_WIDTH };
     c.u = { u, z.T * u_row, LA_WIDTH, u_row };
     c.A = s.A, c.decay = s.decay;
-    la_cut_up(&c, z, s.ends, s.through, back);
+    la_cut_up(&c, z, s.ends[back], s.through);
     return c;
 }
 
@@ -338,7 +338,7 @@ static void launch_forward(const la_task &z, const inputs &x, const operands &s,
     la_chain c = chain_of(z, s, x.v, x.v_row, false);
     c.o = { o, z.T * row, LA_WIDTH, row };
     c.to = last;
-    la_run_forward<false>(c, stream);
+    la_run_forward<la_gated>(c, stream);
 }
 
 /* ---- gradient -------------------------------------------------------------------------------- */
@@ -750,7 +750,7 @@ static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, c
     back.kept = w.R;
     back.o = { to.v, z.T * to.v_row, LA_WIDTH, to.v_row };
     back.from = last, back.to = to_first;
-    la_run_both_ways<false>(forth, back, stream);
+    la_run_both_ways<la_gated>(forth, back, stream);
     cudaFuncSetAttribute(join<RAW>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     join<RAW><<<dim3(2 * (unsigned)z.chunks, (unsigned)(z.B * z.H)), 256, bytes, stream>>>(
         z, x, go, w.S, w.R, to);

@@ -27,7 +27,7 @@ static size_t scratch(const fg_infer *c)
 {
     size_t used = 0;
     operands s = {};
-    cut_ends(nullptr, &used, la_task_of(&c->in[1], 1, nullptr, nullptr, nullptr), false, &s);
+    cut_ends(nullptr, &used, la_task_of(&c->in[1], 1, nullptr, nullptr, nullptr), &s);
     return used;
 }
 
@@ -37,7 +37,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     const la_task z = la_task_of(&e->in_shape[1], a->scale, e->in[4], nullptr, e->in[6]);
     size_t kept = 0, used = 0;
     operands s = cut_operands((char *)e->out[2], &kept, z, true, true);
-    cut_ends((char *)e->scratch, &used, z, false, &s);
+    cut_ends((char *)e->scratch, &used, z, &s);
     launch_forward<true>(z, inputs_of(e, 0, z, a->eps), s, (bf16 *)e->out[0], (float *)e->out[1],
                          stream);
 }
@@ -65,7 +65,7 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
                            row_of(&e->out_rows[2], z), fg_output_of(e, 3) };
     size_t used = 0, kept = 0;
     way_back w = cut_way_back((char *)e->scratch, &used, z);
-    prepared_in(cut_operands((char *)e->in[8], &kept, z, true, true), &w);
+    w.s = cut_operands((char *)e->in[8], &kept, z, true, true);
     launch_backward<true>(z, inputs_of(e, 2, z, a->eps), (const bf16 *)e->in[0],
                           (const float *)e->in[1], w, to, (float *)e->out[4], stream);
 }
