@@ -184,6 +184,13 @@ static __device__ __forceinline__ float norm_sigmoid(float x)
 
 static __device__ __forceinline__ float norm_silu(float x) { return x * norm_sigmoid(x); }
 
+/* 1 / sqrt(x) to the last place: the processor's own, and a step of Newton's. */
+static __device__ __forceinline__ float norm_rsqrt(float x)
+{
+    const float r = rsqrtf(x), e = fmaf(-x * r, r, 1.0f);
+    return isfinite(r) ? fmaf(0.5f * r, e, r) : r;
+}
+
 /* Threads of a block; a block of THREADS > 32 holds one segment. */
 template <int THREADS> constexpr int norm_block = THREADS == 32 ? 32 * NORM_WARPS : THREADS;
 
