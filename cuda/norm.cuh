@@ -534,8 +534,9 @@ norm_grad_ring(const __grid_constant__ norm_backward a)
     bf16 *gx = (bf16 *)a.gx.p + first * a.gx_rows.pitch + at;
     bf16 *gg = (bf16 *)a.gg.p + first * a.gg_rows.pitch + at;
     float gw[8] = {}, scale = first < last ? *rstd : 0;
+    if (!ok)
 #pragma unroll
-    for (int i = 0; i < NORM_RING * 3; i++) own[i * THREADS] = make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < NORM_RING * 3; i++) own[i * THREADS] = make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int i = 0; i < NORM_RING - 1; i++) {
         norm_ring_load(own + 3 * i * THREADS, THREADS, from, ok && first + i < last);
