@@ -195,7 +195,7 @@ fg_status (fg_grad)(fg_loc at, fg_tensor loss, int n, const fg_tensor *wrt, fg_t
     const uint32_t root = g->values[loss.id].node;
     uint32_t *order = malloc(((size_t)g->n_nodes + 1) * sizeof *order);
     sweep w = { .g = g, .order = order, .copied = calloc(g->n_scopes, 1) };
-    w.n_order = !order ? -1 : root == FG_NO_NODE ? 0 : fg__order(g, 1, &root, order);
+    w.n_order = !order ? -1 : root == FG_NO_NODE ? 0 : fg__order(g, 1, &root, false, order);
     if (!w.copied || w.n_order < 0 || !cover(&w)) {
         fg__out_of_memory(g);
         free_sweep(&w, order);

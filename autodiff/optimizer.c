@@ -14,21 +14,28 @@ typedef struct { int n; fg_param_info *info; fg_tensor *param, *grad; } group;
 
 static bool trained(const fg_param_info *p) { return !p->init.frozen; }
 
-/* Gradients in the order of names, ten to a node, whose sums are added in order. */
+/* Gradients in the order of names, as many to a node as it takes; then the nodes' sums in order.
+ * The nodes stand together: a device may run them at once. */
 static fg_tensor global_squares(fg_graph *g, const group *all)
 {
-    enum { TEN = 10 };                   /* inputs of sum_squares */
-    fg_tensor sum = { 0 };
+    fg_tensor sum = { 0 }, *part = malloc(((size_t)all->n + 1) * sizeof *part);
+    int n_parts = 0;
+    if (!part) { fg__out_of_memory(g); return sum; }
     for (int i = 0; i < all->n; ) {
-        fg_tensor in[TEN] = { { 0 } };
+        fg_tensor in[FG_MAX_IN] = { { 0 } };
         int n = 0;
-        for (; i < all->n && n < TEN; i++)
+        for (; i < all->n && n < FG_MAX_IN; i++)
             if (fg_ok(all->grad[i])) in[n++] = all->grad[i];
-        if (!n) break;
-        fg_tensor part = FG_APPLY(sum_squares, FG_HERE, in, 0);
-        sum = fg_absent(sum) ? part : fg_add(sum, part);
+        if (n) part[n_parts++] = FG_APPLY(sum_squares, FG_HERE, in, 0);
     }
-    return fg_absent(sum) ? fg_fill(g, FG_DIMS(1), 0) : sum;
+    for (int i = 0; i < n_parts; i++) sum = i ? fg_add(sum, part[i]) : part[i];
+    free(part);
+    return n_parts ? sum : fg_fill(g, FG_DIMS(1), 0);
+}
+
+static fg_tensor moment(fg_graph *g, char which, const fg_param_info *p)
+{
+    return fg_state(g, fg_name(g, "@adam.%c.%s", which, p->name), FG_F32, p->shape);
 }
 
 static void update_all(fg_graph *g, const group *all, const fg_optimizer *o)
@@ -40,18 +47,16 @@ static void update_all(fg_graph *g, const group *all, const fg_optimizer *o)
     fg_output(norm, "grad_norm");
     const double limit = o->clip > 0 ? o->clip : 1e300;
     fg_tensor clip = FG_APPLY(clip_factor, FG_HERE, ((const fg_tensor[]){ squares }), limit);
-    for (int i = 0; i < all->n; i++) {
-        if (!fg_ok(all->grad[i])) continue;
-        const fg_param_info *p = &all->info[i];
-        const char *m_name = fg_name(g, "@adam.m.%s", p->name);
-        const char *v_name = fg_name(g, "@adam.v.%s", p->name);
-        fg_tensor m = fg_state(g, m_name, FG_F32, p->shape);
-        fg_tensor v = fg_state(g, v_name, FG_F32, p->shape);
-        const double decay = p->init.no_decay ? 0 : o->weight_decay;
-        FG_APPLY(adamw, FG_HERE,
-                 ((const fg_tensor[]){ all->param[i], m, v, all->grad[i], clip, lr, step }),
-                 o->beta1, o->beta2, o->eps, decay);
-    }
+    /* Weights, then gains and biases: nodes of a kind together, which a device may run at once. */
+    for (int last = 0; last < 2; last++)
+        for (int i = 0; i < all->n; i++) {
+            if (!fg_ok(all->grad[i]) || all->info[i].init.no_decay != last) continue;
+            const double decay = last ? 0 : o->weight_decay;
+            const fg_tensor m = moment(g, 'm', &all->info[i]);
+            const fg_tensor v = moment(g, 'v', &all->info[i]);
+            const fg_tensor in[] = { all->param[i], m, v, all->grad[i], clip, lr, step };
+            FG_APPLY(adamw, FG_HERE, in, o->beta1, o->beta2, o->eps, decay);
+        }
 }
 
 /* Lists g's trained parameters; false if out of memory. */

@@ -267,6 +267,8 @@ typedef struct {
     char   peak_node[200];                                       /* where activations peak */
     int64_t nodes;
     double flops, bytes;                                          /* of one run */
+    size_t saved;                        /* of the activations: kept for the backward pass */
+    double again_flops;                  /* of the operations: to compute again what is not kept */
 } fg_plan_info;
 
 /* Lowers, orders and lays out g.  NULL only if out of memory; else ask fg_plan_status.  The store
@@ -277,6 +279,8 @@ FG_API void        fg_plan_free(fg_plan *p);
 FG_API fg_status   fg_plan_status(const fg_plan *p);
 FG_API const char *fg_plan_message(const fg_plan *p);
 FG_API fg_plan_info fg_plan_describe(const fg_plan *p);
+/* Takes the memory that runs need, which the first of them takes otherwise. */
+FG_API fg_status   fg_plan_reserve(fg_plan *p);
 /* Data are float or int32_t. */
 FG_API fg_status   fg_write(fg_plan *p, fg_tensor input, const void *data, size_t bytes);
 FG_API fg_status   fg_read(fg_plan *p, fg_tensor output, void *data, size_t bytes);

@@ -100,9 +100,11 @@ void        fg__error(fg_graph *g, fg_status s, const char *op, const char *name
                       int n_in, const fg_tensor *in, const char *rule);
 /* Nodes that the roots need, in an order that gcc and clang agree on: forward nodes depth first
  * from the roots, inputs in order; then the others as they were made.  A node that overwrites a
- * value comes after all other readers of it.  order has room for n_nodes; returns how many, or -1
- * if out of memory. */
-int64_t     fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, uint32_t *order);
+ * value comes after all other readers of it; sums_soon: an update's node that adds to states alone
+ * right behind what it adds.  order has room for n_nodes; returns how many, or -1 if out of
+ * memory. */
+int64_t     fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, bool sums_soon,
+                      uint32_t *order);
 /* base[v]: the value that v is a view of, else v; room for n_values.  False if base is NULL. */
 bool        fg__bases(const fg_graph *g, uint32_t *base);
 #endif

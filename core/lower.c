@@ -288,7 +288,8 @@ static bool lower_nodes(lowering *w, fg_backend *b)
     uint32_t *roots = malloc(((size_t)g->n_outputs + g->n_nodes + 1) * sizeof *roots);
     uint32_t *order = malloc(((size_t)g->n_nodes + 1) * sizeof *order);
     const int n_roots = list_roots(g, roots);
-    const int64_t n = n_roots >= 0 && order ? fg__order(g, n_roots, roots, order) : -1;
+    const bool soon = w->stage == DEFINE;        /* before, sums would part what can merge */
+    const int64_t n = n_roots < 0 || !order ? -1 : fg__order(g, n_roots, roots, soon, order);
     bool ok = n >= 0;
     for (int64_t i = 0; ok && i < n; i++) {
         fg_infer c;

@@ -63,8 +63,10 @@ typedef enum {
                                             where its readers can read it in place, else a copy */
     FG_JOIN,                             /* output 0 is its inputs, one behind the other along one
                                             axis: in place where their makers can, else copied */
-    FG_MUTATE                            /* output i overwrites input i, a parameter or state; the
-                                            last `fresh` outputs are new values */
+    FG_MUTATE                            /* output i overwrites input i: a parameter, a state, or
+                                            what a node made of a parameter alone that this node
+                                            overwrites too, a copy kept up to date.  The last
+                                            `fresh` outputs are new values */
 } fg_memory_use;
 
 /* Dtypes when a graph is lowered to bf16 (fg_store_precision).  An output takes the widest dtype of

@@ -65,47 +65,78 @@ static fg_status find_late_readers(fg_plan *p)
     return p->status;
 }
 
-static bool is_parameter(const fg_plan *p, uint32_t v)
+/* What changes in a run: moves[v] > 0 where v is, or lies in, a parameter or a copy of one that
+ * nodes of the plan overwrite, and of parameters says how many do; kept[v] of such copies. */
+typedef struct { uint32_t *moves; bool *kept; } changes;
+
+/* False if out of memory. */
+static bool find_changes(fg_plan *p, changes *c)
 {
-    return p->low->values[fg__root_of(p, v)].kind == FG_OF_PARAM;
+    const fg_graph *g = p->low;
+    *c = (changes){ calloc(g->n_values, sizeof *c->moves), calloc(g->n_values, 1) };
+    if (!c->moves || !c->kept) return false;
+    for (uint32_t k = 0; k < g->n_nodes; k++) {
+        const fg_node *n = &g->nodes[k];
+        for (int o = 0; o < fg__overwritten(n); o++) {
+            const uint32_t root = fg__root_of(p, n->in[o]);
+            p->changes_params |= g->values[root].kind == FG_OF_PARAM;
+            c->kept[n->in[o]] |= fg__is_copy(g, n, o);
+            c->moves[root]++;
+            if (n->in[o] != root) c->moves[n->in[o]]++;
+        }
+    }
+    for (uint32_t k = 0; k < g->n_nodes; k++) {
+        const fg_node *n = &g->nodes[k];
+        for (int i = 0; i < n->n_in && p->quiet[k]; i++)
+            if (n->in[i] && (c->moves[n->in[i]] || c->moves[fg__root_of(p, n->in[i])]))
+                c->moves[n->out[0]] = 1;
+    }
+    return true;
 }
 
-/* All that node k reads is fixed, and no other node's memory is where it writes. */
-static bool stays_fixed(const fg_plan *p, uint32_t k)
+/* All that node k reads is fixed, and stays as it is in a run or k's copy of it is kept up to date;
+ * and no other node's memory is where k writes, but for the place of a part in a join that does not
+ * copy. */
+static bool stays_fixed(const fg_plan *p, const changes *c, uint32_t k)
 {
     const fg_graph *g = p->low;
     const fg_node *n = &g->nodes[k];
     for (int i = 0; i < n->n_in; i++) {
         const fg_value *v = &g->values[n->in[i]];
-        if (!n->in[i] || v->kind == FG_OF_PARAM) continue;
+        if (!n->in[i]) continue;
+        const bool follows = c->kept[n->out[0]] && c->moves[n->in[i]] == 1;
+        if (c->moves[n->in[i]] && !p->quiet[k] && !follows) return false;
+        if (v->kind == FG_OF_PARAM) continue;
         if (v->kind != FG_OF_NODE || !p->fixed[v->node]) return false;
     }
     for (int o = 0; o < n->n_out; o++) {
         const uint32_t by = g->values[fg__root_of(p, n->out[o])].node;
-        if (by != FG_NO_NODE && !p->fixed[by]) return false;
+        if (by != FG_NO_NODE && !p->fixed[by] && !p->quiet[by]) return false;
     }
     return true;
 }
 
 /* Casts and joins of weights, and what else depends on parameters alone, run again only when these
- * have changed: in no step of decoding, once in several micro batches. */
-static void find_fixed(fg_plan *p)
+ * have changed from outside: in no step of decoding, once in several micro batches, and never in
+ * training where what changes a parameter keeps its copy up to date. */
+static fg_status find_fixed(fg_plan *p)
 {
     const fg_graph *g = p->low;
-    for (uint32_t k = 0; k < g->n_nodes; k++)
-        for (int o = 0; o < fg__overwritten(&g->nodes[k]); o++)
-            p->changes_params |= is_parameter(p, g->nodes[k].out[o]);
-    if (p->changes_params || !p->store->backend->fuses) return;
-    for (uint32_t k = 0; k < g->n_nodes; k++)
-        p->fixed[k] = g->nodes[k].op->code->memory != FG_MUTATE;
-    for (bool changed = true; changed; ) {
+    changes c;
+    const bool ok = find_changes(p, &c);
+    for (uint32_t k = 0; k < g->n_nodes && p->store->backend->fuses; k++)
+        p->fixed[k] = ok && g->nodes[k].op->code->memory != FG_MUTATE;
+    for (bool changed = ok; changed; ) {
         changed = false;
         for (uint32_t k = 0; k < g->n_nodes; k++) {
-            if (!p->fixed[k] || stays_fixed(p, k)) continue;
+            if (!p->fixed[k] || stays_fixed(p, &c, k)) continue;
             p->fixed[k] = false;
             changed = true;
         }
     }
+    free(c.moves);
+    free(c.kept);
+    return ok ? FG_OK : fg__plan_fail(p, FG_ERR_MEMORY, "out of memory");
 }
 
 static void find_lives(fg_plan *p)
@@ -243,10 +274,27 @@ static fg_status find_peak(fg_plan *p)
     return FG_OK;
 }
 
+/* Bytes that are there behind the last forward node, copies of weights apart. */
+static void count_saved(fg_plan *p)
+{
+    const fg_graph *g = p->low;
+    int64_t last = -1, backward = 0;
+    for (uint32_t k = 0; k < g->n_nodes; k++) {
+        if (g->nodes[k].pass == FG_PASS_FORWARD && !p->fixed[k]) last = k;
+        backward += g->nodes[k].pass == FG_PASS_BACKWARD;
+    }
+    for (uint32_t v = 1; v < g->n_values && backward; v++) {
+        const fg_slot *s = &p->slots[v];
+        if (s->place != FG_IN_ARENA || s->root != v || p->fixed[g->values[v].node]) continue;
+        if (s->from >= 0 && s->from <= last && s->to > last) p->info.saved += s->bytes;
+    }
+}
+
 static fg_status count_costs(fg_plan *p)
 {
     const fg_graph *g = p->low;
     fg_backend *b = p->store->backend;
+    count_saved(p);
     for (uint32_t k = 0; k < g->n_nodes; k++) {
         fg_infer c;
         fg__infer_of(g, &g->nodes[k], &c);
@@ -254,6 +302,7 @@ static fg_status count_costs(fg_plan *p)
         const fg_cost cost = fg__cost_of(g, &g->nodes[k]);
         if (!p->fixed[k]) p->info.flops += cost.flops;
         if (!p->fixed[k]) p->info.bytes += cost.bytes;
+        if (g->nodes[k].recomputed) p->info.again_flops += cost.flops;
         const size_t need = round_up(b->ops->scratch(b, g->nodes[k].op, &c));
         if (need > p->scratch_bytes) p->scratch_bytes = need;
     }
@@ -306,7 +355,7 @@ fg_status fg__lay_out(fg_plan *p)
     if ((st = check_total(p)) || (st = fg__find_views(p)) || (st = find_late_readers(p))) return st;
     p->fixed = calloc((size_t)g->n_nodes + 1, sizeof *p->fixed);
     if (!p->fixed) return fg__plan_fail(p, FG_ERR_MEMORY, "out of memory");
-    find_fixed(p);
+    if (find_fixed(p)) return p->status;
     find_lives(p);
     reuse_in_place(p);
     if ((st = place_arena(p)) || (st = find_peak(p)) || (st = count_costs(p))) return st;

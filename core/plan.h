@@ -68,6 +68,8 @@ fg_graph *fg__lower(const fg_graph *g, fg_backend *b, fg_dtype precision, uint32
 void      fg__infer_of(const fg_graph *g, const fg_node *n, fg_infer *c);    /* shapes in and out */
 fg_status fg__find_views(fg_plan *p);                           /* who lies in whose memory */
 uint32_t  fg__root_of(const fg_plan *p, uint32_t v);
+/* Is input i of n made of nothing but a parameter that n overwrites? */
+bool      fg__is_copy(const fg_graph *g, const fg_node *n, int i);
 fg_status fg__lay_out(fg_plan *p);                                          /* slots, sizes, peak */
 fg_status fg__prepare(fg_plan *p);                                         /* memory and pointers */
 /* Where t's value lies on the CPU; NULL if the plan does not keep it. */

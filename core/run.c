@@ -300,6 +300,8 @@ static fg_status launch_recorded(fg_plan *p)
     return s ? fg__plan_fail(p, s, "%s", fg_backend_message(b)) : FG_OK;
 }
 
+fg_status fg_plan_reserve(fg_plan *p) { return p ? fg__prepare(p) : FG_ERR_MEMORY; }
+
 fg_status fg_run_later(fg_plan *p)
 {
     if (!p) return FG_ERR_MEMORY;
@@ -313,7 +315,7 @@ fg_status fg_run_later(fg_plan *p)
         p->version = p->store->version;
         p->fixed_ran = true;
     }
-    if (p->changes_params) p->store->version++;
+    if (p->changes_params) p->version = ++p->store->version;     /* its own copies are up to date */
     if (p->record == FG_RECORD_TIMES && b->ops->mark) return note_marked(p);
     if (p->profile && !p->record) return launch_timed(p);
     return whole ? launch_recorded(p) : launch_all(p, false);

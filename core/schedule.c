@@ -2,7 +2,9 @@
  *
  * C leaves the order of f(make(), make()) open, so gcc and clang may build one model in two orders.
  * Forward nodes are therefore ordered by the graph alone: depth first from the roots, inputs in
- * order.  The backward and update nodes are made by the library, in one order, and keep it. */
+ * order.  The backward and update nodes are made by the library, in one order, and keep it, but for
+ * sums into states: in the end these run as soon as what they add is there, which then need not be
+ * kept. */
 #include <stdlib.h>
 #include "graph.h"
 
@@ -96,7 +98,44 @@ static void want(const fg_graph *g, uint32_t root, uint8_t *wanted, uint32_t *st
     }
 }
 
-int64_t fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, uint32_t *order)
+/* Node k, not yet placed, changes states alone in the update, and needs nothing that is not there.
+ */
+static bool is_due(const walk *w, uint32_t k)
+{
+    const fg_node *n = &w->g->nodes[k];
+    if (w->mark[k] || n->pass != FG_PASS_UPDATE || fg__overwritten(n) != n->n_out) return false;
+    for (int o = 0; o < n->n_out; o++) {
+        const uint32_t v = w->base[n->in[o]];
+        if (w->g->values[v].kind != FG_OF_STATE) return false;
+        if (w->reader_at[v + 1] - w->reader_at[v] != 1) return false;
+    }
+    for (int i = 0; i < n->n_in; i++) {
+        uint32_t v = n->in[i], by = v ? w->g->values[v].node : FG_NO_NODE;
+        while (by != FG_NO_NODE && !w->mark[by] && (w->g->nodes[by].op->code->memory == FG_VIEW ||
+                                                    w->g->nodes[by].op->code->memory == FG_PART)) {
+            v = w->g->nodes[by].in[0];
+            by = v ? w->g->values[v].node : FG_NO_NODE;
+        }
+        if (by != FG_NO_NODE && w->mark[by] != 2) return false;
+    }
+    return true;
+}
+
+/* Places what is due now that value v is there; what it reads of v may be a part of it. */
+static void place_due(walk *w, uint32_t v, uint32_t *cursor, const uint8_t *wanted)
+{
+    const uint32_t base = w->base[v];
+    for (uint32_t r = w->reader_at[base]; r < w->reader_at[base + 1]; r++) {
+        const uint32_t k = w->readers[r];
+        if (!wanted[k] || w->mark[k]) continue;
+        if (w->g->nodes[k].op->code->memory == FG_PART)
+            place_due(w, w->g->nodes[k].out[0], cursor, wanted);
+        else if (is_due(w, k)) place(w, k, cursor, wanted);
+    }
+}
+
+int64_t fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, bool sums_soon,
+                  uint32_t *order)
 {
     const size_t n = g->n_nodes ? g->n_nodes : 1;
     walk w = { .g = g, .order = order, .mark = calloc(n, 1),
@@ -105,10 +144,16 @@ int64_t fg__order(const fg_graph *g, int n_roots, const uint32_t *roots, uint32_
     uint32_t *cursor = calloc(n, sizeof *cursor);
     const bool ok = w.mark && w.stack && wanted && cursor && list_readers(&w);
     for (int i = 0; ok && i < n_roots; i++) want(g, roots[i], wanted, w.stack);
+    int64_t settled = 0;                     /* of the order: what adds to states has followed */
     for (int i = 0; ok && i < n_roots; i++)
         if (g->nodes[roots[i]].pass == FG_PASS_FORWARD) place(&w, roots[i], cursor, wanted);
-    for (uint32_t k = 0; ok && k < g->n_nodes; k++)
+    for (uint32_t k = 0; ok && k < g->n_nodes; k++) {
+        for (; sums_soon && settled < w.n; settled++) {
+            const fg_node *made = &g->nodes[order[settled]];
+            for (int o = 0; o < made->n_out; o++) place_due(&w, made->out[o], cursor, wanted);
+        }
         if (wanted[k]) place(&w, k, cursor, wanted);
+    }
     free(w.mark); free(w.stack); free(w.base); free(w.reader_at); free(w.readers);
     free(wanted); free(cursor);
     return ok ? w.n : -1;

@@ -36,12 +36,24 @@ static void share(fg_plan *p, uint32_t v, uint32_t with, size_t shift, const cha
     p->slots[v].reused = why;
 }
 
+bool fg__is_copy(const fg_graph *g, const fg_node *n, int i)
+{
+    const fg_value *v = &g->values[n->in[i]];
+    const fg_node *made = v->kind == FG_OF_NODE ? &g->nodes[v->node] : NULL;
+    if (!made || made->op->code->memory != FG_FRESH) return false;
+    if (made->n_in != 1 || made->n_out != 1) return false;
+    for (int o = 0; o < fg__overwritten(n); o++)
+        if (n->in[o] == made->in[0]) return g->values[n->in[o]].kind == FG_OF_PARAM;
+    return false;
+}
+
 static bool overwrites(finder *f, uint32_t k)
 {
     fg_plan *p = f->p;
     const fg_node *n = &p->low->nodes[k];
     for (int o = 0; o < fg__overwritten(n); o++) {
-        if (p->slots[fg__root_of(p, n->in[o])].place != FG_IN_STORE) {
+        if (p->slots[fg__root_of(p, n->in[o])].place != FG_IN_STORE &&
+            !fg__is_copy(p->low, n, o)) {
             fg__plan_fail(p, FG_ERR_USAGE,
                           "%s:%d: %s: overwrites its input %d, which is neither a parameter nor a "
                           "state", fg__base(n->at.file), n->at.line, n->op->name, o);

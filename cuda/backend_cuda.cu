@@ -236,8 +236,8 @@ static fg_status cuda_launch(fg_backend *b, const fg_op *op, const fg_exec *e)
     cuda *c = of(b);
     const fg_kernel *k = kernel_of(b, op);
     cudaSetDevice(c->device);
-    if (c->n_waiting && (k != c->many || c->n_waiting == WAITING) && send_waiting(b))
-        return b->status;
+    const bool joins = c->n_waiting && k->launch_many == c->many->launch_many;
+    if (c->n_waiting && (!joins || c->n_waiting == WAITING) && send_waiting(b)) return b->status;
     if (k->launch_many) {
         c->many = k;
         c->waiting[c->n_waiting++] = e;

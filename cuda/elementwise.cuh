@@ -182,6 +182,20 @@ static __device__ __forceinline__ void fg_store_some(const fg_out &y, int64_t i,
     }
 }
 
+/* ---- many tensors in one launch ------------------------------------------------------------- */
+
+/* Which of list.of[0 .. count-1] block b belongs to: the last whose `first` block is not behind. */
+template <class LIST> static __device__ __forceinline__ int fg_item_at(const LIST &list, unsigned b)
+{
+    int k = 0, end = list.count;
+    while (end - k > 1) {
+        const int middle = (k + end) / 2;
+        if (b >= list.of[middle].first) k = middle;
+        else end = middle;
+    }
+    return k;
+}
+
 /* ---- y_i = f(inputs at i): inputs of y's shape ---------------------------------------------- */
 
 /* V is 8 where y is bf16 and 4 where it is f32: a warp then writes whole sectors side by side. */

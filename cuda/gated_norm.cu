@@ -7,7 +7,7 @@
  * x, g, y, gy, gx, gg: [...,D], D = groups * n;  w, gw: [D] or [n];  rstd: f32[...,groups].
  * Rows of all but w and rstd may be pitched.  Every element is read once and written once, and the
  * partial sums of gw besides (norm.cuh). */
-#include "norm.cuh"
+#include "norm_heads.cuh"
 
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
@@ -19,7 +19,8 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     a.x_rows = norm_rows_of(&e->in_rows[0], a.s.D);
     a.g_rows = norm_rows_of(&e->in_rows[2], a.s.D);
     a.y_rows = norm_rows_of(&e->out_rows[0], a.s.D);
-    norm_launch<NORM_GATED>(a, stream);
+    if (heads_fit<NORM_GATED>(a)) heads_launch<NORM_GATED>(a, stream);
+    else norm_launch<NORM_GATED>(a, stream);
 }
 
 FG_KERNEL(gated_norm) = {
@@ -29,7 +30,9 @@ FG_KERNEL(gated_norm) = {
 static size_t grad_scratch(const fg_infer *c)
 {
     const struct fg_attr_gated_norm_grad *at = (const struct fg_attr_gated_norm_grad *)c->attr;
-    return norm_grad_scratch(norm_size_of(&c->in[1], &c->in[2], at->groups));
+    const norm_size s = norm_size_of(&c->in[1], &c->in[2], at->groups);
+    const size_t a = norm_grad_scratch(s), b = heads_scratch<NORM_GATED>(s);
+    return a > b ? a : b;
 }
 
 static void grad_launch(const fg_exec *e, cudaStream_t stream)
@@ -45,7 +48,8 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     a.g_rows = norm_rows_of(&e->in_rows[3], a.s.D);
     a.gx_rows = norm_rows_of(&e->out_rows[0], a.s.D);
     a.gg_rows = norm_rows_of(&e->out_rows[2], a.s.D);
-    norm_grad_launch<NORM_GATED>(a, fg_output_of(e, 1), stream);
+    if (heads_fit<NORM_GATED>(a)) heads_launch<NORM_GATED>(a, fg_output_of(e, 1), stream);
+    else norm_grad_launch<NORM_GATED>(a, fg_output_of(e, 1), stream);
 }
 
 FG_KERNEL(gated_norm_grad) = {

@@ -31,7 +31,7 @@ typedef struct fg_kernel {
                                                              dtypes; NULL: fits */
     size_t      (*scratch)(const fg_infer *c) = nullptr;  /* bytes of e->scratch */
     unsigned      pitched_in = 0, pitched_out = 0;        /* bit i: may be pitched */
-    /* Nodes of the op that follow each other, none of which reads what another writes, at once. */
+    /* Nodes that follow each other and have this same function, in place of launch. */
     void        (*launch_many)(const fg_exec *const *e, int n, cudaStream_t stream) = nullptr;
 } fg_kernel;
 
@@ -59,6 +59,41 @@ static inline unsigned fg_blocks(int64_t n, int64_t per) { return (unsigned)((n 
 static inline const char *fg_type_name(fg_dtype t)
 {
     return t == FG_F32 ? "f32" : t == FG_BF16 ? "bf16" : "i32";
+}
+/* Bytes from the first element of a tensor to behind its last. */
+static inline size_t fg_span_of(const fg_shape *s, const fg_rows *r, fg_dtype t)
+{
+    const int64_t n = fg_count_of(s), last = fg_is_pitched(r) && n
+                    ? (n - 1) / r->width * r->pitch + (n - 1) % r->width : n - 1;
+    return (size_t)(last + 1) * (t == FG_BF16 ? 2 : 4);
+}
+static inline bool fg_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
+{
+    return a && b && (const char *)a < (const char *)b + b_bytes &&
+           (const char *)b < (const char *)a + a_bytes;
+}
+/* Does x write anything that y touches? */
+static inline bool fg_disturbs(const fg_exec *x, const fg_exec *y)
+{
+    for (int o = 0; o < x->n_out; o++) {
+        const size_t bytes = fg_span_of(&x->out_shape[o], &x->out_rows[o], x->out_type[o]);
+        for (int i = 0; i < y->n_in; i++)
+            if (fg_overlap(x->out[o], bytes, y->in[i],
+                           fg_span_of(&y->in_shape[i], &y->in_rows[i], y->in_type[i]))) return true;
+        for (int i = 0; i < y->n_out; i++)
+            if (fg_overlap(x->out[o], bytes, y->out[i], fg_span_of(
+                           &y->out_shape[i], &y->out_rows[i], y->out_type[i]))) return true;
+    }
+    return false;
+}
+/* How many of the n nodes, from the first on, may run at once; at most `most`. */
+static inline int fg_at_once(const fg_exec *const *e, int n, int most)
+{
+    int k = n > 0;
+    for (; k < n && k < most; k++)
+        for (int i = 0; i < k; i++)
+            if (fg_disturbs(e[i], e[k]) || fg_disturbs(e[k], e[i])) return k;
+    return k;
 }
 /* Multiprocessors of the current device. */
 static inline int fg_processors()

@@ -184,6 +184,13 @@ static __device__ __forceinline__ float norm_sigmoid(float x)
 
 static __device__ __forceinline__ float norm_silu(float x) { return x * norm_sigmoid(x); }
 
+/* 1 / sqrt(x) to the last place: the processor's own, and a step of Newton's. */
+static __device__ __forceinline__ float norm_rsqrt(float x)
+{
+    const float r = rsqrtf(x), e = fmaf(-x * r, r, 1.0f);
+    return isfinite(r) ? fmaf(0.5f * r, e, r) : r;
+}
+
 /* Threads of a block; a block of THREADS > 32 holds one segment. */
 template <int THREADS> constexpr int norm_block = THREADS == 32 ? 32 * NORM_WARPS : THREADS;
 
@@ -511,7 +518,7 @@ static __device__ __forceinline__ uint4 norm_pack(const float *x)
 
 /* As norm_grad_whole; a thread has one vector of a group. */
 template <int THREADS>
-static __global__ void __launch_bounds__(THREADS, THREADS < 512 ? 2 : 1)
+static __global__ void __launch_bounds__(THREADS, THREADS < 384 ? 2 : 1)
 norm_grad_ring(const __grid_constant__ norm_backward a)
 {
     extern __shared__ uint4 ring[];

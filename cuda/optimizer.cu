@@ -1,45 +1,43 @@
 /* optimizer.cu - what happens to parameters after the gradients: ops/optimizer.c on a GPU.
  *
  * Bytes: sum_squares reads x once; accumulate reads and writes sum, reads x; adamw reads and writes
- * p, m and v and reads g, 28 an element in f32.  Which part of x a block adds up depends on the
- * shape alone; parts are added in double, in order. */
+ * p, m and v and reads g, 28 an element in f32, and adamw_bf16 writes two more.  Nodes that follow
+ * each other go together: many tensors in a launch, a block finds its own.  Which part of x a block
+ * adds up depends on the shape alone; parts are added in double, in order. */
 #include "elementwise.cuh"
 
 /* ---- sum_squares ---------------------------------------------------------------------------- */
 
 #define SQUARE_THREADS 256
-#define PART ((int64_t)SQUARE_THREADS * 8 * 8)   /* elements a block; eight eights a thread */
+#define PART ((int64_t)1 << 14)                  /* elements of a part, as the op says */
+#define EIGHTS (int)(PART / 8 / SQUARE_THREADS)  /* of a thread */
 
 static int64_t parts_of(const fg_shape *x) { return (fg_count_of(x) + PART - 1) / PART; }
 
-static size_t squares_scratch(const fg_infer *c)
-{
-    int64_t parts = 0;
-    for (int i = 0; i < c->n_in; i++) parts += c->given[i] ? parts_of(&c->in[i]) : 0;
-    return (size_t)parts * sizeof(float);
-}
-
-/* Tensors whose parts follow each other: those of i are first[i] .. first[i + 1] - 1. */
-struct tensors {
-    fg_in x[FG_MAX_IN];
-    int64_t n[FG_MAX_IN], first[FG_MAX_IN + 1];
-    int count;
-};
+/* One tensor; its parts are first .. of the launch, and go to `part`. */
+struct squared { fg_in x; int64_t n; float *part; unsigned first; };
+/* One node: `count` parts follow each other and give y. */
+struct squares { const float *part; int64_t count; fg_out y; };
+enum { SQUARED = 96, NODES = 32 }; /* tensors, nodes of a launch: 4 KB of parameters */
+struct squared_list { squared of[SQUARED]; int count; };
+struct squares_list { squares of[NODES]; };
 
 static __device__ __forceinline__ float squares_of_part(const fg_in &x, int64_t n, int64_t first)
 {
     float sum[8] = { 0 };
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        fg_raw8 raw[4];
+        fg_raw8 raw[EIGHTS / 2];
 #pragma unroll
-        for (int u = 0; u < 4; u++) {
-            const int64_t i = first + 8 * ((half * 4 + u) * SQUARE_THREADS + (int)threadIdx.x);
+        for (int u = 0; u < EIGHTS / 2; u++) {
+            const int64_t i = first + 8 * ((half * EIGHTS / 2 + u) * SQUARE_THREADS +
+                                           (int)threadIdx.x);
             if (i + 8 <= n) raw[u] = fg_load_raw8(x, i);
         }
 #pragma unroll
-        for (int u = 0; u < 4; u++) {
-            const int64_t i = first + 8 * ((half * 4 + u) * SQUARE_THREADS + (int)threadIdx.x);
+        for (int u = 0; u < EIGHTS / 2; u++) {
+            const int64_t i = first + 8 * ((half * EIGHTS / 2 + u) * SQUARE_THREADS +
+                                           (int)threadIdx.x);
             if (i + 8 <= n) {
                 const fg_vec8 v = fg_floats(x, raw[u]);
 #pragma unroll
@@ -53,44 +51,68 @@ static __device__ __forceinline__ float squares_of_part(const fg_in &x, int64_t 
 }
 
 static __global__ void __launch_bounds__(SQUARE_THREADS)
-part_squares(const __grid_constant__ tensors t, float *part)
+part_squares(const __grid_constant__ squared_list list)
 {
-    int i = 0;
-    while (i + 1 < t.count && blockIdx.x >= t.first[i + 1]) i++;
-    const float mine = squares_of_part(t.x[i], t.n[i], (blockIdx.x - t.first[i]) * PART);
+    const squared &t = list.of[fg_item_at(list, blockIdx.x)];
+    const int64_t part = blockIdx.x - t.first;
+    const float mine = squares_of_part(t.x, t.n, part * PART);
     const float all = fg_block_sum<SQUARE_THREADS>(mine);
-    if (threadIdx.x == 0) part[blockIdx.x] = all;
+    if (threadIdx.x == 0) t.part[part] = all;
 }
 
-/* One block: thread i adds parts i, i + 1024, ..., thread 0 the threads' sums. */
-static __global__ void __launch_bounds__(1024) add_parts(const float *part, int64_t n, fg_out y)
+/* One block a node: thread i adds parts i, i + 1024, ..., then the threads' sums in a tree. */
+static __global__ void __launch_bounds__(1024)
+add_parts(const __grid_constant__ squares_list list)
 {
     __shared__ double sums[1024];
+    const squares &t = list.of[blockIdx.x];
     double sum = 0;
-    for (int64_t i = threadIdx.x; i < n; i += 1024) sum += (double)part[i];
+    for (int64_t i = threadIdx.x; i < t.count; i += 1024) sum += (double)t.part[i];
     sums[threadIdx.x] = sum;
     for (int k = 512; k > 0; k /= 2) {
         __syncthreads();
         if ((int)threadIdx.x < k) sums[threadIdx.x] += sums[threadIdx.x + k];
     }
-    if (threadIdx.x == 0) y.put(0, (float)sums[0]);
+    if (threadIdx.x == 0) t.y.put(0, (float)sums[0]);
+}
+
+/* The node's tensors; returns its parts. */
+static int64_t list_squared(const fg_exec *e, squared_list *list, unsigned *blocks)
+{
+    float *part = (float *)e->out[1];
+    int64_t all = 0;
+    for (int i = 0; i < e->n_in; i++) {
+        if (!e->in[i]) continue;
+        const int64_t parts = parts_of(&e->in_shape[i]);
+        list->of[list->count++] = { fg_input_of(e, i), fg_count_of(&e->in_shape[i]), part + all,
+                                    *blocks };
+        *blocks += (unsigned)parts;
+        all += parts;
+    }
+    return all;
+}
+
+static void squares_launch_many(const fg_exec *const *e, int n, cudaStream_t stream)
+{
+    for (int i = 0; i < n; ) {
+        squared_list list = {};
+        squares_list nodes = {};
+        unsigned blocks = 0, count = 0;
+        const int end = i + fg_at_once(e + i, n - i, NODES);
+        for (; i < end && list.count + FG_MAX_IN <= SQUARED; i++) {
+            const int64_t parts = list_squared(e[i], &list, &blocks);
+            nodes.of[count++] = { (const float *)e[i]->out[1], parts, fg_output_of(e[i], 0) };
+        }
+        part_squares<<<blocks, SQUARE_THREADS, 0, stream>>>(list);
+        add_parts<<<count, 1024, 0, stream>>>(nodes);
+    }
 }
 
 static void squares_launch(const fg_exec *e, cudaStream_t stream)
 {
-    tensors t = {};
-    for (int i = 0; i < e->n_in; i++) {
-        if (!e->in[i]) continue;
-        t.x[t.count] = fg_input_of(e, i);
-        t.n[t.count] = fg_count_of(&e->in_shape[i]);
-        t.first[t.count + 1] = t.first[t.count] + parts_of(&e->in_shape[i]);
-        t.count++;
-    }
-    const int64_t parts = t.first[t.count];
-    part_squares<<<(unsigned)parts, SQUARE_THREADS, 0, stream>>>(t, (float *)e->scratch);
-    add_parts<<<1, 1024, 0, stream>>>((const float *)e->scratch, parts, fg_output_of(e, 0));
+    squares_launch_many(&e, 1, stream);
 }
-FG_KERNEL(sum_squares) = { .launch = squares_launch, .scratch = squares_scratch };
+FG_KERNEL(sum_squares) = { .launch = squares_launch, .launch_many = squares_launch_many };
 
 /* ---- clip_factor ---------------------------------------------------------------------------- */
 
@@ -126,7 +148,8 @@ FG_KERNEL(accumulate) = { .launch = accumulate_launch, .pitched_in = 2 };
 
 #define ADAM_THREADS 256
 
-enum { P, M, V, G, CLIP, LR, STEP };
+/* Inputs of adamw; adamw_bf16 has P16 behind V, the others one later. */
+enum { P, M, V, G, CLIP, LR, STEP, P16 = 3 };
 
 /* log_beta: base 2, so that beta^step is one exponential. */
 struct adam { double log_beta1, log_beta2, decay; float beta1, rest1, beta2, rest2, eps; };
@@ -154,7 +177,7 @@ static __device__ __forceinline__ void update(const adam &a, const factors &f, f
 }
 
 /* One parameter; its chunks are first .. first + chunks - 1 of the launch. */
-struct item { float *p, *m, *v; fg_in g; int64_t n; float decay; unsigned first; };
+struct item { float *p, *m, *v; bf16 *p16; fg_in g; int64_t n; float decay; unsigned first; };
 enum { ITEMS = 56, CHUNK = 4 * ADAM_THREADS * 2 };       /* of a launch; elements of a block */
 struct items { item of[ITEMS]; int count; };
 
@@ -162,13 +185,7 @@ static __global__ void __launch_bounds__(ADAM_THREADS)
 adamw(const __grid_constant__ items list, adam a, const float *clip, const float *lr,
       const float *step)
 {
-    int k = 0, end = list.count;
-    while (end - k > 1) {
-        const int middle = (k + end) / 2;
-        if (blockIdx.x >= list.of[middle].first) k = middle;
-        else end = middle;
-    }
-    const item &t = list.of[k];
+    const item &t = list.of[fg_item_at(list, blockIdx.x)];
     a.decay = (double)t.decay;
     const factors f = factors_of(a, clip, lr, step);
     if (!isfinite(f.clip)) return;
@@ -193,44 +210,62 @@ adamw(const __grid_constant__ items list, adam a, const float *clip, const float
             fg_store_some<4>(fg_out{ t.p, false }, i, pv);
             fg_store_some<4>(fg_out{ t.m, false }, i, mv);
             fg_store_some<4>(fg_out{ t.v, false }, i, vv);
+            if (t.p16) fg_store_some<4>(fg_out{ t.p16, true }, i, pv);
         } else
-            for (; i < t.n; i++) update(a, f, t.g[i], &t.p[i], &t.m[i], &t.v[i]);
+            for (; i < t.n; i++) {
+                update(a, f, t.g[i], &t.p[i], &t.m[i], &t.v[i]);
+                if (t.p16) t.p16[i] = __float2bfloat16_rn(t.p[i]);
+            }
     }
 }
 
-static adam adam_of(const struct fg_attr_adamw *a)
+/* A node of either op: where it has the inputs of adamw from G on. */
+struct node {
+    const fg_exec *e;
+    const struct fg_attr_adamw_bf16 *a;          /* that of adamw has the same fields */
+    int more;                                    /* 1: it is adamw_bf16 */
+};
+static node node_of(const fg_exec *e)
+{
+    static_assert(sizeof(struct fg_attr_adamw) == sizeof(struct fg_attr_adamw_bf16), "fields");
+    return { e, (const struct fg_attr_adamw_bf16 *)e->attr, e->n_out > P16 };
+}
+static const float *number_of(const node &n, int i) { return (const float *)n.e->in[i + n.more]; }
+
+static adam adam_of(const struct fg_attr_adamw_bf16 *a)
 {
     return { .log_beta1 = log2(a->beta1), .log_beta2 = log2(a->beta2), .decay = 0,
              .beta1 = (float)a->beta1, .rest1 = (float)(1 - a->beta1), .beta2 = (float)a->beta2,
              .rest2 = (float)(1 - a->beta2), .eps = (float)a->eps };
 }
 
-static bool together(const fg_exec *x, const fg_exec *y)
+static bool together(const node &x, const node &y)
 {
-    const struct fg_attr_adamw *a = (const struct fg_attr_adamw *)x->attr;
-    const struct fg_attr_adamw *b = (const struct fg_attr_adamw *)y->attr;
-    return a->beta1 == b->beta1 && a->beta2 == b->beta2 && a->eps == b->eps &&
-           x->in[CLIP] == y->in[CLIP] && x->in[LR] == y->in[LR] && x->in[STEP] == y->in[STEP];
+    for (int i = CLIP; i <= STEP; i++)
+        if (number_of(x, i) != number_of(y, i)) return false;
+    return x.a->beta1 == y.a->beta1 && x.a->beta2 == y.a->beta2 && x.a->eps == y.a->eps;
+}
+
+static item item_of(const node &n, unsigned first)
+{
+    const fg_exec *e = n.e;
+    return { (float *)e->out[P], (float *)e->out[M], (float *)e->out[V],
+             n.more ? (bf16 *)e->out[P16] : nullptr, fg_input_of(e, G + n.more),
+             fg_count_of(&e->in_shape[P]), (float)n.a->decay, first };
 }
 
 static void adamw_launch_many(const fg_exec *const *e, int n, cudaStream_t stream)
 {
     for (int i = 0; i < n; ) {
-        const fg_exec *head = e[i];
+        const node head = node_of(e[i]);
         items list = {};
         unsigned blocks = 0;
-        for (; i < n && list.count < ITEMS && together(head, e[i]); i++) {
-            const struct fg_attr_adamw *a = (const struct fg_attr_adamw *)e[i]->attr;
-            const int64_t size = fg_count_of(&e[i]->in_shape[P]);
-            list.of[list.count++] = { (float *)e[i]->out[P], (float *)e[i]->out[M],
-                                      (float *)e[i]->out[V], fg_input_of(e[i], G), size,
-                                      (float)a->decay, blocks };
-            blocks += fg_blocks(size, CHUNK);
+        for (; i < n && list.count < ITEMS && together(head, node_of(e[i])); i++) {
+            list.of[list.count] = item_of(node_of(e[i]), blocks);
+            blocks += fg_blocks(list.of[list.count++].n, CHUNK);
         }
-        adamw<<<blocks, ADAM_THREADS, 0, stream>>>(
-            list, adam_of((const struct fg_attr_adamw *)head->attr),
-            (const float *)head->in[CLIP], (const float *)head->in[LR],
-            (const float *)head->in[STEP]);
+        adamw<<<blocks, ADAM_THREADS, 0, stream>>>(list, adam_of(head.a), number_of(head, CLIP),
+                                                   number_of(head, LR), number_of(head, STEP));
     }
 }
 
@@ -238,12 +273,16 @@ static void adamw_launch(const fg_exec *e, cudaStream_t stream)
 {
     adamw_launch_many(&e, 1, stream);
 }
+/* p, m, v, clip, lr and step; g and p16 are of the dtypes that the op asks for. */
 static const char *adamw_unfit(const fg_infer *c)
 {
+    const int more = c->n_out > P16;
     for (int i = P; i <= STEP; i++)
-        if (i != G && c->in_type[i] != FG_F32)
+        if (i != G && c->in_type[i < G ? i : i + more] != FG_F32)
             return "p, m, v, clip, lr and step are f32 alone";
     return nullptr;
 }
 FG_KERNEL(adamw) = { .launch = adamw_launch, .unfit = adamw_unfit,
                      .launch_many = adamw_launch_many };
+FG_KERNEL(adamw_bf16) = { .launch = adamw_launch, .unfit = adamw_unfit,
+                          .launch_many = adamw_launch_many };

@@ -6,7 +6,7 @@
  * x, y, gy, gx, more: [...,D], D = groups * n;  w, gw: [D] or [n];  rstd: f32[...,groups].
  * Rows of x, y, gy, more and gx may be pitched.  Every element is read once and written once, and
  * the gradient's partial sums of gw besides: 1 to 5% of the whole at 16384 rows (norm.cuh). */
-#include "norm.cuh"
+#include "norm_heads.cuh"
 
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
@@ -17,7 +17,8 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     a.y = fg_output_of(e, 0), a.rstd = (float *)e->out[1], a.eps = (float)at->eps;
     a.x_rows = norm_rows_of(&e->in_rows[0], a.s.D);
     a.y_rows = norm_rows_of(&e->out_rows[0], a.s.D);
-    norm_launch<NORM_PLAIN>(a, stream);
+    if (heads_fit<NORM_PLAIN>(a)) heads_launch<NORM_PLAIN>(a, stream);
+    else norm_launch<NORM_PLAIN>(a, stream);
 }
 
 FG_KERNEL(rms_norm) = { .launch = launch, .pitched_in = 1u << 0, .pitched_out = 1u << 0 };
@@ -39,7 +40,9 @@ FG_KERNEL(add_rms_norm) = { .launch = add_launch };
 
 static size_t scratch_of(const fg_infer *c, int64_t groups)
 {
-    return norm_grad_scratch(norm_size_of(&c->in[1], &c->in[2], groups));
+    const norm_size s = norm_size_of(&c->in[1], &c->in[2], groups);
+    const size_t a = norm_grad_scratch(s), b = heads_scratch<NORM_PLAIN>(s);
+    return a > b ? a : b;
 }
 
 static void start_grad(const fg_exec *e, int64_t groups, bool both, cudaStream_t stream)
@@ -59,7 +62,8 @@ static void start_grad(const fg_exec *e, int64_t groups, bool both, cudaStream_t
         a.gx16 = fg_output_of(e, 2);
         a.gx16_rows = norm_rows_of(&e->out_rows[2], a.s.D);
     }
-    norm_grad_launch<NORM_PLAIN>(a, fg_output_of(e, 1), stream);
+    if (heads_fit<NORM_PLAIN>(a)) heads_launch<NORM_PLAIN>(a, fg_output_of(e, 1), stream);
+    else norm_grad_launch<NORM_PLAIN>(a, fg_output_of(e, 1), stream);
 }
 
 static size_t grad_scratch(const fg_infer *c)

@@ -6,19 +6,18 @@
  *     gx_t = (1 - a_t) gs_t + a_(t+1) gs_(t+1),
  *     glogit_t = a_t (1 - a_t) sum over channels of gs_t (x_(t-1) - x_t)
  *
- * A lane holds eight channels, a head is D / 8 neighbouring lanes.  Forward, a thread walks STRIP
- * rows downwards.  Backward, a warp walks a run of rows upwards, the next ones on their way, and
- * hands a_t gs_t to the row before; gs of the row behind its run it computes besides.
- * Bytes: every tensor once from memory; neighbouring rows again, one in STRIP forward and one in a
- * run (20 to 40 rows at 16384) backward, mostly from cache; partial sums of gw, under 1%. */
+ * A lane holds eight channels, a head is D / 8 neighbouring lanes.  Forward, a thread is done with
+ * that.  Backward, a warp walks a run of rows upwards, the next one on its way, and hands a_t gs_t
+ * to the row before; gs of the row behind its run it computes besides.
+ * Bytes: every tensor once from memory; the row before again, from cache, forward always and
+ * backward once in a run (20 to 40 rows at 16384); partial sums of gw, under 1%. */
 #include "norm.cuh"
 #include "rows.cuh"
 
 /* H100, 2026-11. */
-constexpr int THREADS = 256, STRIP = 4;          /* forward: of a block; rows of a thread */
+constexpr int THREADS = 256;                     /* forward: of a block */
 constexpr int WARPS = 4, RUN = 4;                /* backward: of a block; fewest rows of a warp */
-template <bool NORM> constexpr int ahead = NORM ? 2 : 1;     /* rows of a warp on their way */
-template <bool NORM, int LANES> constexpr int held = !LANES ? 3 : NORM ? 4 : 8;
+template <bool NORM, int LANES> constexpr int held = !LANES ? 3 : NORM ? 6 : 8;
                                                  /* blocks of a processor */
 
 /* Kernels have a form for heads of 8 LANES of bf16 in plain or pitched rows, and for LANES = 0 one
@@ -26,7 +25,7 @@ template <bool NORM, int LANES> constexpr int held = !LANES ? 3 : NORM ? 4 : 8;
 struct geometry {
     const int32_t *first, *past;
     int64_t B, T, H, D, C, rows;                 /* C = H D, rows = B T */
-    fg_divisor columns, strips, length, width;   /* eights of a row; strips of a sequence; T; D */
+    fg_divisor columns, length, width;           /* eights of a row; T; D */
     int lanes;                                   /* of a head */
     float share;                                 /* 1 / D, exactly */
 };
@@ -38,7 +37,6 @@ static geometry geometry_of(const fg_shape *s)
     k.C = k.H * k.D, k.rows = k.B * k.T, k.lanes = (int)(k.D / 8), k.share = 1.0f / (float)k.D;
     const int64_t most = k.rows * k.C + THREADS;
     k.columns = fg_divisor_of(k.C / 8, most);
-    k.strips = fg_divisor_of((k.T + STRIP - 1) / STRIP, most);
     k.length = fg_divisor_of(k.T, most), k.width = fg_divisor_of(k.D, most);
     return k;
 }
@@ -84,11 +82,16 @@ template <int LANES> static __device__ __forceinline__ float head_sum(float x, i
     }
 }
 
-/* 1 / sqrt(x) to the last place: the processor's own, and a step of Newton's. */
-static __device__ __forceinline__ float rsqrt_of(float x)
+/* Three of them at once: none waits for another. */
+template <int LANES>
+static __device__ __forceinline__ void head_sums(float &a, float &b, float &c, int lanes)
 {
-    const float r = rsqrtf(x), e = fmaf(-x * r, r, 1.0f);
-    return isfinite(r) ? fmaf(0.5f * r, e, r) : r;
+#pragma unroll
+    for (int d = (LANES > 0 ? LANES : lanes) / 2; d > 0; d /= 2) {
+        a += __shfl_xor_sync(~0u, a, d);
+        b += __shfl_xor_sync(~0u, b, d);
+        c += __shfl_xor_sync(~0u, c, d);
+    }
 }
 
 /* ---- forward -------------------------------------------------------------------------------- */
@@ -108,53 +111,39 @@ static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
 {
     constexpr bool EVEN = LANES > 0;
     const geometry &k = f.k;
-    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, all = k.B * k.strips.d;
-    const int64_t q = fg_divide(i, k.columns), b = fg_divide(q, k.strips);
+    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, q = fg_divide(i, k.columns);
+    const int row = (int)q, b = (int)fg_divide(q, k.length), t = row - b * (int)k.T;
     const int column = (int)(i - q * k.columns.d) * 8, head = (int)fg_divide(column, k.width);
-    const int t = (int)(q - b * k.strips.d) * STRIP, left = q < all ? (int)k.T - t : 0;
-    const int row = (int)(b * k.T) + t;
-    const int past = k.past ? *k.past : 0;
-    const bool from_prev = t == 0 && f.prev.p;
-    fg_some<8, !EVEN> raw[STRIP + 1];
-    float a[STRIP];
-    raw[0].clear();
-    if (left > 0 && t > 0) raw[0].load(f.x, at<EVEN>(f.at_x, row - 1, column));
-    else if (left > 0 && from_prev) raw[0].load(f.prev, b * k.C + column);
-#pragma unroll
-    for (int u = 0; u < STRIP; u++) {
-        raw[u + 1].clear();
-        a[u] = 0;
-        if (u >= left) continue;
-        raw[u + 1].load(f.x, at<EVEN>(f.at_x, row + u, column));
-        a[u] = f.logit[at<EVEN>(f.at_logit, row + u, head)];
-    }
+    const bool ok = q < k.rows, from_prev = t == 0 && f.prev.p;
+    fg_some<8, !EVEN> before, here;
+    before.clear();
+    here.clear();
+    float a = 0;
+    if (ok && t > 0) before.load(f.x, at<EVEN>(f.at_x, row - 1, column));
+    else if (ok && from_prev) before.load(f.prev, b * k.C + column);
+    if (ok) here.load(f.x, at<EVEN>(f.at_x, row, column));
+    if (ok) a = f.logit[at<EVEN>(f.at_logit, row, head)];
     fg_vec8 w, p, x, s;
-    raw[0].floats(from_prev ? f.prev : f.x, p.v);
     if (NORM) w = fg_load8(f.w, f.shared ? column - head * k.D : column);
+    const place is = ok ? place_of(k.first, k.past ? *k.past : 0, row, t) : PAD;
+    before.floats(from_prev ? f.prev : f.x, p.v);
+    here.floats(f.x, x.v);
+    const float gate = gate_of(a), by = is == INSIDE ? gate : 0, keep = 1 - gate;
+    float sum = 0;
+    if (is != INSIDE) p = {};
 #pragma unroll
-    for (int u = 0; u < STRIP; u++) {
-        const place is = u < left ? place_of(k.first, past, row + u, t + u) : PAD;
-        const float gate = gate_of(a[u]), by = is == INSIDE ? gate : 0;
-        const float keep = 1 - gate;
-        float sum = 0;
-        raw[u + 1].floats(f.x, x.v);
-        if (is != INSIDE) p = {};
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            s[j] = fmaf(by, p[j], keep * x[j]);
-            if (is == PAD) s[j] = 0;
-            sum = fmaf(s[j], s[j], sum);
-        }
-        p = x;
-        if (NORM) {
-            const float rstd = rsqrt_of(fmaf(head_sum<LANES>(sum, k.lanes), k.share, f.eps));
-#pragma unroll
-            for (int j = 0; j < 8; j++) s[j] = s[j] * rstd * w[j];
-            if (u < left && column - head * k.D == 0)
-                f.rstd[(int64_t)(row + u) * k.H + head] = rstd;
-        }
-        if (u < left) fg_store8(f.y, at<EVEN>(f.at_y, row + u, column), s);
+    for (int j = 0; j < 8; j++) {
+        s[j] = fmaf(by, p[j], keep * x[j]);
+        if (is == PAD) s[j] = 0;
+        sum = fmaf(s[j], s[j], sum);
     }
+    if (NORM) {
+        const float rstd = norm_rsqrt(fmaf(head_sum<LANES>(sum, k.lanes), k.share, f.eps));
+#pragma unroll
+        for (int j = 0; j < 8; j++) s[j] = s[j] * rstd * w[j];
+        if (ok && column - head * k.D == 0) f.rstd[(int64_t)row * k.H + head] = rstd;
+    }
+    if (ok) fg_store8(f.y, at<EVEN>(f.at_y, row, column), s);
 }
 
 template <bool NORM> static void start(const fg_exec *e, forward &f, int sequence,
@@ -165,7 +154,7 @@ template <bool NORM> static void start(const fg_exec *e, forward &f, int sequenc
     f.k.past = (const int32_t *)e->in[sequence + 1];
     f.x = fg_input_of(e, 0), f.logit = fg_input_of(e, 1), f.y = fg_output_of(e, 0);
     if (e->in[sequence + 2]) f.prev = fg_input_of(e, sequence + 2);
-    const int64_t n = f.k.rows * f.k.C, threads = f.k.B * f.k.strips.d * f.k.columns.d;
+    const int64_t n = f.k.rows * f.k.C, threads = f.k.rows * f.k.columns.d;
     f.at_x = fg_matrix_of(&e->in_rows[0], f.k.C, n);
     f.at_logit = fg_matrix_of(&e->in_rows[1], f.k.H, n);
     f.at_y = fg_matrix_of(&e->out_rows[0], f.k.C, n);
@@ -253,7 +242,6 @@ unshift_rows(const backward f)
 {
     __shared__ float part[NORM ? WARPS : 1][256];
     constexpr bool EVEN = LANES > 0;
-    constexpr int AHEAD = ahead<NORM>;
     const geometry &k = f.k;
     const int lane = threadIdx.x % 32, own = (blockIdx.y * 32 + lane) * 8, in_head = own % (int)k.D;
     const bool ok = own < k.C;
@@ -267,17 +255,13 @@ unshift_rows(const backward f)
     int t = from < to ? row - (int)(fg_divide(row, k.length) * k.T) : 0;
     fg_vec8 w, gw = {}, later = {};                          /* later: a gs of the row behind */
     fg_some<8, !EVEN> x;
-    fetched<LANES> next[AHEAD];
+    fetched<LANES> next;
     if (NORM) w = fg_load8(f.w, f.shared ? in_head : column);
     if (from < to) x.load(f.x, at<EVEN>(f.at_x, row, column));
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-        if (from < to && row - i >= from) fetch<NORM>(next[i], f, row - i, column, head);
+    if (from < to) fetch<NORM>(next, f, row, column, head);
     for (; row >= from && from < to; row--) {
-        const fetched<LANES> r = next[0];
-#pragma unroll
-        for (int i = 1; i < AHEAD; i++) next[i - 1] = next[i];
-        if (row - AHEAD >= from) fetch<NORM>(next[AHEAD - 1], f, row - AHEAD, column, head);
+        const fetched<LANES> r = next;
+        if (row > from) fetch<NORM>(next, f, row - 1, column, head);
         const place is = place_of(k.first, 0, row, t);
         const float a = gate_of(r.logit), by = is == INSIDE ? a : 0;
         const float keep = is == PAD ? 0 : 1 - a;
@@ -288,32 +272,39 @@ unshift_rows(const backward f)
         x.floats(f.x, v.v);
         before.floats(f.x, p.v);
         r.gy.floats(f.gy, gs.v);
+        float slope = 0;                                     /* d loss / d a_t */
         if (NORM) {
             const float by_h = by * r.rstd, keep_h = keep * r.rstd;
-            float sum = 0;
+            float along = 0, turn = 0;                       /* sums of w gy h, of h (p - v) */
 #pragma unroll
             for (int j = 0; j < 8; j++) {
+                const float d = p[j] - v[j];
                 h[j] = fmaf(by_h, p[j], keep_h * v[j]);
                 if (row < to) gw[j] = fmaf(gs[j], h[j], gw[j]);
                 gs[j] *= w[j];
-                sum = fmaf(gs[j], h[j], sum);
+                along = fmaf(gs[j], h[j], along);
+                turn = fmaf(h[j], d, turn);
+                slope = fmaf(gs[j], d, slope);
             }
-            const float mean = head_sum<LANES>(sum, k.lanes) * k.share;
+            head_sums<LANES>(along, turn, slope, k.lanes);
+            const float mean = along * k.share;
+            slope = r.rstd * fmaf(-mean, turn, slope);
 #pragma unroll
             for (int j = 0; j < 8; j++) gs[j] = r.rstd * fmaf(-mean, h[j], gs[j]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; j++) slope = fmaf(gs[j], p[j] - v[j], slope);
+            slope = head_sum<LANES>(slope, k.lanes);
         }
-        float sum = 0;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             h[j] = fmaf(keep, gs[j], later[j]);              /* gx */
             later[j] = by * gs[j];
-            sum = fmaf(gs[j], p[j] - v[j], sum);
         }
-        sum = head_sum<LANES>(sum, k.lanes);
         if (ok && row < to) {
             fg_store8(f.gx, at<EVEN>(f.at_gx, row, column), h);
             if (in_head == 0)
-                f.glogit.put(at<EVEN>(f.at_glogit, row, head), sum * (a * (1 - a)));
+                f.glogit.put(at<EVEN>(f.at_glogit, row, head), slope * (a * (1 - a)));
         }
         x = r.before;
         t = t > 0 ? t - 1 : (int)k.T - 1;

@@ -112,7 +112,46 @@ static void cast_launch(const fg_exec *e, cudaStream_t stream)
     if (e->in_type[0] == FG_I32) fg_map<number, 1>(e, stream, number());
     else fg_map<same, 1>(e, stream, same());
 }
-FG_KERNEL(cast) = { .launch = cast_launch, .pitched_in = 1, .pitched_out = 1 };
+
+/* The weights of a model at once: eight elements a thread, and what is left of a tensor. */
+struct casting { fg_in x; fg_out y; int64_t n; unsigned first; };
+enum { CASTS = 80, CAST_CHUNK = 8 * FG_MAP_THREADS }; /* of a launch: 4 KB; elements of a block */
+struct castings { casting of[CASTS]; int count; };
+
+static __global__ void __launch_bounds__(FG_MAP_THREADS)
+cast_many(const __grid_constant__ castings list)
+{
+    const casting &t = list.of[fg_item_at(list, blockIdx.x)];
+    const int64_t i = (int64_t)(blockIdx.x - t.first) * CAST_CHUNK + 8 * (int)threadIdx.x;
+    if (i + 8 <= t.n) fg_store8(t.y, i, fg_load8(t.x, i));
+    else
+        for (int64_t k = i; k < t.n; k++) t.y.put(k, t.x[k]);
+}
+
+static bool is_plain_cast(const fg_exec *e)
+{
+    return e->in_type[0] != FG_I32 && !fg_is_pitched(&e->in_rows[0]) &&
+           !fg_is_pitched(&e->out_rows[0]);
+}
+
+static void cast_launch_many(const fg_exec *const *e, int n, cudaStream_t stream)
+{
+    for (int i = 0; i < n; ) {
+        const int end = i + fg_at_once(e + i, n - i, CASTS);
+        castings list = {};
+        unsigned blocks = 0;
+        for (; i < end && is_plain_cast(e[i]); i++) {
+            const int64_t size = fg_count_of(&e[i]->in_shape[0]);
+            list.of[list.count++] = { fg_input_of(e[i], 0), fg_output_of(e[i], 0), size, blocks };
+            blocks += fg_blocks(size, CAST_CHUNK);
+        }
+        if (list.count > 1) cast_many<<<blocks, FG_MAP_THREADS, 0, stream>>>(list);
+        else if (list.count == 1) cast_launch(e[i - 1], stream);
+        if (i < end) cast_launch(e[i++], stream);            /* the first of another kind */
+    }
+}
+FG_KERNEL(cast) = { .launch = cast_launch, .pitched_in = 1, .pitched_out = 1,
+                    .launch_many = cast_launch_many };
 
 /* Only writes, so in stretches of 16 bytes that a warp stores side by side: V = 16 / size. */
 template <int V>

@@ -144,6 +144,7 @@ void cli_print_plan(FILE *to, const fg_plan_info *i)
         { "optimizer and other state", i->states },
         { "inputs", i->inputs },
         { "activations", i->activations },
+        { "  kept for backward", i->saved },
         { "scratch", i->scratch },
         { "total", i->total },
     };
@@ -155,16 +156,18 @@ void cli_print_plan(FILE *to, const fg_plan_info *i)
 
 json_t *cli_plan_json(const fg_plan_info *i)
 {
-    return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:I, s:o, s:o}",
+    return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:I, s:o, s:o, s:o}",
                      "params", (json_int_t)i->params,
                      "states", (json_int_t)i->states,
                      "inputs", (json_int_t)i->inputs,
                      "activations", (json_int_t)i->activations,
+                     "saved", (json_int_t)i->saved,
                      "scratch", (json_int_t)i->scratch,
                      "total", (json_int_t)i->total,
                      "peak_node", cli_json_text(i->peak_node),
                      "nodes", (json_int_t)i->nodes,
                      "flops", cli_json_real(i->flops),
+                     "again_flops", cli_json_real(i->again_flops),
                      "bytes", cli_json_real(i->bytes));
 }
 

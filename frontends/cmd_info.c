@@ -190,6 +190,9 @@ static void print_text(const cli *c, const cli_model *m, const fg_graph *g, cons
            cli_amount(a, f->forward.flops / f->tokens));
     printf("  training                   %12s floating-point operations a token\n",
            cli_amount(a, f->training.flops / f->tokens));
+    if (f->training.again_flops > 0)
+        printf("    of these, done again     %12s, to keep less for the backward pass\n",
+               cli_amount(a, f->training.again_flops / f->tokens));
     printf("  nodes                      %12lld forward, %lld training\n",
            (long long)f->forward.nodes, (long long)f->training.nodes);
     printf("memory of training, %s tokens a run\n", cli_amount(a, f->tokens));

@@ -182,6 +182,17 @@ static fg_status resume(training *t)
     return s;
 }
 
+/* Before a folder is touched: what does not fit must not cost the run that was there.  A run that
+ * goes on loads its values first. */
+static fg_status take_memory(training *t)
+{
+    fg_status s = fg_plan_reserve(t->plan);
+    if (s != FG_OK)
+        return refuse(t, s, fg_plan_message(t->plan));
+    s = t->update ? fg_plan_reserve(t->update_plan) : FG_OK;
+    return s == FG_OK ? FG_OK : refuse(t, s, fg_plan_message(t->update_plan));
+}
+
 static fg_status open_folder(training *t)
 {
     const fg_train_options *o = t->options;
@@ -232,6 +243,8 @@ static fg_status prepare(training *t)
         s = make_evaluator(t);
     if (s == FG_OK)
         t->out->info = fg_plan_describe(t->plan);
+    if (s == FG_OK && !t->options->dry_run && !t->options->resume)
+        s = take_memory(t);
     if (s == FG_OK && !t->options->dry_run)
         s = open_folder(t);
     if (s == FG_OK && !t->options->dry_run)

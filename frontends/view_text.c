@@ -120,11 +120,14 @@ static void box(const page *p, int32_t at, int32_t count, const char *last, int 
     const view_box *b = &v->box[at];
     view_words words;
     double flops = 0, bytes = 0, time = v->timed ? 0 : -1;
+    double again = 0, again_time = time;
     for (int32_t i = b->first; i < b->end; i++) {
         const view_node *n = &v->node[v->drawn[i]];
         flops += n->flops;
         bytes += n->bytes;
         if (n->time > 0) time += n->time;
+        if (n->recomputed) again += n->flops;
+        if (n->recomputed && n->time > 0) again_time += n->time;
     }
     indent(p, depth);
     plain(p, at ? b->name : v->model[0] ? v->model : "graph");
@@ -137,6 +140,10 @@ static void box(const page *p, int32_t at, int32_t count, const char *last, int 
     costs(p, flops, bytes, time);
     fg__view_bytes((double)b->saved, words);
     if (b->saved) fg__view_say(&p->out, "  %s saved", words);
+    if (again > 0) {
+        costs(p, again, 0, again_time);
+        fg__view_say(&p->out, " computed again");
+    }
     fg__view_say(&p->out, "\n");
     if (!p->open[at]) return;
     for (int32_t i = 0; i < b->n_items; i++) {

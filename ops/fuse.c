@@ -8,6 +8,10 @@
  *   rms_norm_grad(...) and its cast to bf16    rms_norm_grad_bf16(...), which gives both
  *   shift_mix(x, sigmoid(z))                   shift_gate(x, z), and behind rms_norm of every head
  *                                              shift_norm(x, z, w); the same for their gradients
+ *   cast of p to bf16 and adamw(p, ...)        adamw_bf16(p, ..., the cast), which keeps the copy
+ *                                              up to date: no step casts its weights any more
+ *   linear_cross_entropy and its gradient      linear_cross_entropy_both, where the gradient that
+ *                                              comes in does not depend on the loss
  *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
  *   what one token goes through                fuse_few.c
  *
@@ -80,6 +84,25 @@ static fg_tensor in_type(fg_tensor t, fg_dtype type)
     return fg_dtype_of(t) == type ? t : fg__cast(t, type);
 }
 
+/* A cast of v to bf16 among the first n nodes, FG_NO_NODE if there is none. */
+static uint32_t narrow_cast(const fg_rewrite *r, uint32_t v, uint32_t n)
+{
+    const fg_graph *g = r->g;
+    if (g->values[v].type != FG_F32) return FG_NO_NODE;
+    for (uint32_t k = 0; k < n; k++)
+        if (is_op(&g->nodes[k], FG_OP_cast) && fg__now(r, g->nodes[k].in[0]) == v &&
+            g->values[g->nodes[k].out[0]].type == FG_BF16) return k;
+    return FG_NO_NODE;
+}
+
+/* A bias in the dtype of what it is added to; what is computed again reads the first one's cast. */
+static fg_tensor bias_as(const fg_rewrite *r, uint32_t v, fg_dtype type)
+{
+    const fg_tensor b = fg__now_tensor(r, v);
+    const uint32_t k = type == FG_BF16 ? narrow_cast(r, b.id, r->g->n_nodes) : FG_NO_NODE;
+    return k == FG_NO_NODE ? in_type(b, type) : fg__now_tensor(r, r->g->nodes[k].out[0]);
+}
+
 static int64_t padded(int64_t n) { return (n + WHOLE - 1) / WHOLE * WHOLE; }
 
 /* all and, behind it along an axis, v with zeros up to a multiple of WHOLE, so that what comes next
@@ -119,8 +142,7 @@ static void merge_products(fg_rewrite *r, const group *m, fg_tensor w)
     for (int j = 0; j < m->n; j++) {
         first = fg__build_as(r, m->node[j]);
         fg_tensor part = fg_slice(y, -1, at, at + m->rows[j]);
-        if (own[j].in[2]) part = fg_add(part, in_type(fg__now_tensor(r, own[j].in[2]),
-                                                                fg_dtype_of(y)));
+        if (own[j].in[2]) part = fg_add(part, bias_as(r, own[j].in[2], fg_dtype_of(y)));
         fg__built(r, m->node[j], first);
         fg__instead(r, own[j].out[0], part);
         at += padded(m->rows[j]);
@@ -318,24 +340,13 @@ static void fuse_norm_grad_add(fg_rewrite *r, uint32_t k)
     }
 }
 
-/* A cast of v to bf16, FG_NO_NODE if there is none. */
-static uint32_t narrow_cast(const fg_rewrite *r, uint32_t v)
-{
-    const fg_graph *g = r->g;
-    if (g->values[v].type != FG_F32) return FG_NO_NODE;
-    for (uint32_t k = 0; k < r->n_nodes; k++)
-        if (is_op(&g->nodes[k], FG_OP_cast) && fg__now(r, g->nodes[k].in[0]) == v &&
-            g->values[g->nodes[k].out[0]].type == FG_BF16) return k;
-    return FG_NO_NODE;
-}
-
 /* The gradient that goes on in f32 along the residual stream, and in bf16 into products. */
 static void fuse_norm_grad_cast(fg_rewrite *r, uint32_t k)
 {
     fg_graph *g = r->g;
     const fg_node old = g->nodes[k];
     const struct fg_attr_rms_norm_grad *a = old.attr;
-    const uint32_t cast = narrow_cast(r, old.out[0]);
+    const uint32_t cast = narrow_cast(r, old.out[0], r->n_nodes);
     if (cast == FG_NO_NODE) return;
     const fg_tensor in[] = { fg__now_tensor(r, old.in[0]), fg__now_tensor(r, old.in[1]),
                              fg__now_tensor(r, old.in[2]), fg__now_tensor(r, old.in[3]),
@@ -505,6 +516,108 @@ static void fuse_shift_grad(fg_rewrite *r, uint32_t k)
     fg__take_slot(r, place, t);
 }
 
+/* ---- loss ----------------------------------------------------------------------------------- */
+
+/* Does v depend on what node k makes?  True, too, if out of memory. */
+static bool depends(const fg_rewrite *r, uint32_t v, uint32_t k)
+{
+    const fg_graph *g = r->g;
+    const size_t n = (size_t)g->n_nodes + 1;
+    uint8_t *seen = calloc(n, 1);
+    uint32_t *waiting = malloc(n * sizeof *waiting), count = 0;
+    bool found = !seen || !waiting;
+    const uint32_t last = g->values[fg__now(r, v)].node;
+    if (!found && last != FG_NO_NODE) seen[waiting[count++] = last] = 1;
+    while (count && !found) {
+        const fg_node *by = &g->nodes[waiting[--count]];
+        found = by == &g->nodes[k];
+        for (int i = 0; i < by->n_in; i++) {
+            const uint32_t in = by->in[i] ? g->values[fg__now(r, by->in[i])].node : FG_NO_NODE;
+            if (in != FG_NO_NODE && !seen[in]) seen[waiting[count++] = in] = 1;
+        }
+    }
+    if (!seen || !waiting) fg__out_of_memory(r->g);
+    free(seen);
+    free(waiting);
+    return found;
+}
+
+/* The gradient of loss k whose incoming gradient is known before k; FG_NO_NODE if there is none. */
+static uint32_t known_gradient(const fg_rewrite *r, uint32_t k)
+{
+    const fg_graph *g = r->g;
+    const fg_node *n = &g->nodes[k];
+    for (uint32_t j = 0; j < r->n_nodes; j++) {
+        const fg_node *m = &g->nodes[j];
+        if (!is_op(m, FG_OP_linear_cross_entropy_grad) || !same(r, m->in[4], n->out[1])) continue;
+        if (!same(r, m->in[1], n->in[0]) || !same(r, m->in[2], n->in[1])) continue;
+        if (!same(r, m->in[3], n->in[2])) continue;
+        if (!depends(r, m->in[0], k)) return j;
+    }
+    return FG_NO_NODE;
+}
+
+static void fuse_loss_grad(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    const uint32_t j = known_gradient(r, k);
+    if (j == FG_NO_NODE) return;
+    const fg_node loss = g->nodes[k], grad = g->nodes[j];
+    const fg_tensor in[] = { fg__now_tensor(r, loss.in[0]), fg__now_tensor(r, loss.in[1]),
+                             fg__now_tensor(r, loss.in[2]), fg__now_tensor(r, grad.in[0]) };
+    const uint32_t like[] = { loss.out[0], loss.out[1], grad.out[0], grad.out[1] };
+    const uint32_t first = fg__build_as(r, k);
+    const fg_tensor t = FG_APPLY(linear_cross_entropy_both, FG_HERE, in, 0);
+    if (fg_ok(t)) set_types(r, t, like, 4);
+    fg__built(r, k, first);
+    for (int o = 0; o < 4; o++) fg__instead(r, like[o], fg_result(t, o));
+    fg__take_slot(r, k, t);
+}
+
+/* ---- copies of weights ---------------------------------------------------------------------- */
+
+/* Node k is the last but for other updates, and alone overwrites parameter p. */
+static bool updates_alone(const fg_rewrite *r, uint32_t k, uint32_t p)
+{
+    const fg_graph *g = r->g;
+    if (fg__uses(r, g->nodes[k].out[0])) return false;
+    for (uint32_t i = 0; i < r->n_nodes; i++) {
+        const fg_node *n = &g->nodes[i];
+        if (i > k && n->pass != FG_PASS_UPDATE) return false;
+        for (int o = 0; o < fg__overwritten(n); o++)
+            if (i != k && fg__now(r, n->in[o]) == p) return false;
+    }
+    return true;
+}
+
+static bool is_output(const fg_graph *g, uint32_t v)
+{
+    for (uint32_t i = 0; i < g->n_outputs; i++) if (g->outputs[i].id == v) return true;
+    return false;
+}
+
+static void fuse_update_cast(fg_rewrite *r, uint32_t k)
+{
+    fg_graph *g = r->g;
+    const fg_node old = g->nodes[k];
+    const struct fg_attr_adamw *a = old.attr;
+    const uint32_t p = fg__now(r, old.in[0]);
+    if (g->values[p].kind != FG_OF_PARAM) return;
+    const uint32_t cast = narrow_cast(r, p, g->n_nodes),
+                   p16 = cast == FG_NO_NODE ? 0 : g->nodes[cast].out[0];
+    if (!p16 || fg__now(r, p16) != p16 || is_output(g, p16) || !updates_alone(r, k, p)) return;
+    fg_tensor in[8];
+    for (int i = 0; i < 8; i++)
+        in[i] = fg__now_tensor(r, i == 3 ? p16 : old.in[i < 3 ? i : i - 1]);
+    const uint32_t first = fg__build_as(r, k);
+    const fg_tensor t = FG_APPLY(adamw_bf16, FG_HERE, in, a->beta1, a->beta2, a->eps, a->decay);
+    fg__built(r, k, first);
+    if (!fg_ok(t)) return;
+    fg__drop(r, k);
+    for (int o = 0; o < 3; o++) fg__instead(r, old.out[o], fg_result(t, o));
+    fg__take_slot(r, k, t);
+}
+
 /* ---- sums of padded parts ------------------------------------------------------------------- */
 
 typedef struct { fg_tensor gy; int axis; int64_t start, stop, extent; } part;
@@ -607,5 +720,9 @@ void fg__fuse(fg_rewrite *r)
         if (is_op(&g->nodes[k], FG_OP_shift_mix_grad)) fuse_shift_grad(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_shift_mix)) fuse_shift(r, k);
+    for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
+        if (is_op(&g->nodes[k], FG_OP_linear_cross_entropy)) fuse_loss_grad(r, k);
+    for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
+        if (is_op(&g->nodes[k], FG_OP_adamw)) fuse_update_cast(r, k);
     free(done);
 }

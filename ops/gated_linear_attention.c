@@ -26,18 +26,9 @@
 fg_tensor (fg_gated_linear_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v,
                                       fg_tensor log_a, double scale, fg_tensor state)
 {
-    const fg_sequence s = fg_sequence_of(q.graph);
-    const bool decoding = !fg_absent(s.past) && fg_ok(k) && fg_ok(v) && fg_shape_of(k).rank == 4;
-    if (decoding && !fg_absent(state))
-        return (fg_fail)(at, v, FG_ERR_USAGE, "a state is given, but the caches hold it already");
-    if (decoding) {
-        const fg_shape kept = FG_DIMS(fg_dim(k, 0), fg_dim(k, 2), fg_dim(k, 3), fg_dim(v, -1));
-        state = fg__cache_state(at, q.graph, "state", FG_F32, kept);
-    }
-    const fg_tensor in[] = { q, k, v, log_a, s.first, s.past, state };
-    const fg_tensor o = FG_APPLY(gated_linear_attention, at, in, scale);
-    if (decoding && fg_ok(o)) fg__cache_put(at, state, fg_result(o, 1));
-    return o;
+    const struct fg_attr_gated_linear_attention a = { scale };
+    const fg_op *op = &fg_op_table[FG_OP_gated_linear_attention];
+    return fg__scan_build(at, op, &a, q, k, v, log_a, state);
 }
 
 static fg_status infer(fg_infer *c)
@@ -246,25 +237,7 @@ static size_t scratch(const fg_infer *c, int threads)
 
 /* ---- gradient, definition, cost ------------------------------------------------------------- */
 
-static void vjp(fg_vjp *v)
-{
-    const struct fg_attr_gated_linear_attention *a = v->attr;
-    fg_tensor go = v->gout[0];
-    if (!fg_absent(v->in[5])) {
-        v->gin[0] =
-            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
-        return;
-    }
-    if (fg_absent(go)) {
-        go = fg_fill(v->out[0].graph, fg_shape_of(v->out[0]), 0);
-        go = fg_cast(go, fg_dtype_of(v->out[0]));
-    }
-    const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3], v->in[4],
-                             v->in[6] };
-    const fg_tensor g = FG_APPLY(gated_linear_attention_grad, FG_HERE, in, a->scale);
-    for (int i = 0; i < 4; i++) v->gin[i] = fg_result(g, i);
-    if (!fg_absent(v->in[6])) v->gin[6] = fg_result(g, 4);
-}
+static void vjp(fg_vjp *v) { fg__scan_vjp(v, &fg_op_table[FG_OP_gated_linear_attention_grad]); }
 
 /* The recurrence, row by row. */
 static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
@@ -333,19 +306,6 @@ const fg_op_code fg_code_gated_linear_attention = {
 };
 
 /* ---- gated_linear_attention_grad ------------------------------------------------------------ */
-
-static fg_status grad_infer(fg_infer *c)
-{
-    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[4]), SHAPE, "go must have v's shape");
-    for (int i = 0; i < 4; i++) {
-        c->out[i] = c->in[2 + i];
-        c->out_type[i] = c->in_type[2 + i];
-    }
-    const fg_shape *k = &c->in[3];
-    c->out[4] = FG_DIMS(k->dim[0], k->dim[2], k->dim[3], c->in[4].dim[3]);
-    c->out_type[4] = FG_F32;
-    return FG_OK;
-}
 
 typedef struct {                         /* a thread's own, beside its work */
     fg_real *gA;                         /* [.,FG_CHUNK] */
@@ -564,7 +524,7 @@ static fg_cost grad_cost(const fg_infer *c)
 }
 
 const fg_op_code fg_code_gated_linear_attention_grad = {
-    .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .scratch = grad_scratch,
+    .infer = fg__scan_grad_infer, .cpu = grad_cpu, .cost = grad_cost, .scratch = grad_scratch,
     .bf16 = { .narrow_in = 1 | 7u << 2, .wide_in = 1u << 1 | 1u << 5 | 1u << 7, .narrow_out = 7,
               .wide_out = 3u << 3 },
 };

@@ -2,6 +2,7 @@
  * decompose functions; shapes and formulas are in ops.def and on the op's page. */
 #ifndef FG_INTERNAL_H
 #define FG_INTERNAL_H
+#include <string.h>
 #include "ops.h"
 
 /* Threads for a kernel that handles so many elements: below 32768, starting them costs more than
@@ -15,6 +16,17 @@ static inline bool fg__is_real(fg_dtype t) { return t == FG_F32 || t == FG_BF16;
 static inline size_t fg__cpu_size(fg_dtype t)
 {
     return t == FG_I32 ? sizeof(int32_t) : sizeof(fg_real);
+}
+/* The nearest of the numbers with 8 significant bits, ties to even; NaN stays NaN. */
+static inline fg_real fg__as_bf16(fg_real x)
+{
+    const float f = (float)x;
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return x != x ? x : (fg_real)y;
 }
 /* Refuses those of inputs from .. to-1 that are there and not real.  out_type[0] becomes the widest
  * of them: f32 and bf16 mix, and give f32. */

@@ -7,7 +7,9 @@
  * x, gx: [...,N]   w, gw: [V,N]   labels: i32[...]   loss, lse, gloss: f32[...]
  * Rows go in slices of equal length, so that z of one slice fits in scratch; gw sums the slices in
  * order.  The gradient computes z again: 8 instead of 6 operations for each element of z and N, for
- * memory of one slice instead of all rows.
+ * memory of one slice instead of all rows.  linear_cross_entropy_both gives loss and gradients of a
+ * slice while it is there: 6 operations; lowering puts it where gloss is known before the loss, as
+ * it is where that is a mean.
  * Labels and loss as in cross_entropy.c. */
 #include "cross_entropy.h"
 #include "gemm.h"
@@ -193,4 +195,62 @@ static fg_cost grad_cost(const fg_infer *c)
 const fg_op_code fg_code_linear_cross_entropy_grad = {
     .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .decompose = grad_decompose,
     .scratch = grad_scratch, .bf16 = { .narrow_in = 6, .narrow_out = 1, .wide_out = 2 },
+};
+
+/* ---- linear_cross_entropy_both -------------------------------------------------------------- */
+
+enum { BOTH_GLOSS = 3 };
+
+static fg_status both_infer(fg_infer *c)
+{
+    const fg_status s = need_product(c, 0);
+    c->out[0] = c->out[1] = c->in[2];
+    c->out[2] = c->in[0];
+    c->out[3] = c->in[1];
+    c->out_type[0] = c->out_type[1] = FG_F32;
+    c->out_type[2] = c->out_type[3] = c->in_type[0];
+    return s ? s : fg__check_labels(c, 2, fg__rows(&c->in[0]), BOTH_GLOSS, -1);
+}
+
+static void both_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
+{
+    const fg_tensor forward[] = { in[0], in[1], in[2] };
+    out[0] = FG_APPLY(linear_cross_entropy, FG_HERE, forward, 0);
+    out[1] = fg_result(out[0], 1);
+    const fg_tensor back[] = { in[BOTH_GLOSS], in[0], in[1], in[2], out[1] };
+    out[2] = FG_APPLY(linear_cross_entropy_grad, FG_HERE, back, 0);
+    out[3] = fg_result(out[2], 1);
+    (void)attr;
+}
+
+static fg_cost both_cost(const fg_infer *c)
+{
+    const double V = (double)c->in[1].dim[0], N = (double)c->in[1].dim[1];
+    const double rows = (double)fg__rows(&c->in[0]);
+    const double size = c->in_type[0] == FG_BF16 ? 2 : 4;
+    return (fg_cost){ .flops = rows * V * (6 * N + 6),
+                      .bytes = 2 * size * (rows * N + V * N) + 16 * rows };
+}
+
+static fg_tensor both_example(fg_graph *g, int i)
+{
+    static const int32_t some[] = { 3, -100, 0 };
+    static const struct {
+        int64_t T, N, V;
+    } cases[] = { { 3, 5, 7 }, { 3, 4, 5 }, { 150, 16, 90 } };
+    if (i >= (int)(sizeof cases / sizeof cases[0])) return (fg_tensor){ 0 };
+    const int64_t T = cases[i].T, V = cases[i].V;
+    const fg_tensor x = fg_random(g, T, cases[i].N);
+    const fg_tensor w = fg_random(g, V, cases[i].N);
+    const fg_tensor labels = i == 1 ? fg_given_int(g, FG_DIMS(T), some)
+                                    : fg_random_int(g, 0, V, T);
+    const fg_tensor gloss = fg_random(g, T);
+    const fg_tensor in[] = { x, w, labels, gloss };
+    return FG_APPLY(linear_cross_entropy_both, FG_HERE, in, 0);
+}
+
+/* Made by lowering alone, behind all gradients. */
+const fg_op_code fg_code_linear_cross_entropy_both = {
+    .infer = both_infer, .cost = both_cost, .decompose = both_decompose, .example = both_example,
+    .no_grad = true, .bf16 = { .narrow_in = 3, .narrow_out = 4, .wide_out = 11 },
 };

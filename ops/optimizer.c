@@ -1,18 +1,22 @@
 /* optimizer.c - what happens to parameters after the gradients: norm, clipping, sums, AdamW.
  *
- *     sum_squares   y = sum of x^2, over up to ten tensors
+ *     sum_squares   y = sum of x^2, over up to 18 tensors: sum in double, in order, of parts, the
+ *                   sums of 16384 elements
  *     clip_factor   y = min(1, limit / (sqrt(squares) + 1e-6)); NaN where squares is not finite
  *     accumulate    sum = sum + s x
  *     adamw         p = p (1 - lr decay)
  *                   m = beta1 m + (1 - beta1) g',  v = beta2 v + (1 - beta2) g'^2,  g' = clip g
  *                   p = p - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+ *     adamw_bf16    adamw, and p16 = p rounded to bf16, the weight that products read: lowering
+ *                   puts it where that copy was a cast at the start of every step (ops/fuse.c)
  *
- * x, sum, p, m, v, g: any shape, f32 (x, g also bf16)   y, squares, clip, lr, step: f32[1]
- * step counts updates from 1.  A clip that is not finite leaves p, m and v as they are, so a
+ * x, sum, p, m, v, p16, g: any shape, f32 (p16 bf16; x, g also bf16)   parts: f32[n]
+ * y, squares, clip, lr, step: f32[1]
+ * step counts updates from 1.  A clip that is not finite leaves p, m, v and p16 as they are, so a
  * gradient with NaN or infinity anywhere costs one step and harms nothing.
  * Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2, without
  * the schedule; arithmetic in this order.  Bytes of adamw: p, m, v in and out and g in, 28 an
- * element in f32, which is the least possible. */
+ * element in f32, which is the least possible; of adamw_bf16 two more. */
 #include "internal.h"
 #include "vec.h"
 
@@ -46,25 +50,16 @@ static int64_t block_length(int64_t count, int64_t i)
 
 static fg_status squares_infer(fg_infer *c)
 {
+    int64_t parts = 0;
+    for (int k = 0; k < c->n_in; k++) parts += c->given[k] ? blocks_of(&c->in[k]) : 0;
+    const fg_status s = fg__need_reals(c, 0, c->n_in);
     c->out[0] = FG_DIMS(1);
-    c->out_type[0] = FG_F32;
-    return fg__need_reals(c, 0, c->n_in) ? FG_ERR_DTYPE : (c->out_type[0] = FG_F32, FG_OK);
+    c->out[1] = FG_DIMS(parts);
+    c->out_type[0] = c->out_type[1] = FG_F32;
+    return s ? FG_ERR_DTYPE : FG_OK;
 }
 
-static int64_t blocks_of_all(const fg_shape *in, const bool *given, int n_in)
-{
-    int64_t blocks = 0;
-    for (int k = 0; k < n_in; k++) blocks += given[k] ? blocks_of(&in[k]) : 0;
-    return blocks;
-}
-
-static size_t squares_scratch(const fg_infer *c, int threads)
-{
-    (void)threads;
-    return (size_t)blocks_of_all(c->in, c->given, c->n_in) * sizeof(double);
-}
-
-static double squares_of(const fg_real *x, int64_t n)
+static fg_real squares_of(const fg_real *x, int64_t n)
 {
     fg_vec s[4] = { { 0 } };
     int64_t i = 0;
@@ -77,13 +72,14 @@ static double squares_of(const fg_real *x, int64_t n)
         const fg_vec v = fg_vload_n(x + i, n - i < FG_LANES ? n - i : FG_LANES);
         s[0] = fg_vfma(v, v, s[0]);
     }
-    return (double)fg_vsum((s[0] + s[1]) + (s[2] + s[3]));
+    return fg_vsum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
 /* Blocks in fg_real, each lane 512 squares; their sums in double, in order. */
 static void squares_cpu(const fg_exec *e)
 {
-    double *part = e->scratch, sum = 0;
+    fg_real *part = e->out[1];
+    double sum = 0;
     for (int k = 0; k < e->n_in; k++) {
         if (!e->in[k]) continue;
         const int64_t count = fg_shape_count(e->in_shape[k]), blocks = blocks_of(&e->in_shape[k]);
@@ -91,7 +87,8 @@ static void squares_cpu(const fg_exec *e)
 #pragma omp parallel for schedule(static) num_threads(fg__threads(e, count))
         for (int64_t i = 0; i < blocks; i++)
             part[i] = squares_of(x + i * BLOCK, block_length(count, i));
-        for (int64_t i = 0; i < blocks; i++) sum += part[i];
+        for (int64_t i = 0; i < blocks; i++) sum += (double)part[i];
+        part += blocks;
     }
     *(fg_real *)e->out[0] = (fg_real)sum;
 }
@@ -108,8 +105,8 @@ static fg_cost squares_cost(const fg_infer *c)
 }
 
 const fg_op_code fg_code_sum_squares = {
-    .infer = squares_infer, .cpu = squares_cpu, .cost = squares_cost, .scratch = squares_scratch,
-    .no_grad = true, .bf16 = { .wide_out = 1 },
+    .infer = squares_infer, .cpu = squares_cpu, .cost = squares_cost, .no_grad = true,
+    .bf16 = { .wide_out = 3 },
 };
 
 /* ---- clip_factor ---------------------------------------------------------------------------- */
@@ -243,4 +240,64 @@ static fg_cost adamw_cost(const fg_infer *c)
 const fg_op_code fg_code_adamw = {
     .infer = adamw_infer, .cpu = adamw_cpu, .cost = adamw_cost, .memory = FG_MUTATE,
     .no_grad = true,
+};
+
+/* ---- adamw_bf16 ----------------------------------------------------------------------------- */
+
+enum { P16 = 3, AND_16 = 8 };                    /* inputs of it; the others of adamw in order */
+
+static fg_status and_16_infer(fg_infer *c)
+{
+    FG_REQUIRE(c, fg_shape_equal(c->in[P16], c->in[P]) && c->in_type[P16] == FG_BF16, SHAPE,
+               "p16 must be bf16 of p's shape");
+    fg_infer plain = *c;
+    const struct fg_attr_adamw_bf16 *a = c->attr;
+    const struct fg_attr_adamw same = { a->beta1, a->beta2, a->eps, a->decay };
+    plain.attr = &same;
+    for (int k = P16 + 1; k < AND_16; k++) {
+        plain.in[k - 1] = c->in[k];
+        plain.in_type[k - 1] = c->in_type[k];
+    }
+    const fg_status s = adamw_infer(&plain);
+    for (int k = P; k <= P16; k++) c->out[k] = c->in[P];
+    c->out_type[P16] = FG_BF16;
+    return s;
+}
+
+static void and_16_cpu(const fg_exec *e)
+{
+    const struct fg_attr_adamw_bf16 *a = e->attr;
+    const struct fg_attr_adamw same = { a->beta1, a->beta2, a->eps, a->decay };
+    fg_exec plain = *e;
+    plain.attr = &same;
+    for (int k = P16 + 1; k < AND_16; k++) plain.in[k - 1] = e->in[k];
+    if (!isfinite(*(const fg_real *)plain.in[CLIP])) return;
+    adamw_cpu(&plain);
+    const int64_t n = fg_shape_count(e->in_shape[P]);
+    const fg_real *p = e->out[P];
+    fg_real *p16 = e->out[P16];
+#pragma omp parallel for schedule(static) num_threads(fg__threads(e, n))
+    for (int64_t i = 0; i < n; i++) p16[i] = fg__as_bf16(p[i]);
+}
+
+/* p16 is made of the new p, not overwritten: whoever reads it in the next step has it made anew. */
+static void and_16_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
+{
+    const struct fg_attr_adamw_bf16 *a = attr;
+    const fg_tensor plain[] = { in[0], in[1], in[2], in[4], in[5], in[6], in[7] };
+    out[0] = FG_APPLY(adamw, FG_HERE, plain, a->beta1, a->beta2, a->eps, a->decay);
+    for (int k = M; k <= V; k++) out[k] = fg_result(out[0], k);
+    out[P16] = fg_cast(out[0], FG_BF16);
+}
+
+static fg_cost and_16_cost(const fg_infer *c)
+{
+    const double n = (double)fg_shape_count(c->in[P]);
+    const double g = c->in_type[P16 + 1] == FG_BF16 ? 2 : 4;
+    return (fg_cost){ .flops = 14 * n, .bytes = n * (24 + g + 2) };
+}
+
+const fg_op_code fg_code_adamw_bf16 = {
+    .infer = and_16_infer, .cpu = and_16_cpu, .cost = and_16_cost,
+    .decompose = and_16_decompose, .memory = FG_MUTATE, .no_grad = true,
 };

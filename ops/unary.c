@@ -198,18 +198,6 @@ static void scale_cpu(const fg_exec *e)
     if (rest > 0) fg_vstore_n(y + whole, fg_vfma(s, fg_vload_n(x + whole, rest), b), rest);
 }
 
-/* The nearest of the numbers with 8 significant bits, ties to even; NaN stays NaN. */
-static inline fg_real as_bf16(fg_real x)
-{
-    const float f = (float)x;
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
-    float y;
-    memcpy(&y, &bits, sizeof y);
-    return x != x ? x : (fg_real)y;
-}
-
 static void cast_cpu(const fg_exec *e)
 {
     const int64_t n = fg_shape_count(e->out_shape[0]);
@@ -220,7 +208,7 @@ static void cast_cpu(const fg_exec *e)
 #pragma omp parallel for schedule(static) num_threads(fg__threads(e, n))
     for (int64_t i = 0; i < n; i++) {
         const fg_real u = whole ? (fg_real)k[i] : x[i];
-        y[i] = narrow ? as_bf16(u) : u;
+        y[i] = narrow ? fg__as_bf16(u) : u;
     }
 }
 

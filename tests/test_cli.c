@@ -441,6 +441,24 @@ Test(cli, a_run_is_kept_and_can_be_evaluated)
     json_decref(scored);
 }
 
+Test(cli, what_is_kept_and_what_is_computed_again_is_told_by_scope)
+{
+    const char *small = "fox-pro-125m --set batch=1 --set context=64 --set recompute=";
+    char line[400];
+    for (int again = 0; again < 2; again++) {
+        const char *count = again ? "5" : "0";           /* all, model, layers, each, attn or mlp */
+        snprintf(line, sizeof line, "fox-graph dump %s%d --pass all --memory --depth 3 > tree; "
+                 "test $(grep -c 'FLOP computed again$' tree) -ge %s && grep -q ' saved' tree",
+                 small, again, count);
+        expect(line, 0);
+        expect("grep -q 'computed again' tree", again ? 0 : 1);
+        snprintf(line, sizeof line, "fox-graph info %s%d > info; grep -q 'kept for backward' info",
+                 small, again);
+        expect(line, 0);
+        expect("grep -q 'done again' info", again ? 0 : 1);
+    }
+}
+
 Test(cli, a_resumed_run_ends_where_one_without_a_break_ends)
 {
     expect("seq 1 400 > text", 0);

@@ -1,6 +1,6 @@
 /* test_cuda_plain.cu - the plain CUDA kernels against the CPU kernels in double, and their speed.
  *
- * usage: test_cuda_plain check [OP] | quick [OP] | dry [OP] | time [OP]
+ * usage: test_cuda_plain check [OP...] | quick [OP...] | dry [OP...] | time [OP...]
  * check compares every op, over odd sizes, f32 and bf16 and mixed, contiguous and pitched, with
  * outputs and scratch full of NaN before, and asks for the same bits from a second run; quick takes
  * few shapes, for compute-sanitizer; dry leaves the device out.  time prints, for large shapes, the
@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <functional>
+#include <list>
 #include <string>
 #include <vector>
 #include "kernel.cuh"
@@ -24,8 +25,8 @@
     X(log_sum_exp_grad) X(attention_mask) X(embedding) X(embedding_grad) X(cross_entropy)        \
     X(cross_entropy_grad) X(rope) X(shift_mix) X(shift_mix_grad) X(cache_write) X(cache_last)    \
     X(shift_gate) X(shift_gate_grad) X(shift_norm) X(shift_norm_grad) X(rms_norm_grad)            \
-    X(rms_norm_grad_bf16)                                                                        \
-    X(sum_squares) X(clip_factor) X(accumulate) X(adamw)
+    X(rms_norm_grad_bf16) X(rms_norm) X(gated_norm) X(gated_norm_grad)                           \
+    X(sum_squares) X(clip_factor) X(accumulate) X(adamw) X(adamw_bf16)
 
 extern "C" {
 #define X(op) extern const fg_op_code fg_code_##op; extern const fg_kernel fg_kernel_##op;
@@ -181,17 +182,19 @@ struct job {
     std::vector<tensor> in, out;
 };
 
-/* Shapes of the outputs by the op's own rule; types: those given, or f32. */
+/* Shapes of the outputs by the op's own rule; types: those given, or f32.  The rule sees f32, but
+ * for the one op that asks for a bf16 input. */
 static void infer(job *j, int n_out, const std::vector<fg_dtype> &types, const int64_t *widths)
 {
     fg_infer c = {};
     c.attr = j->attr;
     c.n_in = (int)j->in.size();
     c.n_out = n_out;
+    const bool as_is = !strcmp(j->op->name, "adamw_bf16");
     for (int i = 0; i < c.n_in; i++) {
         c.given[i] = j->in[i].there;
         c.in[i] = j->in[i].shape;
-        c.in_type[i] = j->in[i].type == FG_I32 ? FG_I32 : FG_F32;
+        c.in_type[i] = as_is || j->in[i].type == FG_I32 ? j->in[i].type : FG_F32;
     }
     for (int o = 0; o < n_out; o++) c.out_type[o] = c.in_type[0];
     if (j->op->code->infer(&c)) printf("%s: infer refuses\n", j->op->name);
@@ -275,43 +278,41 @@ static void run_cpu(job *j)
 
 struct images { std::vector<unsigned char> of[FG_MAX_OUT]; };
 
-/* The outputs' bytes, pitched ones with what lies between; fill: what memory holds before.
- * in_place: output 0 takes input 0's memory. */
-static images run_gpu(const job &j, int fill, bool in_place, bool *touched)
+/* The job's tensors on the device; fill: what memory holds before.  in_place: output 0 takes input
+ * 0's memory. */
+static void place(const job &j, int fill, bool in_place, context *c, std::vector<void *> *all)
 {
-    context c;
-    describe(j, &c);
+    describe(j, c);
     const fg_infer f = inferred(j);
     const size_t bytes = j.op->kernel->scratch ? j.op->kernel->scratch(&f) : 0;
     const bool mutates = j.op->code->memory == FG_MUTATE;
-    std::vector<void *> all;
-    images result;
     for (size_t i = 0; i < j.in.size(); i++) {
         if (!j.in[i].there) continue;
         void *p;
         const std::vector<unsigned char> b = packed(j.in[i]);
         need(cudaMalloc(&p, b.size()), "cudaMalloc");
         need(cudaMemcpy(p, b.data(), b.size(), cudaMemcpyHostToDevice), "copy");
-        all.push_back(p);
-        c.e.in[i] = p;
+        all->push_back(p);
+        c->e.in[i] = p;
     }
     for (size_t o = 0; o < j.out.size(); o++) {
         void *p;
         need(cudaMalloc(&p, j.out[o].bytes() + GUARD), "cudaMalloc");
         need(cudaMemset(p, fill, j.out[o].bytes() + GUARD), "set");
-        all.push_back(p);
-        c.e.out[o] = mutates || (o == 0 && in_place) ? (void *)(uintptr_t)c.e.in[o] : p;
+        all->push_back(p);
+        c->e.out[o] = mutates || (o == 0 && in_place) ? (void *)(uintptr_t)c->e.in[o] : p;
     }
-    void *scratch = nullptr;
-    if (bytes) {
-        need(cudaMalloc(&scratch, bytes), "cudaMalloc");
-        need(cudaMemset(scratch, fill, bytes), "set");
-        all.push_back(scratch);
-    }
-    c.e.scratch = scratch;
-    j.op->kernel->launch(&c.e, nullptr);
-    need(cudaGetLastError(), j.op->name);
-    need(cudaDeviceSynchronize(), j.op->name);
+    if (!bytes) return;
+    need(cudaMalloc(&c->e.scratch, bytes), "cudaMalloc");
+    need(cudaMemset(c->e.scratch, fill, bytes), "set");
+    all->push_back(c->e.scratch);
+}
+
+/* The outputs' bytes, pitched ones with what lies between. */
+static images collect(const job &j, const context &c, int fill, bool in_place, bool *touched)
+{
+    const bool mutates = j.op->code->memory == FG_MUTATE;
+    images result;
     for (size_t o = 0; o < j.out.size(); o++) {
         const bool own = !mutates && !(o == 0 && in_place);
         std::vector<unsigned char> b(j.out[o].bytes() + (own ? GUARD : 0));
@@ -324,13 +325,32 @@ static images run_gpu(const job &j, int fill, bool in_place, bool *touched)
             if (!used[k] && b[k] != (unsigned char)fill) *touched = true;
         result.of[o] = b;
     }
+    return result;
+}
+
+static images run_gpu(const job &j, int fill, bool in_place, bool *touched)
+{
+    context c;
+    std::vector<void *> all;
+    place(j, fill, in_place, &c, &all);
+    j.op->kernel->launch(&c.e, nullptr);
+    need(cudaGetLastError(), j.op->name);
+    need(cudaDeviceSynchronize(), j.op->name);
+    const images result = collect(j, c, fill, in_place, touched);
     for (void *p : all) cudaFree(p);
     return result;
 }
 
 static bool quick, dry;
 static int cases, failures;
-static const char *only;
+static char **only;                            /* names, ended by NULL; none: all */
+static bool asked(const char *name)
+{
+    if (!only || !*only) return true;
+    for (char **o = only; *o; o++)
+        if (!strcmp(*o, name)) return true;
+    return false;
+}
 struct worst { double error = 0; int n = 0; };
 static worst worst_of[sizeof entries / sizeof entries[0]];
 
@@ -393,7 +413,7 @@ static void check(const char *name, const void *attr, std::vector<tensor> in, in
                   std::vector<fg_dtype> types, double limit = 8,
                   const int64_t *widths = nullptr, double floor = 0)
 {
-    if (only && strcmp(only, name)) return;
+    if (!asked(name)) return;
     job j = { find(name), attr, in, {} };
     infer(&j, n_out, types, widths);
     const fg_infer f = inferred(j);
@@ -403,6 +423,7 @@ static void check(const char *name, const void *attr, std::vector<tensor> in, in
     }
     cases++;
     run_cpu(&j);
+    if (!strcmp(name, "adamw_bf16")) j.out[3].value = j.out[0].value;    /* not yet rounded */
     if (dry) return;
     bool touched = false;
     const auto a = run_gpu(j, 0xff, false, &touched), b = run_gpu(j, 0x11, false, &touched);
@@ -419,6 +440,39 @@ static void check(const char *name, const void *attr, std::vector<tensor> in, in
     if ((j.op->code->reuse & 1) && in[0].there && j.out[0].count() == in[0].count()
         && in[0].type == j.out[0].type && in[0].width == j.out[0].width)
         compare(j, run_gpu(j, 0xff, true, &touched), limit, floor);
+}
+
+/* Nodes launched together give the bits that each gives alone.  shared: so many last inputs are
+ * those of the first node. */
+static void check_together(const std::vector<job> &jobs, int shared)
+{
+    if (!asked(jobs[0].op->name)) return;
+    cases++;
+    if (dry) return;
+    std::list<context> contexts;
+    std::vector<const fg_exec *> nodes;
+    std::vector<void *> all;
+    bool touched = false;
+    for (const job &j : jobs) {
+        contexts.emplace_back();
+        place(j, 0xff, false, &contexts.back(), &all);
+        fg_exec *e = &contexts.back().e;
+        for (int i = 1; i <= shared; i++)
+            e->in[e->n_in - i] = contexts.front().e.in[contexts.front().e.n_in - i];
+        nodes.push_back(e);
+    }
+    jobs[0].op->kernel->launch_many(nodes.data(), (int)nodes.size(), nullptr);
+    need(cudaGetLastError(), "launch_many");
+    need(cudaDeviceSynchronize(), "launch_many");
+    auto c = contexts.begin();
+    for (const job &j : jobs) {
+        const images got = collect(j, *c++, 0xff, false, &touched);
+        const images alone = run_gpu(j, 0xff, false, &touched);
+        for (size_t o = 0; o < j.out.size(); o++)
+            if (got.of[o] != alone.of[o]) complain(j, "gives other bits together with others");
+    }
+    if (touched) complain(jobs[0], "writes outside its outputs");
+    for (void *p : all) cudaFree(p);
 }
 
 /* ---- the ops -------------------------------------------------------------------------------- */
@@ -709,6 +763,32 @@ static tensor firsts(int64_t B, int64_t T, int64_t past)
     return f;
 }
 
+/* Heads of a row, all in bf16 or not; with one gain a channel or a gain that heads share. */
+static void check_heads()
+{
+    static const int64_t shapes[][3] = { { 1, 2, 8 }, { 17, 24, 64 }, { 333, 3, 64 },
+                                         { 50, 3, 128 }, { 9, 5, 256 }, { 300, 24, 64 },
+                                         { 21, 7, 16 } };
+    for (const auto &d : shapes)
+        for (int k = 0; k < (quick ? 8 : 16); k++) {
+            const int64_t T = d[0], n = d[2], W = d[1] * n, wide = k & 8 ? W : 0;
+            if (quick && T > 100) continue;
+            const fg_dtype t = k & 1 ? F : H, u = k & 2 ? F : H;
+            const fg_shape s = dims({ T, W }), r = dims({ T, d[1] });
+            const tensor w = real(dims({ k & 4 ? W : n })), rstd = mapped(real(r), small_positive);
+            const int64_t in[] = { wide, 0, 0 }, both[] = { wide, 0, wide };
+            const struct fg_attr_rms_norm a = { 1e-5, d[1] };
+            const struct fg_attr_gated_norm b = { 1e-5, d[1] };
+            const struct fg_attr_rms_norm_grad c = { d[1] };
+            const struct fg_attr_gated_norm_grad e = { d[1] };
+            const tensor x = real(s, t, wide), g = real(s, u, wide), gy = real(s, u, wide);
+            check("rms_norm", &a, { x, w }, 2, { u, F }, 16, in);
+            check("gated_norm", &b, { x, w, g }, 2, { u, F }, 32, in);
+            check("rms_norm_grad", &c, { gy, x, w, rstd, absent() }, 2, { t, F }, 64, in);
+            check("gated_norm_grad", &e, { gy, x, w, g, rstd }, 3, { t, F, u }, 64, both);
+        }
+}
+
 static void check_sequence()
 {
     static const int64_t shapes[][4] = { { 1, 1, 1, 2 }, { 2, 3, 2, 6 }, { 2, 37, 3, 64 },
@@ -738,12 +818,52 @@ static void check_sequence()
         }
 }
 
+static tensor in_bf16(tensor x)
+{
+    x.type = H;
+    for (double &v : x.value) v = rounded(v, H);
+    return x;
+}
+
+static job made(const char *name, const void *attr, std::vector<tensor> in, int n_out,
+                std::vector<fg_dtype> types)
+{
+    job j = { find(name), attr, in, {} };
+    infer(&j, n_out, types, nullptr);
+    return j;
+}
+
+static void check_nodes_together()
+{
+    static const struct fg_attr_cast narrow = { H }, widen = { F };
+    static const struct fg_attr_adamw a = { 0.9, 0.95, 1e-8, 0.1 };
+    static const struct fg_attr_adamw_bf16 b = { 0.9, 0.95, 1e-8, 0.1 };
+    std::vector<job> sums, casts, updates;
+    for (int i = 0; i < (quick ? 3 : 150); i++) {
+        const fg_shape s = dims({ i % 5 == 4 ? 40003 : 1 + 13 * i }), t = dims({ 16384, 3 });
+        const tensor v = mapped(real(s), small_positive), g = real(s, i % 2 ? F : H);
+        sums.push_back(made("sum_squares", nullptr, { real(s), real(i % 7 ? s : t), real(s, H) },
+                            2, { F, F }));
+        casts.push_back(i % 9 == 8 ? made("cast", &narrow, { whole(s, 0, 9) }, 1, { H })
+                                   : i % 2 ? made("cast", &narrow, { real(s) }, 1, { H })
+                                           : made("cast", &widen, { real(s, H) }, 1, { F }));
+        const tensor clip = one(0.7), lr = one(1e-3), step = one(3);
+        updates.push_back(i % 3 ? made("adamw", &a, { real(s), real(s), v, g, clip, lr, step }, 3,
+                                       { F, F, F })
+                                : made("adamw_bf16", &b, { real(s), real(s), v, real(s, H), g,
+                                       clip, lr, step }, 4, { F, F, F, H }));
+    }
+    check_together(sums, 0);
+    check_together(casts, 0);
+    check_together(updates, 3);
+}
+
 static void check_optimizer()
 {
     for (int64_t n : sizes())
         for (fg_dtype t : { F, H }) {
             const fg_shape s = dims({ n });
-            check("sum_squares", nullptr, { real(s, t) }, 1, { F });
+            check("sum_squares", nullptr, { real(s, t) }, 2, { F, F });
             const struct fg_attr_accumulate by = { 0.25 };
             check("accumulate", &by, { real(s), real(s, t) }, 1, { F });
             for (int k = 0; k < 4; k++) {
@@ -752,8 +872,12 @@ static void check_optimizer()
                 check("adamw", &a, { real(s), real(s), v, real(s, t),
                       one(k == 3 ? NAN : 0.7), one(1e-3),
                       one(k ? 1000 : 1) }, 3, { F, F, F });
+                const tensor p = real(s);
+                check("adamw_bf16", &a, { p, real(s), v, in_bf16(p), real(s, t),
+                      one(k == 3 ? NAN : 0.7), one(1e-3), one(k ? 1000 : 1) }, 4, { F, F, F, H });
             }
         }
+    check_nodes_together();
     const struct fg_attr_clip_factor limit = { 1.5 };
     for (double squares : { 0.0, 1.0, 100.0, (double)INFINITY, (double)NAN })
         check("clip_factor", &limit, { one(squares) }, 1, { F });
@@ -827,7 +951,7 @@ static tensor shaped(fg_shape s, fg_dtype t, int64_t width = 0)      /* without 
 static void measure(const char *name, const void *attr, std::vector<tensor> in, int n_out,
                     std::vector<fg_dtype> types, const int64_t *widths = nullptr, double bytes = 0)
 {
-    if (only && strcmp(only, name)) return;
+    if (!asked(name)) return;
     job j = { find(name), attr, in, {} };
     infer(&j, n_out, types, widths);
     context c;
@@ -966,6 +1090,18 @@ static void time_rest()
                 absent() }, 2, { t, F });
         measure("shift_norm_grad", nullptr, { shaped(s, t), shaped(s, t, C), shaped(g, t, 24),
                 gains, rstd, absent() }, 3, { t, F, t }, w3);
+        const struct fg_attr_rms_norm norm = { 1e-5, 24 };
+        const struct fg_attr_gated_norm gated = { 1e-5, 24 };
+        const struct fg_attr_rms_norm_grad norm_grad = { 24 };
+        const struct fg_attr_gated_norm_grad gated_grad = { 24 };
+        const fg_shape rows = dims({ T, C }), each = dims({ T, 24 });
+        const int64_t wx[2] = { C, 0 }, wg[3] = { 0, 0, C };
+        measure("rms_norm", &norm, { shaped(rows, t, C), gains }, 2, { t, F });
+        measure("rms_norm_grad", &norm_grad, { shaped(rows, t), shaped(rows, t, C), gains,
+                shaped(each, F), absent() }, 2, { t, F }, wx);
+        measure("gated_norm", &gated, { shaped(rows, t), gains, shaped(rows, t, C) }, 2, { t, F });
+        measure("gated_norm_grad", &gated_grad, { shaped(rows, t), shaped(rows, t), gains,
+                shaped(rows, t, C), shaped(each, F) }, 3, { t, F, t }, wg);
         const struct fg_attr_permute heads = { dims({ 0, 2, 1, 3 }) }, turned = { dims({ 1, 0 }) };
         measure("permute", &heads, { shaped(s, t) }, 1, { t });
         measure("permute", &turned, { shaped(dims({ T, C }), t) }, 1, { t });
@@ -989,16 +1125,19 @@ static void time_rest()
         measure("adamw", &a, { shaped(p, F), shaped(p, F), shaped(p, F), shaped(p, t),
                 one(1), one(1e-3),
                 one(7) }, 3, { F, F, F });
+        measure("adamw_bf16", &a, { shaped(p, F), shaped(p, F), shaped(p, F), shaped(p, H),
+                shaped(p, t), one(1), one(1e-3), one(7) }, 4, { F, F, F, H }, nullptr,
+                (26.0 + size_of(t)) * 50257 * C);
         const struct fg_attr_accumulate by = { 0.25 };
         measure("accumulate", &by, { shaped(p, F), shaped(p, t) }, 1, { F });
-        measure("sum_squares", nullptr, { shaped(p, t) }, 1, { F });
+        measure("sum_squares", nullptr, { shaped(p, t) }, 2, { F, F });
     }
     puts("tiny:");
     const fg_shape tiny = dims({ 1, 1536 });
     measure("add", nullptr, { shaped(tiny, H), shaped(tiny, H) }, 1, { H });
     measure("add", nullptr, { shaped(tiny, H), shaped(dims({ 1536 }), F) }, 1, { H });
     measure("silu", nullptr, { shaped(tiny, H) }, 1, { H });
-    measure("sum_squares", nullptr, { shaped(tiny, F) }, 1, { F });
+    measure("sum_squares", nullptr, { shaped(tiny, F) }, 2, { F, F });
     measure("softmax", nullptr, { shaped(tiny, F) }, 1, { F });
     const struct fg_attr_rope rope = { 500000, false };
     measure("rope", &rope, { shaped(dims({ 1, 1, 24, 64 }), H), absent(), absent() }, 1, { H });
@@ -1009,7 +1148,7 @@ static void time_rest()
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "check";
-    only = argc > 2 ? argv[2] : nullptr;
+    only = argc > 2 ? argv + 2 : nullptr;
     quick = !strcmp(what, "quick");
     dry = !strcmp(what, "dry");
     if (!strcmp(what, "time")) {
@@ -1027,8 +1166,9 @@ int main(int argc, char **argv)
     check_embedding();
     check_sequence();
     check_optimizer();
+    check_heads();
     for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++)
-        if (!only || !strcmp(only, entries[i].name))
+        if (asked(entries[i].name))
             printf("%-20s %5d comparisons, worst error %.3g units\n", entries[i].name,
                    worst_of[i].n,
                    worst_of[i].error);

@@ -244,3 +244,167 @@ Test(lower, the_residual_gradient_is_rounded_where_it_is_made)
     cr_expect_eq(fused(&a, FG_F32, "rms_norm_grad_bf16"), 0);
     finish(&a);
 }
+
+Test(lower, a_loss_whose_weight_is_known_takes_its_gradient)
+{
+    for (kind k = 0; k < MODELS; k++) {
+        trial a = start(k, true, FG_BF16);
+        cr_expect_eq(fused(&a, FG_BF16, "linear_cross_entropy_both"), 1, "model %d", k);
+        cr_expect_eq(fused(&a, FG_BF16, "linear_cross_entropy"), 0, "model %d", k);
+        cr_expect_eq(fused(&a, FG_BF16, "linear_cross_entropy_grad"), 0, "model %d", k);
+        finish(&a);
+    }
+}
+
+/* d loss^2: what comes in is the loss itself. */
+Test(lower, a_gradient_that_depends_on_the_loss_waits_for_it)
+{
+    trial a = start(FOX_PRO, true, FG_F32);
+    fg_tensor wrt[MOST], grad[MOST];
+    fg_param_info p;
+    for (int i = 0; fg_param_at(a.g, i, &p); i++) wrt[i] = p.tensor;
+    const fg_tensor square = fg_mul(a.loss, a.loss);
+    cr_assert_eq(fg_grad(square, a.n, wrt, grad), FG_OK);
+    for (int i = 0; i < a.n; i++) fg_output(grad[i], fg_name(a.g, "square%d", i));
+    cr_expect_eq(fused(&a, FG_F32, "linear_cross_entropy_grad"), 1);
+    fg_plan *q = fg_plan_new(a.g, a.store);
+    cr_expect_eq(fg_plan_status(q), FG_OK, "%s", fg_plan_message(q));
+    fg_plan_free(q);
+    finish(&a);
+}
+
+/* ---- training in bf16: copies of weights ----------------------------------------------------- */
+
+typedef struct {
+    fg_graph *g;
+    fg_store *store;
+    fg_plan *plan;
+    fg_tensor loss;
+} training;
+
+static training train(fg_backend *b, kind k)
+{
+    static const fg_optimizer o = { 0.9, 0.95, 1e-8, 0.1, 1.0, 1 };
+    training t = { .g = fg_graph_new(), .store = fg_store_new(b) };
+    fg_tensor x = fg_input(t.g, "tokens", FG_I32, FG_DIMS(B, T));
+    fg_tensor y = fg_input(t.g, "labels", FG_I32, FG_DIMS(B, T));
+    fg_tensor logits = build(k, x);
+    t.loss = fg_nn_loss(logits, y);
+    cr_assert_eq(fg_train_graph(t.loss, &o, NULL), FG_OK, "%s", fg_graph_message(t.g));
+    fg_store_precision(t.store, FG_BF16);
+    cr_assert_eq(fg_store_init(t.store, t.g, 3), FG_OK, "%s", fg_store_message(t.store));
+    t.plan = fg_plan_new(t.g, t.store);
+    return t;
+}
+
+/* One step of rate lr; returns the loss before it. */
+static double train_step(training *t, int step, float lr)
+{
+    const float at = (float)step;
+    int32_t tokens[B * T], labels[B * T];
+    for (int i = 0; i < B * T; i++) {
+        tokens[i] = (7 * i + i * i + step) % V;
+        labels[i] = (5 * i + 3) % V;
+    }
+    fg_write(t->plan, fg_find(t->g, "tokens"), tokens, sizeof tokens);
+    fg_write(t->plan, fg_find(t->g, "labels"), labels, sizeof labels);
+    fg_write(t->plan, fg_find(t->g, "lr"), &lr, sizeof lr);
+    fg_write(t->plan, fg_find(t->g, "step"), &at, sizeof at);
+    cr_assert_eq(fg_run(t->plan), FG_OK, "%s", fg_plan_message(t->plan));
+    return *(double *)fg__plan_data(t->plan, t->loss);
+}
+
+static void train_end(training *t)
+{
+    fg_plan_free(t->plan);
+    fg_store_free(t->store);
+    fg_graph_free(t->g);
+}
+
+/* Every parameter is multiplied by 1.5 from outside. */
+static void grow(training *t)
+{
+    fg_param_info p;
+    for (int i = 0; fg_param_at(t->g, i, &p); i++) {
+        const int64_t n = fg_shape_count(p.shape);
+        float *x = malloc((size_t)n * sizeof *x);
+        fg_store_get(t->store, p.name, x, (size_t)n * sizeof *x);
+        for (int64_t j = 0; j < n; j++) x[j] *= 1.5f;
+        fg_store_put(t->store, p.name, FG_F32, p.shape, x);
+        free(x);
+    }
+}
+
+/* Casts of parameters that a plan runs in every step. */
+static int casts_of_weights(const fg_plan *p)
+{
+    const fg_graph *g = p->low;
+    int n = 0;
+    for (uint32_t k = 0; k < g->n_nodes; k++)
+        n += !p->fixed[k] && !strcmp(g->nodes[k].op->name, "cast") &&
+             g->values[g->nodes[k].in[0]].kind == FG_OF_PARAM;
+    return n;
+}
+
+/* Against a plan whose store says before every step that weights have changed. */
+Test(lower, an_update_keeps_the_copies_of_the_weights)
+{
+    fg_backend *plain = fg_backend_open("cpu", 1), *device = fg__device_open();
+    for (kind k = 0; k < MODELS; k++) {
+        training a = train(plain, k), b = train(device, k), c = train(device, k);
+        cr_expect_gt(casts_of_weights(a.plan), 0, "model %d", k);
+        cr_expect_eq(casts_of_weights(b.plan), 0, "model %d: %d", k, casts_of_weights(b.plan));
+        for (int step = 1; step <= 4; step++) {
+            const double x = train_step(&b, step, 0.01f), y = train_step(&c, step, 0.01f);
+            cr_expect_eq(x, y, "model %d, step %d: %.17g and %.17g", k, step, x, y);
+            c.store->version++;
+        }
+        train_end(&a);
+        train_end(&b);
+        train_end(&c);
+    }
+    fg_backend_close(plain);
+    fg_backend_close(device);
+}
+
+/* A plan that is new has no copies, one whose store was changed from outside has old ones. */
+Test(lower, copies_of_weights_are_made_anew_when_they_must_be)
+{
+    fg_backend *device = fg__device_open();
+    training a = train(device, FOX_PRO), b = train(device, FOX_PRO);
+    for (int step = 1; step <= 6; step++) {
+        if (step == 3) {
+            grow(&a);
+            grow(&b);
+        }
+        if (step == 4) {
+            fg_plan_free(b.plan);
+            b.plan = fg_plan_new(b.g, b.store);
+        }
+        if (step == 5) b.store->version++;
+        const float lr = step == 6 ? 0 : 0.01f;
+        const double x = train_step(&a, step, lr), y = train_step(&b, step, lr);
+        cr_expect_eq(x, y, "step %d: %.17g and %.17g", step, x, y);
+    }
+    train_end(&a);
+    train_end(&b);
+    fg_backend_close(device);
+}
+
+/* Evaluation between steps: another plan of the same store, which has copies of its own. */
+Test(lower, plans_of_one_store_see_each_others_updates)
+{
+    fg_backend *device = fg__device_open();
+    training a = train(device, FOX_PRO), b = train(device, FOX_PRO);
+    fg_plan *second = fg_plan_new(a.g, a.store), *first = a.plan;
+    for (int step = 1; step <= 6; step++) {
+        a.plan = step % 3 ? first : second;
+        const double x = train_step(&a, step, 0.01f), y = train_step(&b, step, 0.01f);
+        cr_expect_eq(x, y, "step %d: %.17g and %.17g", step, x, y);
+    }
+    a.plan = first;
+    fg_plan_free(second);
+    train_end(&a);
+    train_end(&b);
+    fg_backend_close(device);
+}

@@ -216,6 +216,53 @@ Test(plan, accumulation_over_micro_batches_equals_one_batch)
     fg_backend_close(b);
 }
 
+Test(plan, what_is_kept_and_what_is_computed_again_is_told)
+{
+    fg_plan_info info[2];
+    for (int again = 0; again < 2; again++) {
+        lab l = open_lab(1);
+        cr_assert_eq(fg_train_graph(small_fox_loss(l.g, again), &adamw, NULL), FG_OK);
+        const fg_plan *p = plan_of(&l);
+        double flops = 0;
+        for (uint32_t k = 0; k < p->low->n_nodes; k++)
+            if (p->low->nodes[k].recomputed) flops += fg__cost_of(p->low, &p->low->nodes[k]).flops;
+        info[again] = fg_plan_describe(p);
+        cr_expect_float_eq(info[again].again_flops, flops, 0);
+        cr_expect_leq(info[again].saved, info[again].activations);
+        close_lab(&l);
+    }
+    cr_expect_float_eq(info[0].again_flops, 0, 0);
+    cr_expect_gt(info[1].again_flops, 0);
+    cr_expect_float_eq(info[1].flops - info[0].flops, info[1].again_flops, 1);
+    cr_expect_lt(2 * info[1].saved, info[0].saved);
+    cr_expect_gt(info[1].saved, 0);
+}
+
+Test(plan, a_gradient_is_added_to_its_sum_before_the_next_is_made)
+{
+    lab l = open_lab(1);
+    fg_optimizer o = adamw;
+    fg_graph *u = NULL;
+    o.micro_batches = 2;
+    cr_assert_eq(fg_train_graph(small_fox_loss(l.g, true), &o, &u), FG_OK, "%s",
+                 fg_graph_message(l.g));
+    const fg_graph *low = plan_of(&l)->low;
+    int sums = 0, waiting = 0;               /* waiting: gradients made and not yet added */
+    for (uint32_t k = 0; k < low->n_nodes; k++) {
+        const char *op = low->nodes[k].op->name;
+        waiting += !strcmp(op, "linear_dw");
+        if (strcmp(op, "accumulate")) continue;
+        const uint32_t made = low->values[low->nodes[k].in[1]].node;
+        waiting -= !strcmp(low->nodes[made].op->name, "linear_dw");
+        sums++;
+        cr_expect_leq(waiting, 1, "node %u: %d gradients wait", k, waiting);
+    }
+    cr_expect_gt(sums, 20);
+    cr_expect_eq(waiting, 0);
+    fg_graph_free(u);
+    close_lab(&l);
+}
+
 Test(plan, equal_nodes_become_one_and_dead_nodes_go)
 {
     lab l = open_lab(1);

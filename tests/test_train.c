@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include "backend.h"
 #include "fox_train.h"
 
 enum { VOCAB = 128, WIDTH = 16 };
@@ -373,6 +374,37 @@ Test(train, a_folder_with_a_run_is_not_overwritten_unasked)
     other.bos = 1;
     cr_expect_eq(fg_train(&model, &other, p.store, &o, NULL, message), FG_ERR_USAGE);
     cr_expect(strstr(message, "not those of the run to resume"), "%s", message);
+    close_place(p);
+    remove_all();
+}
+
+static void *(*plain_alloc)(fg_backend *b, size_t bytes);
+static size_t most;                      /* bytes that an allocation may have */
+static void *bounded_alloc(fg_backend *b, size_t bytes)
+{
+    return bytes > most ? NULL : plain_alloc(b, bytes);
+}
+
+Test(train, a_run_that_does_not_fit_leaves_the_one_it_would_replace)
+{
+    fg_recipe r = recipe(2);
+    place p = open_place(1);
+    const char *dir = run_dir("fit");
+    fg_train_options o = { .run_dir = dir, .force = true };
+    fg_backend_ops ops = *p.backend->ops;
+    char message[FG_MESSAGE];
+    train(&model, &r, p, &o, FG_OK);
+    plain_alloc = ops.alloc;
+    most = 1 << 20;
+    ops.alloc = bounded_alloc;
+    p.backend->ops = &ops;
+    r.batch = 256;
+    cr_expect_eq(fg_train(&model, &r, p.store, &o, NULL, message), FG_ERR_MEMORY);
+    cr_expect(strstr(message, "bytes of activations"), "%s", message);
+    most = SIZE_MAX;
+    r.batch = 4;
+    o = (fg_train_options){ .run_dir = dir, .resume = true };
+    cr_expect_eq(train(&model, &r, p, &o, FG_OK).resumed_from, 2);
     close_place(p);
     remove_all();
 }
