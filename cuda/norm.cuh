@@ -518,7 +518,7 @@ static __device__ __forceinline__ uint4 norm_pack(const float *x)
 
 /* As norm_grad_whole; a thread has one vector of a group. */
 template <int THREADS>
-static __global__ void __launch_bounds__(THREADS, THREADS < 384 ? 2 : 1)
+static __global__ void __launch_bounds__(THREADS, THREADS < 512 ? 2 : 1)
 norm_grad_ring(const __grid_constant__ norm_backward a)
 {
     extern __shared__ uint4 ring[];
