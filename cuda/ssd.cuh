@@ -300,7 +300,7 @@ struct fg_both_states { fg_states s[2]; };       /* one direction for each gridD
 
 #define FG_STATE_P 64                            /* head width of the tensor core kernels */
 #define FG_STATE_COLUMNS 64                      /* of a block */
-#define FG_STATE_STAGES 4
+template <int R> constexpr int fg_state_stages = R > 64 ? 3 : 4;    /* 99 KiB at most */
 
 template <int R> struct fg_state_tile {
     alignas(1024) bf16 u[R * FG_STATE_P];
@@ -450,11 +450,11 @@ fg_states_walk(fg_ssd z, fg_decays d, fg_both_states both)
                 sum[n][e] = s.from[row * size + n0 + fg_state_at(p, n, e, z.N)];
     int64_t at = s.back ? chunks - 1 : 0;
 #pragma unroll
-    for (int i = 0; i < FG_STATE_STAGES - 1; i++) {
+    for (int i = 0; i < fg_state_stages<R> - 1; i++) {
         if (i < chunks) l.load(m + i, (at + i * step) * R);
         fg_copy_commit();
     }
-    fg_copy_wait<FG_STATE_STAGES - 2>();
+    fg_copy_wait<fg_state_stages<R> - 2>();
     fg_async_fence();
     __syncthreads();
     fg_weigh_rows<R>(a, m->u, m->weight, p);
@@ -465,17 +465,17 @@ fg_states_walk(fg_ssd z, fg_decays d, fg_both_states both)
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) sum[n][e] *= decay;
-        fg_states_add<R>(a, m[i % FG_STATE_STAGES].v, sum);
+        fg_states_add<R>(a, m[i % fg_state_stages<R>].v, sum);
         uint32_t next[R / 16][4];
-        fg_copy_wait<FG_STATE_STAGES - 3>();
+        fg_copy_wait<fg_state_stages<R> - 3>();
         fg_async_fence();
         __syncthreads();
-        if (i + FG_STATE_STAGES - 1 < chunks)
-            l.load(m + (i + FG_STATE_STAGES - 1) % FG_STATE_STAGES,
-                   (at + (FG_STATE_STAGES - 1) * step) * R);
+        if (i + fg_state_stages<R> - 1 < chunks)
+            l.load(m + (i + fg_state_stages<R> - 1) % fg_state_stages<R>,
+                   (at + (fg_state_stages<R> - 1) * step) * R);
         fg_copy_commit();
         if (i + 1 < chunks) {
-            const fg_state_tile<R> *tile = m + (i + 1) % FG_STATE_STAGES;
+            const fg_state_tile<R> *tile = m + (i + 1) % fg_state_stages<R>;
             decay = whole[at + step];
             fg_weigh_rows<R>(next, tile->u, tile->weight, p);
         }
@@ -506,7 +506,7 @@ static void fg_states_launch(const fg_ssd &z, const fg_decays &d, const fg_both_
         fg_states_sm90(z, d, s, directions, stream);
         return;
     }
-    const int bytes = FG_STATE_STAGES * (int)sizeof(fg_state_tile<R>);
+    const int bytes = fg_state_stages<R> * (int)sizeof(fg_state_tile<R>);
     const dim3 blocks((unsigned)(z.B * z.H * z.N / FG_STATE_COLUMNS), (unsigned)directions);
     cudaFuncSetAttribute(fg_states_walk<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     fg_states_walk<R><<<blocks, 128, bytes, stream>>>(z, d, s);
