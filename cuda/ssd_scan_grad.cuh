@@ -9,7 +9,8 @@
 /* Parts of sums: gb, gc: [parts][B,T,G,N]; ga, gd: [B*chunks][H]. */
 struct sums { float *gb, *gc; double *ga, *gd; int64_t parts; };
 
-static inline sums sums_cut(void *base, size_t *used, const fg_ssd &z, int64_t chunks, int64_t parts)
+static inline sums sums_cut(void *base, size_t *used, const fg_ssd &z, int64_t chunks,
+                            int64_t parts)
 {
     sums s;
     const int64_t n = parts * z.B * z.T * z.G * z.N;
