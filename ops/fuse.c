@@ -518,17 +518,28 @@ static void fuse_shift_grad(fg_rewrite *r, uint32_t k)
 
 /* ---- loss ----------------------------------------------------------------------------------- */
 
-/* Does v depend on what node k makes?  `seen`: one flag a node. */
-static bool depends(const fg_rewrite *r, uint32_t v, uint32_t k, uint8_t *seen)
+/* Does v depend on what node k makes?  True, too, if out of memory. */
+static bool depends(const fg_rewrite *r, uint32_t v, uint32_t k)
 {
     const fg_graph *g = r->g;
-    const uint32_t by = v ? g->values[fg__now(r, v)].node : FG_NO_NODE;
-    if (by == FG_NO_NODE || seen[by]) return false;
-    if (by == k) return true;
-    seen[by] = 1;
-    for (int i = 0; i < g->nodes[by].n_in; i++)
-        if (depends(r, g->nodes[by].in[i], k, seen)) return true;
-    return false;
+    const size_t n = (size_t)g->n_nodes + 1;
+    uint8_t *seen = calloc(n, 1);
+    uint32_t *waiting = malloc(n * sizeof *waiting), count = 0;
+    bool found = !seen || !waiting;
+    const uint32_t last = g->values[fg__now(r, v)].node;
+    if (!found && last != FG_NO_NODE) seen[waiting[count++] = last] = 1;
+    while (count && !found) {
+        const fg_node *by = &g->nodes[waiting[--count]];
+        found = by == &g->nodes[k];
+        for (int i = 0; i < by->n_in; i++) {
+            const uint32_t in = by->in[i] ? g->values[fg__now(r, by->in[i])].node : FG_NO_NODE;
+            if (in != FG_NO_NODE && !seen[in]) seen[waiting[count++] = in] = 1;
+        }
+    }
+    if (!seen || !waiting) fg__out_of_memory(r->g);
+    free(seen);
+    free(waiting);
+    return found;
 }
 
 /* The gradient of loss k whose incoming gradient is known before k; FG_NO_NODE if there is none. */
@@ -541,11 +552,7 @@ static uint32_t known_gradient(const fg_rewrite *r, uint32_t k)
         if (!is_op(m, FG_OP_linear_cross_entropy_grad) || !same(r, m->in[4], n->out[1])) continue;
         if (!same(r, m->in[1], n->in[0]) || !same(r, m->in[2], n->in[1])) continue;
         if (!same(r, m->in[3], n->in[2])) continue;
-        uint8_t *seen = calloc((size_t)g->n_nodes + 1, 1);
-        if (!seen) { fg__out_of_memory(r->g); return FG_NO_NODE; }
-        const bool known = !depends(r, m->in[0], k, seen);
-        free(seen);
-        if (known) return j;
+        if (!depends(r, m->in[0], k)) return j;
     }
     return FG_NO_NODE;
 }
