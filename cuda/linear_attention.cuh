@@ -42,11 +42,20 @@ static inline la_task la_task_of(const fg_shape *k, double scale, const void *fi
     z.scale = (float)scale;
     return z;
 }
+/* Chunks in flight take more shared memory than cards before Hopper have, and the chain is compiled
+ * for that alone. */
+static inline bool la_is_hopper()
+{
+    int device = 0, major = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    return major == 9;
+}
 /* What works in chunks: q, k, v from input i on, and o. */
 static inline bool la_in_chunks(const fg_shape *k, const fg_shape *v, const fg_dtype *type, int i)
 {
     return k->dim[1] >= LA_ROWS && k->dim[3] == LA_WIDTH && v->dim[3] == LA_WIDTH
-           && k->dim[0] * k->dim[2] <= 65535
+           && k->dim[0] * k->dim[2] <= 65535 && la_is_hopper()
            && type[i] == FG_BF16 && type[i + 1] == FG_BF16 && type[i + 2] == FG_BF16;
 }
 /* The same of the gradient, inputs go gstate q k v ...; the chain goes back in units of scale. */
@@ -348,21 +357,27 @@ static __device__ __forceinline__ void la_start(float S[16][4], bool unit)
         for (int i = 0; i < 4; i++)
             S[j][i] = unit && 8 * j + c + i % 2 == v + i / 2 * 8 ? 1 : 0;
 }
-/* S = diag(through) S + what segment s adds, of a chain whose decays are known */
+/* S = diag(through) S + what a segment adds, for segments from first on to last, step by step, of
+ * a chain whose decays are known. */
 template <class F>
-static __device__ __forceinline__ void la_pass(float S[16][4], const la_chain &c, int64_t s,
-                                               int64_t bh)
+static __device__ __forceinline__ void la_pass(float S[16][4], const la_chain &c, int64_t bh,
+                                               int64_t first, int64_t count, int64_t step)
 {
-    const int64_t at = s * c.z.B * c.z.H + bh;
-    const float *add = c.ends + at * LA_WIDTH * LA_WIDTH + la_state_at<F>();
-    const float *through = c.through + at * LA_WIDTH + threadIdx.x % 4 * 2;
+    const int64_t heads = c.z.B * c.z.H;
+    const float *add = c.ends + (first * heads + bh) * LA_WIDTH * LA_WIDTH + la_state_at<F>();
+    const float *through = c.through + (first * heads + bh) * LA_WIDTH + threadIdx.x % 4 * 2;
+#pragma unroll 1
+    for (; count > 0; count--) {
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-        if (j % 4 == 0) asm volatile("" ::: "memory");       /* or all is loaded at once */
+        for (int j = 0; j < 16; j++) {
+            const float2 decay = *(const float2 *)(through + 8 * j);
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            S[j][i] = fmaf(S[j][i], through[8 * j + i % 2],
-                           add[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8]);
+            for (int i = 0; i < 4; i++)
+                S[j][i] = fmaf(S[j][i], i % 2 ? decay.y : decay.x,
+                               add[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8]);
+        }
+        add += step * heads * LA_WIDTH * LA_WIDTH;
+        through += step * heads * LA_WIDTH;
     }
 }
 
@@ -446,13 +461,14 @@ static __device__ __forceinline__ void la_decay(float S[16][4], const float *fac
 template <class F>
 static __device__ __forceinline__ void la_keep_state(const bf16 *S, bf16 *to, int writer)
 {
-    to += blockIdx.x * F::columns * LA_WIDTH;
+    const int i = writer * 32 + threadIdx.x % 32, r = i / 16, c = i % 16;
+    const char *even = (const char *)S + fg_swizzle<LA_WIDTH>(r, c);
+    const char *odd = (const char *)S + fg_swizzle<LA_WIDTH>(r + 4, c);   /* again every 8 rows */
+    to += blockIdx.x * F::columns * LA_WIDTH + i * 8;
 #pragma unroll
-    for (int k = 0; k < F::columns / 4; k++) {
-        const int i = (2 * k + writer) * 32 + threadIdx.x % 32, r = i / 16, c = i % 16;
-        *(uint4 *)(to + r * LA_WIDTH + c * 8) =
-            *(const uint4 *)((const char *)S + fg_swizzle<LA_WIDTH>(r, c));
-    }
+    for (int k = 0; k < F::columns / 4; k++)
+        *(uint4 *)(to + 4 * k * LA_WIDTH) =
+            *(const uint4 *)((k % 2 ? odd : even) + k / 2 * 8 * LA_WIDTH * (int)sizeof(bf16));
 }
 /* 16 rows of x [columns][64], turned, to memory. */
 template <class F>
@@ -514,6 +530,17 @@ static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_
                     fg_pack2(c.z.scale * o[j][2 * i], c.z.scale * o[j][2 * i + 1]);
 }
 
+/* 16 columns of the rows that are given, turned; 0 where none are. */
+template <class F>
+static __device__ __forceinline__ void la_given(uint32_t u[4][4], const bf16 *from, int m)
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        u[k][0] = u[k][1] = u[k][2] = u[k][3] = 0;
+        if (from) la_a_turned<F::columns>(u[k], fg_shared(from), m, 16 * k);
+    }
+}
+
 /* One chunk on the way forward: shares S before it, and u (or e), leaves S behind it. */
 template <class F, la_purpose FOR>
 static __device__ __forceinline__ void la_step(float S[16][4], la_stage<F> *s, bf16 *S_to,
@@ -527,15 +554,12 @@ static __device__ __forceinline__ void la_step(float S[16][4], la_stage<F> *s, b
         la_operand(a[k], S[2 * k], S[2 * k + 1]);
         if (FOR != LA_END) la_share<LA_WIDTH>(a[k], S_to, m, 16 * k);
     }
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        if (FOR == LA_END) u[k][0] = u[k][1] = u[k][2] = u[k][3] = 0;
-        if (FOR != LA_END || given) la_a_turned<F::columns>(u[k], fg_shared(s->u), m, 16 * k);
-    }
+    if (FOR != LA_END) la_given<F>(u, s->u, m);
     if (F::delta) {
         float e[8][4];
         la_zero<8>(e);
         la_to_rows(e, a, fg_shared(s->w));
+        if (FOR == LA_END) la_given<F>(u, given ? s->u : nullptr, m);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float2 beta = *(const float2 *)&s->factor[8 * j + c];
@@ -579,7 +603,8 @@ static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_sh
 {
     constexpr int STAGES = F::stages, AHEAD = STAGES - 1;
     const la_span s = la_own_span(c);
-    const int64_t bh = s.bh, size = LA_WIDTH * LA_WIDTH, chunks = s.to - s.from;
+    const int64_t bh = s.bh, size = LA_WIDTH * LA_WIDTH;
+    const int chunks = (int)(s.to - s.from);
     float S[16][4];
     float keep = 1;
     if (la_is_chain<F>()) {
@@ -587,9 +612,9 @@ static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_sh
         else if (F::delta && s.segment) la_state_in<F>(S, la_entered(c, bh, s.segment - 1), 1);
         else la_state_in<F>(S, la_carried(c.z, s.b) ? c.z.state + bh * size : nullptr, 1);
         if (F::delta) keep = la_keep(c, s.b, s.from);
-        else for (int64_t i = 0; i < s.segment; i++) la_pass<F>(S, c, i, bh);
+        else la_pass<F>(S, c, bh, 0, s.segment, 1);
     } else if (la_is_fetcher<F>()) {
-        for (int64_t i = 0; i < AHEAD; i++) {
+        for (int i = 0; i < AHEAD; i++) {
             if (i < chunks) la_fetch<F>(c, &sm->stage[i], bh, s.from + i);
             if (FOR == LA_OUT && i && i <= chunks)
                 la_fetch_late(c, &sm->late[i - 1], bh, s.from + i - 1);
@@ -598,7 +623,7 @@ static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_sh
         fg_copy_wait<AHEAD - 1>();
     }
     __syncthreads();
-    for (int64_t i = 0; i <= chunks; i++) {      /* step i: chunk i; what is written is i - 1's */
+    for (int i = 0; i <= chunks; i++) {      /* step i: chunk i; what is written is i - 1's */
         if (la_is_chain<F>()) {
             if (i < chunks) {
                 const float next = F::delta ? la_keep(c, s.b, s.from + i + 1) : 1;
@@ -607,7 +632,7 @@ static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_sh
                 keep = next;
             }
         } else if (la_is_fetcher<F>()) {
-            const int64_t j = i + AHEAD;
+            const int j = i + AHEAD;
             if (j < chunks) la_fetch<F>(c, &sm->stage[j % STAGES], bh, s.from + j);
             if (FOR == LA_OUT && j - 1 < chunks)
                 la_fetch_late(c, &sm->late[(j - 1) % STAGES], bh, s.from + j - 1);
@@ -615,7 +640,8 @@ static __device__ __forceinline__ void la_forward_chain(const la_chain &c, la_sh
             fg_copy_wait<AHEAD - 1>();           /* what the next step needs is there */
         } else if (FOR != LA_END && i > 0) {
             constexpr int WRITERS = la_writers<F, FOR>;
-            const int64_t j = i - 1, chunk = s.from + j, t = chunk * LA_ROWS;
+            const int j = i - 1;
+            const int64_t chunk = s.from + j, t = chunk * LA_ROWS;
             const int n = la_rows(c.z, chunk), writer = la_writer<F, FOR>();
             if (FOR == LA_KEEP && writer >= 0)
                 la_keep_state<F>(sm->S[j % 2], c.kept + (bh * c.z.chunks + chunk) * size, writer);
@@ -687,15 +713,16 @@ static __device__ __forceinline__ void la_backward_chain(const la_chain &c, la_s
 {
     constexpr int STAGES = F::stages, AHEAD = STAGES - 1;
     const la_span s = la_own_span(c);
-    const int64_t bh = s.bh, size = LA_WIDTH * LA_WIDTH, chunks = s.to - s.from;
+    const int64_t bh = s.bh, size = LA_WIDTH * LA_WIDTH;
+    const int chunks = (int)(s.to - s.from);
     float R[16][4];
     float keep = 1;
     if (la_is_chain<F>()) {
         la_state_in<F>(R, c.from ? c.from + bh * size : nullptr, 1 / c.z.scale);
         if (F::delta) keep = la_keep(c, s.b, s.to - 1);
-        else for (int64_t i = c.segments - 1; i > s.segment; i--) la_pass<F>(R, c, i, bh);
+        else la_pass<F>(R, c, bh, c.segments - 1, c.segments - 1 - s.segment, -1);
     } else if (la_is_fetcher<F>()) {
-        for (int64_t i = 0; i < AHEAD; i++) {
+        for (int i = 0; i < AHEAD; i++) {
             if (i < chunks) {
                 la_fetch<F>(c, &sm->stage[i], bh, s.to - 1 - i);
                 la_fetch_late(c, &sm->late[i], bh, s.to - 1 - i);
@@ -705,7 +732,7 @@ static __device__ __forceinline__ void la_backward_chain(const la_chain &c, la_s
         fg_copy_wait<AHEAD - 1>();
     }
     __syncthreads();
-    for (int64_t i = 0; i <= chunks; i++) {
+    for (int i = 0; i <= chunks; i++) {
         const int64_t chunk = s.to - 1 - i;
         if (la_is_chain<F>()) {
             if (i < chunks) {
@@ -742,17 +769,21 @@ template <class F>
 static __global__ void __launch_bounds__(la_threads<F, LA_OUT>, 1)
 la_forward(const __grid_constant__ la_chain c)
 {
+#if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(1024) char memory[];
     la_forward_chain<F, LA_OUT>(c, (la_shared<F> *)memory);
+#endif
 }
 /* The two ways of the gradient do not need each other: half the blocks go forth, half back. */
 template <class F>
 static __global__ void __launch_bounds__(la_threads<F, LA_KEEP>, 1)
 la_both_ways(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain back)
 {
+#if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(1024) char memory[];
     if (blockIdx.z) la_forward_chain<F, LA_KEEP>(forth, (la_shared<F> *)memory);
     else la_backward_chain<F>(back, (la_shared<F> *)memory);
+#endif
 }
 
 /* ---- segments: what each adds to a state of 0 ------------------------------------------------ */
@@ -805,12 +836,14 @@ template <class F>
 static __global__ void __launch_bounds__(la_threads<F, LA_END>, 2)
 la_ends(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain other)
 {
+#if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(1024) char memory[];
     const int64_t segment = la_own_span(forth).segment;
     if (!F::delta && blockIdx.z ? segment == 0 : segment == forth.segments - 1) return;
     const la_chain &c = blockIdx.z ? other : forth;
     if constexpr (F::delta) la_forward_chain<F, LA_END>(c, (la_shared<F> *)memory);
     else la_end_chain<F>(c, (la_stage<F> *)memory, blockIdx.z);
+#endif
 }
 
 /* Of the delta rule, a segment takes S to P S + what it adds: puts in the place of the latter the
@@ -820,19 +853,22 @@ struct la_split { bf16 high[LA_WIDTH * LA_WIDTH], low[LA_WIDTH * LA_WIDTH]; };
 
 static __device__ __forceinline__ void la_split_up(const float *P, la_split *sm)
 {
-    float4 x[16];
+#pragma unroll 1
+    for (int at = threadIdx.x; at < LA_WIDTH * LA_WIDTH / 4; at += 8 * 256) {
+        float4 x[8];
 #pragma unroll
-    for (int k = 0; k < 16; k++) x[k] = ((const float4 *)P)[threadIdx.x + 256 * k];
+        for (int k = 0; k < 8; k++) x[k] = ((const float4 *)P)[at + 256 * k];
 #pragma unroll
-    for (int k = 0; k < 16; k++) {
-        const int i = threadIdx.x + 256 * k, r = i / 32, d = i % 32 * 4;
-        const uint2 high = make_uint2(fg_pack2(x[k].x, x[k].y), fg_pack2(x[k].z, x[k].w));
-        const uint2 low = make_uint2(
-            fg_pack2(x[k].x - la_low_half(high.x), x[k].y - la_high_half(high.x)),
-            fg_pack2(x[k].z - la_low_half(high.y), x[k].w - la_high_half(high.y)));
-        const uint32_t to = fg_swizzle<LA_WIDTH>(r, d / 8) + d % 8 * 2;
-        *(uint2 *)((char *)sm->high + to) = high;
-        *(uint2 *)((char *)sm->low + to) = low;
+        for (int k = 0; k < 8; k++) {
+            const int i = at + 256 * k, r = i / 32, d = i % 32 * 4;
+            const uint2 high = make_uint2(fg_pack2(x[k].x, x[k].y), fg_pack2(x[k].z, x[k].w));
+            const uint2 low = make_uint2(
+                fg_pack2(x[k].x - la_low_half(high.x), x[k].y - la_high_half(high.x)),
+                fg_pack2(x[k].z - la_low_half(high.y), x[k].w - la_high_half(high.y)));
+            const uint32_t to = fg_swizzle<LA_WIDTH>(r, d / 8) + d % 8 * 2;
+            *(uint2 *)((char *)sm->high + to) = high;
+            *(uint2 *)((char *)sm->low + to) = low;
+        }
     }
 }
 

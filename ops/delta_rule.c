@@ -14,7 +14,6 @@
  * time (a third in sequences over 1024 rows), and stores no states between the passes.
  * Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence
  * Length" (arXiv 2406.06484), section 3. */
-#include <omp.h>
 #include "linear_attention.h"
 
 fg_tensor (fg_delta_rule)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v, fg_tensor beta,
@@ -185,32 +184,27 @@ static void step(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h, cons
     }
 }
 
+static void cut(char *base, size_t *used, const fg__scan *z) { work_cut(base, used, z); }
+
+static void one_head(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h, char *own)
+{
+    size_t used = 0;
+    work w = work_cut(own, &used, z);
+    if (z->T == 1) step(e, z, b, h, &w);
+    else head(e, z, b, h, &w);
+}
+
 static void cpu(const fg_exec *e)
 {
     const struct fg_attr_delta_rule *a = e->attr;
     const fg__scan z =
         fg__scan_of(&e->in_shape[1], &e->in_shape[2], a->scale, e->in[4], e->in[5], e->in[6]);
-    const int threads = fg__threads(e, z.B * z.T * z.H * z.K * z.V);
-#pragma omp parallel num_threads(threads)
-    {
-        size_t each = 0, mine = 0;
-        work_cut(NULL, &each, &z);
-        mine = each * (size_t)omp_get_thread_num();
-        work w = work_cut(e->scratch, &mine, &z);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < z.B * z.H; i++) {
-            if (z.T == 1) step(e, &z, i / z.H, i % z.H, &w);
-            else head(e, &z, i / z.H, i % z.H, &w);
-        }
-    }
+    fg__all_heads(e, &z, cut, one_head);
 }
 
 static size_t scratch(const fg_infer *c, int threads)
 {
-    const fg__scan z = fg__scan_of(&c->in[1], &c->in[2], 1, NULL, NULL, NULL);
-    size_t used = 0;
-    for (int i = 0; i < threads; i++) work_cut(NULL, &used, &z);
-    return used;
+    return fg__heads_scratch(&c->in[1], &c->in[2], threads, cut);
 }
 
 /* ---- gradient, definition, cost ------------------------------------------------------------- */
@@ -444,35 +438,33 @@ static grad_head grad_head_cut(char *base, size_t *used, const fg__scan *z)
     return x;
 }
 
+static void grad_cut_all(char *base, size_t *used, const fg__scan *z)
+{
+    grad_head_cut(base, used, z);
+}
+
+static void grad_one_head(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h, char *own)
+{
+    size_t used = 0;
+    grad_head x = grad_head_cut(own, &used, z);
+    x.e = e;
+    x.way.self = &x;
+    x.way.b = b;
+    x.way.h = h;
+    fg__head_back(&x.way, e->in[7], e->in[1], e->out[4]);
+}
+
 static void grad_cpu(const fg_exec *e)
 {
     const struct fg_attr_delta_rule_grad *a = e->attr;
     const fg__scan z =
         fg__scan_of(&e->in_shape[3], &e->in_shape[4], a->scale, e->in[6], NULL, e->in[7]);
-    const int threads = fg__threads(e, z.B * z.T * z.H * z.K * z.V);
-#pragma omp parallel num_threads(threads)
-    {
-        size_t each = 0, mine = 0;
-        grad_head_cut(NULL, &each, &z);
-        mine = each * (size_t)omp_get_thread_num();
-        grad_head x = grad_head_cut(e->scratch, &mine, &z);
-        x.e = e;
-        x.way.self = &x;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < z.B * z.H; i++) {
-            x.way.b = i / z.H;
-            x.way.h = i % z.H;
-            fg__head_back(&x.way, e->in[7], e->in[1], e->out[4]);
-        }
-    }
+    fg__all_heads(e, &z, grad_cut_all, grad_one_head);
 }
 
 static size_t grad_scratch(const fg_infer *c, int threads)
 {
-    const fg__scan z = fg__scan_of(&c->in[3], &c->in[4], 1, NULL, NULL, NULL);
-    size_t used = 0;
-    for (int i = 0; i < threads; i++) grad_head_cut(NULL, &used, &z);
-    return used;
+    return fg__heads_scratch(&c->in[3], &c->in[4], threads, grad_cut_all);
 }
 
 static fg_cost grad_cost(const fg_infer *c)

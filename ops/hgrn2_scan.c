@@ -125,7 +125,8 @@ static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out
     out[0] = fg__silu_grad(FG_HERE, g, in[2]);
     out[1] = fg_reshape(gz, fg_shape_of(in[3]));
     out[2] = fg_result(g, 2);
-    if (!fg_absent(in[5])) out[3] = fg_reshape(fg_result(gz, 1), fg_shape_of(in[5]));
+    out[3] = fg_result(gz, 1);
+    if (!fg_absent(in[5])) out[3] = fg_reshape(out[3], fg_shape_of(in[5]));
     out[4] = fg_result(g, 4);
 }
 

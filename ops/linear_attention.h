@@ -8,6 +8,7 @@
  * that inside a chunk grows with it. */
 #ifndef FG_LINEAR_ATTENTION_H
 #define FG_LINEAR_ATTENTION_H
+#include <omp.h>
 #include "internal.h"
 #include "product.h"
 
@@ -332,6 +333,35 @@ static inline void fg__head_back(const fg__way_back *w, const fg_real *state, co
     }
     if (!r.carried) fg__load_state(z, NULL, w->R);
     fg__store_rows(w->R, z->Vp, z->K, z->V, to + own, z->V);
+}
+
+/* ---- all heads of a kernel, shared out ------------------------------------------------------- */
+
+/* f for head h of sequence b; own: memory of the thread, as much as the op's cut() takes. */
+typedef void fg__head_of(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h, char *own);
+typedef void fg__cut_of(char *base, size_t *used, const fg__scan *z);
+
+static inline void fg__all_heads(const fg_exec *e, const fg__scan *z, fg__cut_of *cut,
+                                 fg__head_of *f)
+{
+    const int threads = fg__threads(e, z->B * z->T * z->H * z->K * z->V);
+    size_t each = 0;
+    cut(NULL, &each, z);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < z->B * z->H; i++) {
+        char *own = (char *)e->scratch + each * (size_t)omp_get_thread_num();
+        f(e, z, i / z->H, i % z->H, own);
+    }
+}
+
+/* k and v: inputs of the op. */
+static inline size_t fg__heads_scratch(const fg_shape *k, const fg_shape *v, int threads,
+                                       fg__cut_of *cut)
+{
+    const fg__scan z = fg__scan_of(k, v, 1, NULL, NULL, NULL);
+    size_t each = 0;
+    cut(NULL, &each, &z);
+    return each * (size_t)threads;
 }
 
 /* ---- the definition's parts ----------------------------------------------------------------- */
