@@ -49,7 +49,7 @@ run_tests() {
 build gcc gcc
 # what ptxas said of the kernels that may keep a little in memory, if they were built just now
 awk '/bytes spill stores/ && $5 + 0 > 128 { print "a kernel spills " $5 " bytes"; bad = 1 }
-     END { exit bad }' build/gcc.log || fail "a kernel of attention keeps too much in memory"
+     END { exit bad }' build/gcc.log || fail "a kernel keeps too much in memory"
 run_tests gcc
 build clang clang -DFG_CUDA=OFF                          # nvcc takes gcc for its host part
 # what no compiler changes, once is enough

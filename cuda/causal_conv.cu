@@ -3,13 +3,17 @@
  *     u_(t,c) = bias_c + sum_(k<W) w_(c,W-1-k) x_(t-k,c),   y = u or silu(u)
  *     gx_s = sum_k w_(W-1-k) gu_(s+k),  gw_(W-1-k) = sum_t gu_t x_(t-k),  gbias = sum_t gu_t
  *
- * A thread has V channels of a strip of rows, all loaded at once; a block has 32 threads of
- * channels and GROUP strips.  Width 4 goes 8 or 16 bytes at a time, others a channel at a time.
+ * A thread has V channels of a strip of rows; a block has 32 threads of channels and GROUP strips.
+ * Width 4 goes 8 or 16 bytes at a time and walks LONG rows, the next STAGE of them on their way;
+ * others go a channel at a time, STRIP rows loaded at once.
  * Bytes: x, gy and y, gx once; the rows before and behind a strip again, from cache. */
 #include "kernel.cuh"
 
-/* Chosen on an H100 80GB HBM3, 2026-11-26: 0.11 ms and 0.21 ms for [1,16384,3328] in bf16. */
+/* Chosen on an H100 80GB HBM3, 2026-11-26: 0.10 ms and 0.16 ms for [1,16384,3328] in bf16. */
 #define STRIP   16                               /* rows */
+#define LONG      48
+#define LONG_GRAD 40
+#define STAGE     8
 #define GROUP   4
 #define THREADS (32 * GROUP)
 #define WIDEST  8
@@ -69,14 +73,14 @@ static __device__ __forceinline__ int reach(const geometry &k, int64_t past, int
 
 /* A thread's sequence, first row and first channel. */
 struct spot { int64_t b, t, c; };
-template <int V> static __device__ __forceinline__ spot own()
+template <int V, int ROWS> static __device__ __forceinline__ spot own()
 {
-    return { blockIdx.z, ((int64_t)blockIdx.y * GROUP + threadIdx.x / 32) * STRIP,
+    return { blockIdx.z, ((int64_t)blockIdx.y * GROUP + threadIdx.x / 32) * ROWS,
              ((int64_t)blockIdx.x * 32 + threadIdx.x % 32) * V };
 }
-static dim3 blocks_of(const geometry &k, int V)
+static dim3 blocks_of(const geometry &k, int V, int rows)
 {
-    return dim3(fg_blocks(k.C, 32 * V), fg_blocks(k.T, STRIP * GROUP), (unsigned)k.B);
+    return dim3(fg_blocks(k.C, 32 * V), fg_blocks(k.T, rows * GROUP), (unsigned)k.B);
 }
 
 /* Row t of x, or of prev where t < 0; 0 where neither is. */
@@ -127,32 +131,99 @@ template <int V, int W> static __device__ __forceinline__ void shift(float (*x)[
 /* 1 / (1 + e^-u) */
 static __device__ __forceinline__ float sigmoid(float u) { return __fdividef(1, 1 + __expf(-u)); }
 
-/* CUT: rows may see less than W inputs, as documents and caches have it. */
-template <class E, int V, int W, bool CUT>
+template <int V> static __device__ __forceinline__ void activate(float *v, bool silu)
+{
+#pragma unroll
+    for (int j = 0; j < V; j++) v[j] = silu ? v[j] * sigmoid(v[j]) : v[j];
+}
+
+/* Any width. */
+template <class E, int W>
 static __global__ void __launch_bounds__(THREADS, 3) convolve(geometry k, const E *x, E *y)
 {
-    const spot at = own<V>();
+    const spot at = own<1, STRIP>();
     if (at.c >= k.C || at.t >= k.T) return;
-    some<E, V> raw[W - 1 + STRIP];
-    float w[W][V], bias[V], in[W][V];
-    const int64_t past = CUT && k.past ? *k.past : 0;
+    some<E, 1> raw[W - 1 + STRIP];
+    float w[W][1], bias[1], in[W][1];
+    const int64_t past = k.past ? *k.past : 0;
 #pragma unroll
-    for (int r = 0; r < W - 1 + STRIP; r++) raw[r] = input<E, V>(k, x, at, at.t + r - (W - 1));
-    weights<V, W>(k, at.c, w, bias);
+    for (int r = 0; r < W - 1 + STRIP; r++) raw[r] = input<E, 1>(k, x, at, at.t + r - (W - 1));
+    weights<1, W>(k, at.c, w, bias);
 #pragma unroll
     for (int r = 0; r < W - 1 + STRIP; r++) {
         const int64_t t = at.t + r - (W - 1);
-        shift<V, W>(in);
+        shift<1, W>(in);
         raw[r].floats(in[0]);
         if (r < W - 1 || t >= k.T) continue;
-        const int seen = CUT ? reach(k, past, at.b, t) : W - 1;
-        float v[V];
-        mix<V, W, CUT>(w, bias, in, seen, v);
-#pragma unroll
-        for (int j = 0; j < V; j++) v[j] = seen < 0 ? 0 : k.silu ? v[j] * sigmoid(v[j]) : v[j];
-        some<E, V> out;
+        const int seen = reach(k, past, at.b, t);
+        float v[1];
+        mix<1, W, true>(w, bias, in, seen, v);
+        activate<1>(v, k.silu);
+        if (seen < 0) v[0] = 0;
+        some<E, 1> out;
         out.set(v);
-        *(some<E, V> *)(y + (at.b * k.T + t) * k.y_row + at.c) = out;
+        *(some<E, 1> *)(y + (at.b * k.T + t) * k.y_row + at.c) = out;
+    }
+}
+
+/* x[r % 4] becomes row r; mixes it with the three before. */
+template <int V, bool CUT>
+static __device__ __forceinline__ void mix4(const float (*w)[V], const float *bias,
+                                            const float (*x)[V], int r, int seen, float *u)
+{
+#pragma unroll
+    for (int j = 0; j < V; j++) u[j] = bias[j];
+#pragma unroll
+    for (int i = 3; i >= 0; i--)
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            u[j] = !CUT || i <= seen ? fmaf(w[i][j], x[(r - i) & 3][j], u[j]) : u[j];
+}
+
+/* STAGE rows, of which `n` are there. */
+template <class E, int V>
+static __device__ __forceinline__ void stage_load(some<E, V> *to, const E *x, int64_t row, int n)
+{
+#pragma unroll
+    for (int r = 0; r < STAGE; r++) to[r] = load<E, V>(x, r * row, r < n);
+}
+
+/* Width 4.  CUT: rows may see less than 4 inputs, as documents and caches have it. */
+template <class E, int V, bool CUT>
+static __global__ void __launch_bounds__(THREADS, 3) walk(geometry k, const E *x, E *y)
+{
+    const spot at = own<V, LONG>();
+    if (at.c >= k.C || at.t >= k.T) return;
+    some<E, V> now[STAGE], next[STAGE];
+    float w[4][V], bias[V], in[4][V];
+    const int64_t past = CUT && k.past ? *k.past : 0;
+    const int rows = (int)min((int64_t)LONG, k.T - at.t);
+    const E *from = x + (at.b * k.T + at.t) * k.x_row + at.c;
+    E *to = y + (at.b * k.T + at.t) * k.y_row + at.c;
+    stage_load<E, V>(next, from, k.x_row, rows);
+#pragma unroll
+    for (int r = 1; r < 4; r++) input<E, V>(k, x, at, at.t + r - 4).floats(in[r]);
+    weights<V, 4>(k, at.c, w, bias);
+    for (int i = 0; i < rows; i += STAGE) {
+#pragma unroll
+        for (int r = 0; r < STAGE; r++) now[r] = next[r];
+        from += STAGE * k.x_row;
+        stage_load<E, V>(next, from, k.x_row, rows - i - STAGE);
+#pragma unroll
+        for (int r = 0; r < STAGE; r++) {
+            if (i + r >= rows) break;
+            const int seen = CUT ? reach(k, past, at.b, at.t + i + r) : 3;
+            float v[V];
+            now[r].floats(in[r & 3]);
+            mix4<V, CUT>(w, bias, in, r, seen, v);
+            activate<V>(v, k.silu);
+#pragma unroll
+            for (int j = 0; j < V; j++) v[j] = seen < 0 ? 0 : v[j];
+            some<E, V> out;
+            out.set(v);
+            *(some<E, V> *)(to + r * k.y_row) = out;
+        }
+        to += STAGE * k.y_row;
     }
 }
 
@@ -184,9 +255,9 @@ static void convolve_launch(const fg_exec *e, const geometry &k, cudaStream_t st
     const E *x = (const E *)e->in[0];
     E *y = (E *)e->out[0];
     if (!in_runs(k, V))
-        convolve<E, 1, WIDEST, true><<<blocks_of(k, 1), THREADS, 0, stream>>>(k, x, y);
-    else if (cut) convolve<E, V, 4, true><<<blocks_of(k, V), THREADS, 0, stream>>>(k, x, y);
-    else convolve<E, V, 4, false><<<blocks_of(k, V), THREADS, 0, stream>>>(k, x, y);
+        convolve<E, WIDEST><<<blocks_of(k, 1, STRIP), THREADS, 0, stream>>>(k, x, y);
+    else if (cut) walk<E, V, true><<<blocks_of(k, V, LONG), THREADS, 0, stream>>>(k, x, y);
+    else walk<E, V, false><<<blocks_of(k, V, LONG), THREADS, 0, stream>>>(k, x, y);
 }
 
 static void launch(const fg_exec *e, cudaStream_t stream)
@@ -208,67 +279,14 @@ FG_KERNEL(causal_conv) = { .launch = launch, .unfit = unfit, .pitched_in = 1, .p
 
 /* ---- causal_conv_grad ----------------------------------------------------------------------- */
 
-/* sums: [B * blocks of strips][W + 1][C], row i for w_(W-1-i), row W for the bias. */
-template <class E, class F, int V, int W, bool CUT>
-static __global__ void __launch_bounds__(THREADS, CUT && V > 2 ? 2 : 3)
-convolve_grad(geometry k, const F *gy, const E *x, E *gx, float *sums)
+/* gw and gb of a thread's strip become a row of sums for the block:
+ * sums: [B * blocks of strips][W + 1][C], row i for w_(W-1-i), row W for the bias. */
+template <int V, int W>
+static __device__ __forceinline__ void leave(const geometry &k, const float (*gw)[V],
+                                             const float *gb, float *sums)
 {
     __shared__ float part[GROUP][(W + 1) * V][32];
-    const spot at = own<V>();
-    const int64_t end = min(at.t + STRIP, k.T), token = at.b * k.T;
     const int lane = threadIdx.x % 32, strip = threadIdx.x / 32;
-    const bool there = at.c < k.C && at.t < k.T;
-    some<E, V> raw_x[STRIP + 2 * (W - 1)];
-    some<F, V> raw_gy[STRIP + W - 1];
-    float w[W][V] = {}, bias[V] = {}, in[W][V] = {}, gu[W][V] = {}, gw[W][V] = {}, gb[V] = {};
-    int saw[W];
-#pragma unroll
-    for (int r = 0; r < STRIP + 2 * (W - 1); r++)
-        if (there) raw_x[r] = input<E, V>(k, x, at, at.t + r - (W - 1));
-#pragma unroll
-    for (int r = 0; r < STRIP + W - 1; r++)
-        if (there) raw_gy[r] = load<F, V>(gy, (token + at.t + r) * k.gy_row + at.c,
-                                          at.t + r < k.T);
-    if (there) weights<V, W>(k, at.c, w, bias);
-#pragma unroll
-    for (int r = 0; r < W; r++) saw[r] = -1;
-#pragma unroll
-    for (int r = 0; r < STRIP + 2 * (W - 1); r++) {
-        const int64_t t = at.t + r - (W - 1), s = t - (W - 1);
-        if (!there) continue;
-        shift<V, W>(in);
-        raw_x[r].floats(in[0]);
-        if (r < W - 1) continue;
-        shift<V, W>(gu);
-        raw_gy[r - (W - 1)].floats(gu[0]);
-#pragma unroll
-        for (int i = W - 1; i > 0; i--) saw[i] = saw[i - 1];
-        saw[0] = !CUT ? W - 1 : t < k.T ? reach(k, 0, at.b, t) : -1;
-        const bool own = r < W - 1 + STRIP && t < k.T;
-        float v[V];
-        mix<V, W, CUT>(w, bias, in, saw[0], v);
-#pragma unroll
-        for (int j = 0; j < V; j++) {
-            const float e = sigmoid(v[j]), slope = k.silu ? e * (1 + v[j] * (1 - e)) : 1.0f;
-            gu[0][j] = saw[0] < 0 ? 0.0f : gu[0][j] * slope;
-            if (!own) continue;
-            gb[j] += gu[0][j];
-#pragma unroll
-            for (int i = 0; i < W; i++)
-                gw[i][j] = !CUT || i <= saw[0] ? fmaf(gu[0][j], in[i][j], gw[i][j]) : gw[i][j];
-        }
-        if (r < 2 * (W - 1) || s >= end) continue;           /* all that see row s are known */
-#pragma unroll
-        for (int j = 0; j < V; j++) {
-            v[j] = 0;
-#pragma unroll
-            for (int i = 0; i < W; i++)                      /* row s + i is W - 1 - i rows ago */
-                v[j] = !CUT || saw[W - 1 - i] >= i ? fmaf(w[i][j], gu[W - 1 - i][j], v[j]) : v[j];
-        }
-        some<E, V> out;
-        out.set(v);
-        *(some<E, V> *)(gx + (token + s) * k.y_row + at.c) = out;
-    }
 #pragma unroll
     for (int j = 0; j < V; j++) {
 #pragma unroll
@@ -286,6 +304,160 @@ convolve_grad(geometry k, const F *gy, const E *x, E *gx, float *sums)
         const int to_row = row == W ? k.W : row;
         if (c0 + c < k.C && (row == W || row < k.W)) to[to_row * k.C + c0 + c] = sum;
     }
+}
+
+/* gy becomes gu: u is what the row came to, seen the inputs that it saw. */
+template <int V>
+static __device__ __forceinline__ void back(float *gy, const float *u, int seen, bool silu)
+{
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+        const float e = sigmoid(u[j]), slope = silu ? e * (1 + u[j] * (1 - e)) : 1.0f;
+        gy[j] = seen < 0 ? 0.0f : gy[j] * slope;
+    }
+}
+
+/* Any width. */
+template <class E, class F, int W>
+static __global__ void __launch_bounds__(THREADS, 3)
+convolve_grad(geometry k, const F *gy, const E *x, E *gx, float *sums)
+{
+    const spot at = own<1, STRIP>();
+    const int64_t end = min(at.t + STRIP, k.T), token = at.b * k.T;
+    const bool there = at.c < k.C && at.t < k.T;
+    some<E, 1> raw_x[STRIP + 2 * (W - 1)];
+    some<F, 1> raw_gy[STRIP + W - 1];
+    float w[W][1] = {}, bias[1] = {}, in[W][1] = {}, gu[W][1] = {}, gw[W][1] = {}, gb[1] = {};
+    int saw[W];
+#pragma unroll
+    for (int r = 0; r < STRIP + 2 * (W - 1); r++)
+        if (there) raw_x[r] = input<E, 1>(k, x, at, at.t + r - (W - 1));
+#pragma unroll
+    for (int r = 0; r < STRIP + W - 1; r++)
+        if (there) raw_gy[r] = load<F, 1>(gy, (token + at.t + r) * k.gy_row + at.c,
+                                          at.t + r < k.T);
+    if (there) weights<1, W>(k, at.c, w, bias);
+#pragma unroll
+    for (int r = 0; r < W; r++) saw[r] = -1;
+#pragma unroll
+    for (int r = 0; r < STRIP + 2 * (W - 1); r++) {
+        const int64_t t = at.t + r - (W - 1), s = t - (W - 1);
+        if (!there) continue;
+        shift<1, W>(in);
+        raw_x[r].floats(in[0]);
+        if (r < W - 1) continue;
+        shift<1, W>(gu);
+        raw_gy[r - (W - 1)].floats(gu[0]);
+#pragma unroll
+        for (int i = W - 1; i > 0; i--) saw[i] = saw[i - 1];
+        saw[0] = t < k.T ? reach(k, 0, at.b, t) : -1;
+        const bool own = r < W - 1 + STRIP && t < k.T;
+        float v[1];
+        mix<1, W, true>(w, bias, in, saw[0], v);
+        back<1>(gu[0], v, saw[0], k.silu);
+        if (own) gb[0] += gu[0][0];
+#pragma unroll
+        for (int i = 0; i < W; i++)
+            if (own && i <= saw[0]) gw[i][0] = fmaf(gu[0][0], in[i][0], gw[i][0]);
+        if (r < 2 * (W - 1) || s >= end) continue;           /* all that see row s are known */
+        v[0] = 0;
+#pragma unroll
+        for (int i = 0; i < W; i++)                          /* row s + i is W - 1 - i rows ago */
+            if (saw[W - 1 - i] >= i) v[0] = fmaf(w[i][0], gu[W - 1 - i][0], v[0]);
+        some<E, 1> out;
+        out.set(v);
+        *(some<E, 1> *)(gx + (token + s) * k.y_row + at.c) = out;
+    }
+    leave<1, W>(k, gw, gb, sums);
+}
+
+/* Width 4: what a thread holds of the last four rows, row t in place t % 4 of the strip, and its
+ * sums. */
+template <int V> struct window {
+    float w[4][V], bias[V], in[4][V], gu[4][V], gw[4][V], gb[V];
+    int saw[4];
+};
+
+/* Row t, the r-th of a stage; own: it is of the strip, not one behind it that sees the strip. */
+template <class E, class F, int V, bool CUT>
+static __device__ __forceinline__ void row_back(const geometry &k, window<V> &m, int r, int64_t b,
+                                                int64_t t, bool own, const some<E, V> &x,
+                                                const some<F, V> &gy)
+{
+    const int seen = CUT ? reach(k, 0, b, t) : 3;
+    float v[V], *gu = m.gu[r & 3];
+    if (CUT) m.saw[r & 3] = seen;
+    x.floats(m.in[r & 3]);
+    gy.floats(gu);
+    mix4<V, CUT>(m.w, m.bias, m.in, r, seen, v);
+    back<V>(gu, v, seen, k.silu);
+    if (!own) return;
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+        m.gb[j] += gu[j];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (!CUT || i <= seen) m.gw[i][j] = fmaf(gu[j], m.in[(r - i) & 3][j], m.gw[i][j]);
+    }
+}
+
+/* gx of the row three before the r-th of a stage. */
+template <class E, int V, bool CUT>
+static __device__ __forceinline__ some<E, V> input_back(const window<V> &m, int r)
+{
+    some<E, V> out;
+    float v[V] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            if (!CUT || m.saw[(r - 3 + i) & 3] >= i)
+                v[j] = fmaf(m.w[i][j], m.gu[(r - 3 + i) & 3][j], v[j]);
+    out.set(v);
+    return out;
+}
+
+template <class E, class F, int V, bool CUT>
+static __global__ void __launch_bounds__(THREADS, CUT && V > 2 ? 2 : 3)
+walk_grad(geometry k, const F *gy, const E *x, E *gx, float *sums)
+{
+    const spot at = own<V, LONG_GRAD>();
+    window<V> m = {};
+    if (at.c < k.C && at.t < k.T) {
+        const int own = (int)min((int64_t)LONG_GRAD, k.T - at.t);
+        const int all = (int)min((int64_t)own + 3, k.T - at.t);
+        some<E, V> x_now[STAGE], x_next[STAGE];
+        some<F, V> gy_now[STAGE], gy_next[STAGE];
+        const E *x_from = x + (at.b * k.T + at.t) * k.x_row + at.c;
+        const F *gy_from = gy + (at.b * k.T + at.t) * k.gy_row + at.c;
+        E *to = gx + (at.b * k.T + at.t - 3) * k.y_row + at.c;
+        stage_load<E, V>(x_next, x_from, k.x_row, all);
+        stage_load<F, V>(gy_next, gy_from, k.gy_row, all);
+#pragma unroll
+        for (int r = 1; r < 4; r++) input<E, V>(k, x, at, at.t + r - 4).floats(m.in[r]);
+        weights<V, 4>(k, at.c, m.w, m.bias);
+        for (int i = 0; i < own + 3; i += STAGE) {
+#pragma unroll
+            for (int r = 0; r < STAGE; r++) x_now[r] = x_next[r], gy_now[r] = gy_next[r];
+            x_from += STAGE * k.x_row, gy_from += STAGE * k.gy_row;
+            stage_load<E, V>(x_next, x_from, k.x_row, all - i - STAGE);
+            stage_load<F, V>(gy_next, gy_from, k.gy_row, all - i - STAGE);
+#pragma unroll
+            for (int r = 0; r < STAGE; r++) {
+                if (i + r >= own + 3) break;
+                if (i + r < all)
+                    row_back<E, F, V, CUT>(k, m, r, at.b, at.t + i + r, i + r < own, x_now[r],
+                                           gy_now[r]);
+                else
+#pragma unroll
+                    for (int j = 0; j < V; j++) m.gu[r & 3][j] = 0;
+                if (i + r >= 3)
+                    *(some<E, V> *)(to + r * k.y_row) = input_back<E, V, CUT>(m, r);
+            }
+            to += STAGE * k.y_row;
+        }
+    }
+    leave<V, 4>(k, m.gw, m.gb, sums);
 }
 
 #define ADDERS 8
@@ -319,12 +491,14 @@ static void grad_launch_of(const fg_exec *e, const geometry &k, cudaStream_t str
     const E *x = (const E *)e->in[1];
     E *gx = (E *)e->out[0];
     float *s = (float *)e->scratch;
-    const dim3 runs = blocks_of(k, V), ones = blocks_of(k, 1);
-    if (!in_runs(k, V))
-        convolve_grad<E, F, 1, WIDEST, true><<<ones, THREADS, 0, stream>>>(k, gy, x, gx, s);
-    else if (k.first)
-        convolve_grad<E, F, V, 4, true><<<runs, THREADS, 0, stream>>>(k, gy, x, gx, s);
-    else convolve_grad<E, F, V, 4, false><<<runs, THREADS, 0, stream>>>(k, gy, x, gx, s);
+    const dim3 runs = blocks_of(k, V, LONG_GRAD), ones = blocks_of(k, 1, STRIP);
+    const bool walks = in_runs(k, V);
+    if (!walks) convolve_grad<E, F, WIDEST><<<ones, THREADS, 0, stream>>>(k, gy, x, gx, s);
+    else if (k.first) walk_grad<E, F, V, true><<<runs, THREADS, 0, stream>>>(k, gy, x, gx, s);
+    else walk_grad<E, F, V, false><<<runs, THREADS, 0, stream>>>(k, gy, x, gx, s);
+    const int64_t n = (k.W + 1) * k.C;
+    add_sums<<<fg_blocks(n, 32), 32 * ADDERS, 0, stream>>>(
+        s, k.B * (walks ? runs : ones).y, k.C, k.W, fg_output_of(e, 1), fg_output_of(e, 2));
 }
 
 static void grad_launch(const fg_exec *e, cudaStream_t stream)
@@ -337,10 +511,6 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     else if (x) grad_launch_of<bf16, float>(e, k, stream);
     else if (gy) grad_launch_of<float, bf16>(e, k, stream);
     else grad_launch_of<float, float>(e, k, stream);
-    const int64_t n = (k.W + 1) * k.C;
-    add_sums<<<fg_blocks(n, 32), 32 * ADDERS, 0, stream>>>(
-        (const float *)e->scratch, k.B * fg_blocks(k.T, STRIP * GROUP), k.C, k.W,
-        fg_output_of(e, 1), fg_output_of(e, 2));
 }
 
 static size_t grad_scratch(const fg_infer *c)

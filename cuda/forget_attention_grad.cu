@@ -1,4 +1,4 @@
-/* forget_attention_grad.cu - gradient of forget_attention, on tensor cores and in plain f32.
+/* forget_attention_grad.cu - gradient of forget_attention: rows, gates, and tensor cores.
  *
  *     p_ij     = 2^(z_ij + C_i - C_j - L_i)             z, C, L: scores, gates, lse in base 2
  *     ds_ij    = p_ij (go_i.v_j - delta_i),   delta_i = go_i.o_i - glse_i
@@ -18,8 +18,7 @@
  * added under the same turn and spread over them: rows sum to 0 but for rounding, and without that
  * residue the long sum over m would be a random walk of roundings.  Sums over tokens are in double.
  *
- * All else (f32, or any D up to 256): two kernels, one per tile of keys and one per tile of
- * queries, in f32 throughout, with exact sums over rows.
+ * All else (f32, or any D up to 256): forget_attention_grad_plain.cu.
  *
  * Bytes at the least, bf16, H = Hkv: q, k, v, o, go, gq, gk, gv once and go twice, 18 B N H D.
  * Moved besides: gq in f32 once to and from device memory, 8 B N H D, and through the L2 cache
@@ -29,7 +28,6 @@
 #include "forget_attention_grad.cuh"
 
 enum { GO, GLSE, Q, K, V, LOG_F, O, LSE, FIRST };
-static constexpr int ROWS = 64;          /* queries of a tile */
 
 /* ---- gates and rows ------------------------------------------------------------------------- */
 
@@ -621,174 +619,10 @@ template <class S> static __global__ void __launch_bounds__(S::THREADS) queries_
     }
 }
 
-/* ---- plain f32 ------------------------------------------------------------------------------ */
-
-static constexpr int SIDE = 32;          /* queries and keys of a tile, 8 threads to a row */
-
-/* Rows of the four operands in shared memory, D up to W, each row 4 floats longer. */
-template <int W> struct operands {
-    float q[SIDE][W + 4], go[SIDE][W + 4], k[SIDE][W + 4], v[SIDE][W + 4];
-    float p[SIDE][SIDE + 1], ds[SIDE][SIDE + 1];           /* [key][query] */
-};
-
-/* Rows t0 ... of a head; rows past the end, or unseen, are 0. */
-template <int W>
-static __device__ __forceinline__ void plain_load(const args &a, const void *x, int64_t pitch,
-                                                  int64_t b, int64_t t0, int64_t h, const int *low,
-                                                  float (&to)[SIDE][W + 4])
-{
-    const fg_in in = { x, a.narrow };
-    for (int e = (int)threadIdx.x; e < SIDE * W; e += 256) {
-        const int64_t r = e / W, d = e % W, t = t0 + r;
-        const bool there = t < a.N && d < a.D && !(low && low[b * a.np + t] == UNSEEN);
-        to[r][d] = there ? in[(b * a.N + t) * pitch + h * a.D + d] : 0;
-    }
-}
-
-static __device__ __forceinline__ float dot4(float4 x, float4 y, float sum)
-{
-    return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
-}
-
-/* p and ds of a tile; thread x has key x / 8 and queries x % 8, + 8, ...  Both kernels call it, so
- * both sum the same ds. */
-template <int W>
-static __device__ __forceinline__ void plain_tile(const args &a, operands<W> &m, int64_t b,
-                                                  int64_t h, int64_t i0, int64_t j0)
-{
-    const int key = (int)threadIdx.x / 8, lane = (int)threadIdx.x % 8;
-    const int64_t head = b * a.H + h, j = j0 + key;
-    float z[4] = {}, dp[4] = {};
-    for (int d = 0; d < W; d += 4) {
-        const float4 k = *(const float4 *)&m.k[key][d], v = *(const float4 *)&m.v[key][d];
-#pragma unroll
-        for (int u = 0; u < 4; u++) {
-            z[u] = dot4(k, *(const float4 *)&m.q[lane + 8 * u][d], z[u]);
-            dp[u] = dot4(v, *(const float4 *)&m.go[lane + 8 * u][d], dp[u]);
-        }
-    }
-    float between = 0, ell = 0;
-    if (a.gates.block) {
-        const fg_gate_block *block = a.gates.block + head * a.gates.blocks;
-        between = (float)(block[i0 / FG_GATE_BLOCK].base - block[j0 / FG_GATE_BLOCK].base);
-        ell = a.gates.ell[head * a.np + j];
-    }
-#pragma unroll
-    for (int u = 0; u < 4; u++) {
-        const int64_t i = i0 + lane + 8 * u;
-        float p = 0, ds = 0;
-        if (i < a.N && j <= i && j >= a.low[b * a.np + i]) {
-            p = exp2f(fmaf(z[u], a.scale2, between - a.level[head * a.np + i]) - ell);
-            ds = p * (dp[u] - a.delta[head * a.np + i]);
-        }
-        m.p[key][lane + 8 * u] = p;
-        m.ds[key][lane + 8 * u] = ds;
-    }
-}
-
-/* sum[u] += over the tile of x[r][e] y[e][d], d = 4 (thread % 8) + 32 u, r = thread / 8; turned: of
- * x[e][r]. */
-template <int W, bool TURNED>
-static __device__ __forceinline__ void plain_product(const float (&x)[SIDE][SIDE + 1],
-                                                     const float (&y)[SIDE][W + 4],
-                                                     float4 (&sum)[W / 32])
-{
-    const int r = (int)threadIdx.x / 8, lane = (int)threadIdx.x % 8;
-    for (int e = 0; e < SIDE; e++) {
-        const float w = TURNED ? x[e][r] : x[r][e];
-#pragma unroll
-        for (int u = 0; u < W / 32; u++) {
-            const float4 t = *(const float4 *)&y[e][4 * lane + 32 * u];
-            sum[u].x = fmaf(w, t.x, sum[u].x), sum[u].y = fmaf(w, t.y, sum[u].y);
-            sum[u].z = fmaf(w, t.z, sum[u].z), sum[u].w = fmaf(w, t.w, sum[u].w);
-        }
-    }
-}
-
-template <int W>
-static __device__ __forceinline__ void plain_store(const args &a, void *out, int64_t pitch,
-                                                   int64_t b, int64_t t, int64_t h, float scale,
-                                                   const float4 (&sum)[W / 32])
-{
-    const fg_out to = { out, a.narrow };
-    if (t >= a.N) return;
-#pragma unroll
-    for (int u = 0; u < W / 32; u++) {
-        const float x[4] = { sum[u].x, sum[u].y, sum[u].z, sum[u].w };
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int64_t d = (int)threadIdx.x % 8 * 4 + 32 * u + e;
-            if (d < a.D) to.put((b * a.N + t) * pitch + h * a.D + d, x[e] * scale);
-        }
-    }
-}
-
-template <int W> static __global__ void __launch_bounds__(256) plain_keys(const args a)
-{
-    extern __shared__ __align__(1024) char memory[];
-    operands<W> &m = *(operands<W> *)memory;
-    const int64_t j0 = (int64_t)blockIdx.x * SIDE, kv = blockIdx.y, b = blockIdx.z;
-    const int64_t group = a.H / a.Hkv, j = j0 + threadIdx.x / 8;
-    const int tile = (int)(j0 / a.keys);
-    const int last = a.plain ? a.n_q - 1 : a.last[b * a.n_k + tile];
-    float4 gk[W / 32] = {}, gv[W / 32] = {};
-    plain_load<W>(a, a.k, a.k_row, b, j0, kv, nullptr, m.k);
-    plain_load<W>(a, a.v, a.v_row, b, j0, kv, nullptr, m.v);
-    for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
-        double column = 0;
-        for (int64_t i0 = j0; i0 < a.N && i0 / ROWS <= last; i0 += SIDE) {
-            if (a.span[b * a.n_q + i0 / ROWS].x > tile) continue;
-            __syncthreads();
-            plain_load<W>(a, a.q, a.q_row, b, i0, h, nullptr, m.q);
-            plain_load<W>(a, a.go, a.H * a.D, b, i0, h, a.low, m.go);
-            __syncthreads();
-            plain_tile<W>(a, m, b, h, i0, j0);
-            __syncthreads();
-            plain_product<W, false>(m.p, m.go, gv);
-            plain_product<W, false>(m.ds, m.q, gk);
-            float sum = 0;
-#pragma unroll
-            for (int u = 0; u < 4; u++) sum += m.ds[threadIdx.x / 8][threadIdx.x % 8 + 8 * u];
-            column += (double)fg_warp_sum<8>(sum);
-        }
-        if (threadIdx.x % 8 == 0) a.column[(b * a.H + h) * a.np + j] = (float)column;
-    }
-    plain_store<W>(a, a.gk, a.gk_row, b, j, kv, a.scale, gk);
-    plain_store<W>(a, a.gv, a.gv_row, b, j, kv, 1, gv);
-}
-
-template <int W> static __global__ void __launch_bounds__(256) plain_queries(const args a)
-{
-    extern __shared__ __align__(1024) char memory[];
-    operands<W> &m = *(operands<W> *)memory;
-    const int64_t i0 = ((int64_t)gridDim.x - 1 - blockIdx.x) * SIDE, h = blockIdx.y, b = blockIdx.z;
-    const int64_t kv = h / (a.H / a.Hkv), i = i0 + threadIdx.x / 8;
-    const int lowest = a.span[b * a.n_q + i0 / ROWS].x;
-    float4 gq[W / 32] = {};
-    double row = 0;
-    plain_load<W>(a, a.q, a.q_row, b, i0, h, nullptr, m.q);
-    plain_load<W>(a, a.go, a.H * a.D, b, i0, h, a.low, m.go);
-    for (int64_t j0 = i0; j0 >= 0 && j0 / a.keys >= lowest; j0 -= SIDE) {
-        __syncthreads();
-        plain_load<W>(a, a.k, a.k_row, b, j0, kv, nullptr, m.k);
-        plain_load<W>(a, a.v, a.v_row, b, j0, kv, nullptr, m.v);
-        __syncthreads();
-        plain_tile<W>(a, m, b, h, i0, j0);
-        __syncthreads();
-        plain_product<W, true>(m.ds, m.k, gq);
-        float sum = 0;
-#pragma unroll
-        for (int u = 0; u < 4; u++) sum += m.ds[threadIdx.x % 8 + 8 * u][threadIdx.x / 8];
-        row += (double)fg_warp_sum<8>(sum);
-    }
-    if (threadIdx.x % 8 == 0) a.rows[(b * a.H + h) * a.np + i] = (float)row;
-    plain_store<W>(a, a.gq, a.gq_row, b, i, h, a.scale, gq);
-}
-
 /* ---- the gate's gradient -------------------------------------------------------------------- */
 
 /* The sums over keys of 4 rows' ds.  some: those of SOME rows together are known; a row's own is
- * glse, and an equal part of what else that sum holds. */
+ * glse, and an equal part of what else that sum holds.  If that is NaN, only of rows that are. */
 static __device__ __forceinline__ void row_sums(const args &a, bool some, int64_t b, int64_t h,
                                                 int64_t t, float (&row)[4])
 {
@@ -809,44 +643,101 @@ static __device__ __forceinline__ void row_sums(const args &a, bool some, int64_
     const int64_t at = head * a.n_q * (a.tile / SOME) + from / SOME;
     const float rest = t < a.N ? (a.rows[at] - sum) / (float)rows : 0;
 #pragma unroll
-    for (int e = 0; e < 4; e++) row[e] = t + e < a.N ? row[e] + rest : 0;
+    for (int e = 0; e < 4; e++) {
+        const bool own = t + e < a.N && (!isnan(rest) || isnan(a.level[head * a.np + t + e]));
+        row[e] = t + e < a.N ? row[e] + (own ? rest : 0) : 0;
+    }
 }
 
-/* One block per head, from the last token to the first, 4 tokens a thread. */
+/* A sum over tokens from the last to the first; shut: it began anew among them. */
+struct suffix {
+    double sum;
+    bool shut;
+    __device__ void add(const suffix &later)
+    {
+        if (!shut) sum += later.sum;
+        shut |= later.shut;
+    }
+};
+
+/* The least of what the lanes behind this one have, or the sum over them; *all: of this one too. */
+static __device__ __forceinline__ int least_behind(int x, int lane, int *all)
+{
+#pragma unroll
+    for (int k = 1; k < 32; k *= 2) {
+        const int y = __shfl_down_sync(~0u, x, k);
+        if (lane + k < 32) x = min(x, y);
+    }
+    *all = x;
+    const int y = __shfl_down_sync(~0u, x, 1);
+    return lane < 31 ? y : UNSEEN;
+}
+static __device__ __forceinline__ suffix sum_behind(suffix x, int lane, suffix *all)
+{
+#pragma unroll
+    for (int k = 1; k < 32; k *= 2) {
+        const suffix y = { __shfl_down_sync(~0u, x.sum, k),
+                           (bool)__shfl_down_sync(~0u, (int)x.shut, k) };
+        if (lane + k < 32) x.add(y);
+    }
+    *all = x;
+    const suffix y = { __shfl_down_sync(~0u, x.sum, 1),
+                       (bool)__shfl_down_sync(~0u, (int)x.shut, 1) };
+    return lane < 31 ? y : suffix{ 0, false };
+}
+
+/* One block per head, from the last token to the first, 4 tokens a thread.  Where a token sees
+ * nothing in front of it, and those behind it neither, the sum is 0 and begins anew: what a
+ * document has, rounding or NaN, is not that of the one before. */
 static __global__ void __launch_bounds__(1024) gates_gradient(const args a, bool some)
 {
-    __shared__ double part[32];
+    __shared__ suffix part[32];
+    __shared__ int part_low[32];
     const int64_t h = blockIdx.x, b = blockIdx.y, head = b * a.H + h;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    double after = 0;
+    suffix after = { 0, false };
+    int after_low = UNSEEN;
     for (int64_t t0 = (a.N - 1) / 4096 * 4096; t0 >= 0; t0 -= 4096) {
         const int64_t t = t0 + (int64_t)threadIdx.x * 4;
         float row[4];
-        double sum[4], x = 0;
+        int low[4], all_low;
+        suffix sum[4], x = { 0, false }, all;
         row_sums(a, some, b, h, t, row);
 #pragma unroll
         for (int e = 3; e >= 0; e--) {
-            if (t + e < a.N) x += (double)row[e] - (double)a.column[head * a.np + t + e];
+            low[e] = t + e < a.N ? a.low[b * a.np + t + e] : UNSEEN;
+            if (e < 3) low[e] = min(low[e], low[e + 1]);
+        }
+        int later = min(least_behind(low[0], lane, &all_low), after_low);
+        __syncthreads();                 /* the last round's readers are done */
+        if (lane == 0) part_low[warp] = all_low;
+        __syncthreads();
+        for (int w = 0; w < 32; w++) {
+            if (w > warp) later = min(later, part_low[w]);
+            after_low = min(after_low, part_low[w]);
+        }
+#pragma unroll
+        for (int e = 3; e >= 0; e--) {
+            if (t + e < a.N) x.sum += (double)row[e] - (double)a.column[head * a.np + t + e];
+            if (t + e > 0 && t + e < a.N && min(low[e], later) >= t + e) x = { 0, true };
             sum[e] = x;
         }
-        double all = x;
-#pragma unroll
-        for (int k = 1; k < 32; k *= 2) {
-            const double y = __shfl_down_sync(~0u, all, k);
-            if (lane + k < 32) all += y;
-        }
-        __syncthreads();                 /* the last round's readers are done */
+        suffix behind = sum_behind(x, lane, &all);
         if (lane == 0) part[warp] = all;
         __syncthreads();
-        double behind = after + (all - x);
-        for (int w = warp + 1; w < 32; w++) behind += part[w];
+        for (int w = warp + 1; w < 32; w++) behind.add(part[w]);
+        behind.add(after);
 #pragma unroll
         for (int e = 0; e < 4; e++)
             if (t + e < a.N) {
                 const bool below = a.log_f[(b * a.N + t + e) * a.f_row + h] < LOG_F_MIN;
-                a.glog_f[(b * a.N + t + e) * a.gf_row + h] = below ? 0 : (float)(behind + sum[e]);
+                sum[e].add(behind);
+                a.glog_f[(b * a.N + t + e) * a.gf_row + h] = below ? 0 : (float)sum[e].sum;
             }
-        for (int w = 0; w < 32; w++) after += part[w];
+        suffix whole = part[0];
+        for (int w = 1; w < 32; w++) whole.add(part[w]);
+        whole.add(after);
+        after = { whole.sum, false };
     }
 }
 
@@ -978,16 +869,6 @@ template <class S> static void run_matrices(const args &a, cudaStream_t stream)
     queries_store<S><<<tiles, S::THREADS, 0, stream>>>(a);
 }
 
-template <int W> static void run_plain(const args &a, cudaStream_t stream)
-{
-    const int bytes = (int)sizeof(operands<W>);
-    const unsigned n = fg_blocks(a.N, SIDE), B = (unsigned)a.B;
-    cudaFuncSetAttribute(plain_keys<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    cudaFuncSetAttribute(plain_queries<W>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    plain_keys<W><<<dim3(n, (unsigned)a.Hkv, B), 256, bytes, stream>>>(a);
-    plain_queries<W><<<dim3(n, (unsigned)a.H, B), 256, bytes, stream>>>(a);
-}
-
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
     const args a = arguments(e);
@@ -996,9 +877,7 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     if (a.sm90) fg_forget_attention_grad_sm90(a, stream);
     else if (matrices && a.D <= 64) run_matrices<shape64>(a, stream);
     else if (matrices) run_matrices<shape128>(a, stream);
-    else if (a.D <= 64) run_plain<64>(a, stream);
-    else if (a.D <= 128) run_plain<128>(a, stream);
-    else run_plain<256>(a, stream);
+    else fg_forget_attention_grad_plain(a, stream);
     if (a.log_f)
         gates_gradient<<<dim3((unsigned)a.H, (unsigned)a.B), 1024, 0, stream>>>(a, matrices);
     else gates_zero<<<fg_blocks(a.B * a.N * a.H, 256), 256, 0, stream>>>(a);

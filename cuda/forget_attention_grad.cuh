@@ -1,4 +1,4 @@
-/* forget_attention_grad.cuh - what both files of forget_attention_grad share: arguments, turns. */
+/* forget_attention_grad.cuh - what the files of forget_attention_grad share: arguments, turns. */
 #ifndef FG_FORGET_ATTENTION_GRAD_CUH
 #define FG_FORGET_ATTENTION_GRAD_CUH
 #include "attention.cuh"
@@ -6,6 +6,7 @@
 static constexpr int SOME = 16;          /* queries whose ds is summed up in one */
 static constexpr float LOG_F_MIN = -100; /* below it the gate's gradient is 0 */
 static constexpr int UNSEEN = INT32_MAX; /* the lowest key of a row that sees none */
+static constexpr int ROWS = 64;          /* queries of a tile, but for wgmma and D <= 64: 128 */
 
 /* What does not depend on the tile sizes.  Per-token arrays are [B,H,np], np a multiple of 128. */
 struct args {
@@ -89,4 +90,6 @@ static __device__ __forceinline__ void copy8(unsigned to, const void *from)
 /* The tiles on wgmma, for bf16 and D <= 128; whether this device and this build have it. */
 void fg_forget_attention_grad_sm90(const args &a, cudaStream_t stream);
 bool fg_forget_attention_grad_has_sm90();
+/* Everything but the gates' gradient in f32, for any D up to 256. */
+void fg_forget_attention_grad_plain(const args &a, cudaStream_t stream);
 #endif

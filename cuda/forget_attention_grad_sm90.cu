@@ -13,7 +13,8 @@
  * That made a fixed order free: 4.56 ms with turns, 4.58 ms without, at the first shape below.
  *
  * Measured on one H100 80GB HBM3, 2026-11-26, B = 1, T = 16384, gates, all kernels of the op:
- * 24 heads of 64 4.56 ms (452 TFLOP/s), 12 heads of 128 3.97 ms (519 TFLOP/s).
+ * 24 heads of 64 4.56 ms (452 TFLOP/s), 12 heads of 128 3.97 ms (519 TFLOP/s).  Without gates, and
+ * without their sums, 4.24 and 3.94 ms.
  *
  * Matrices lie in shared memory as wgmma.cuh says. */
 #include <cuda.h>
@@ -25,9 +26,10 @@
 /* [B,N,H,D] as the copy engine sees it */
 struct maps { CUtensorMap q, go, k, v; };
 
-/* D columns; QT queries of a tile; P panels of 64 columns; where things lie, of Q, GO, DS, GQ,
- * level and delta (ROW) and PART two each; bytes of one. */
-template <int D_> struct layout {
+/* D columns; GATE: with gates; QT queries of a tile; P panels of 64 columns; where things lie, of
+ * Q, GO, DS, GQ, level and delta (ROW) and PART two each; bytes of one. */
+template <int D_, bool GATE_> struct layout {
+    static constexpr bool GATE = GATE_;
     static constexpr int D = D_, QT = D == 64 ? 128 : 64, P = D / 64;
     static constexpr int K_AT = 0, V_AT = K_AT + KEYS * D * 2, Q_AT = V_AT + KEYS * D * 2;
     static constexpr int TILE = QT * D * 2, GO_AT = Q_AT + 2 * TILE, DS_AT = GO_AT + 2 * TILE;
@@ -207,7 +209,8 @@ static __device__ __forceinline__ void load_role(const args &a, const maps &m, s
             bulk_load(row + 2 * S::QT * 4, a.delta + at, S::QT * 4, bar);
             const fg_gate_block *block = a.gates.block + head * a.gates.blocks;
             float d = 0;
-            if (a.gates.block) d = (float)(block[t0 / FG_GATE_BLOCK].base - block[w.j].base);
+            if (S::GATE && a.gates.block)
+                d = (float)(block[t0 / FG_GATE_BLOCK].base - block[w.j].base);
             shared_put(w.memory + S::BASE_AT + stage * 4, d);
             if (blind) barrier_arrive(go_bar);
         }
@@ -243,7 +246,7 @@ template <class S> static __device__ __forceinline__ void add_role(const args &a
             asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
         __syncwarp();
-        if (lane < S::QT / SOME) {
+        if (S::GATE && lane < S::QT / SOME) {
             float sum = 0, *row = a.rows + tile * (S::QT / SOME) + lane;
             for (int k = 0; k < 8; k++) sum += shared_get(part + k * 4);
             if (rank == 0) *row = sum;
@@ -273,7 +276,8 @@ static __device__ __forceinline__ void head_begin(const args &a, const steps &w,
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         s.column[r] = 0;
-        s.ell[r] = a.gates.ell ? a.gates.ell[head * a.np + s.key0 + s.lane / 4 + 8 * r] : 0;
+        s.ell[r] = S::GATE && a.gates.ell
+                 ? a.gates.ell[head * a.np + s.key0 + s.lane / 4 + 8 * r] : 0;
     }
 }
 template <class S>
@@ -281,7 +285,7 @@ static __device__ __forceinline__ void head_end(const args &a, const steps &w, c
                                                 int h)
 {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
+    for (int r = 0; S::GATE && r < 2; r++) {
         const float sum = fg_warp_sum<4>(s.column[r]);
         const int64_t key = s.key0 + s.lane / 4 + 8 * r;
         if (s.lane % 4 == 0) a.column[(w.b * a.H + h) * a.np + key] = sum;
@@ -326,7 +330,7 @@ static __device__ __forceinline__ void weights(const args &a, const steps &w, co
                                                float (&z)[S::ZN])
 {
     const unsigned rows = w.memory + S::ROW_AT + w.stage() * S::QT * 4 + s.lane % 4 * 8;
-    const float d = shared_get(w.memory + S::BASE_AT + w.stage() * 4);
+    const float d = S::GATE ? shared_get(w.memory + S::BASE_AT + w.stage() * 4) : 0;
     wgmma_wait<1>();
     pin(z);
     const float less[2] = { s.ell[0] - d, s.ell[1] - d };
@@ -334,9 +338,10 @@ static __device__ __forceinline__ void weights(const args &a, const steps &w, co
     for (int n = 0; n < S::QT / 8; n++) {
         const float2 level = shared_float2(rows + n * 32);
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-            z[n * 4 + e] = fg_exp2(fmaf(z[n * 4 + e], a.scale2, e & 1 ? -level.y : -level.x)
-                                   - less[e >> 1]);
+        for (int e = 0; e < 4; e++) {
+            const float x = fmaf(z[n * 4 + e], a.scale2, e & 1 ? -level.y : -level.x);
+            z[n * 4 + e] = fg_exp2(S::GATE ? x - less[e >> 1] : x);
+        }
     }
     if (MASKED) mask<S>(a, w, s, z);
 }
@@ -361,7 +366,7 @@ static __device__ __forceinline__ void slopes(const steps &w, worker<S> &s,
 #pragma unroll
         for (int e = 0; e < S::ZN; e++) dp[e] = p[e] == 0 ? 0 : dp[e];
 #pragma unroll
-    for (int e = 0; e < S::QT / SOME; e++) {
+    for (int e = 0; S::GATE && e < S::QT / SOME; e++) {
         const float *x = dp + 8 * e;
         const float upper = (x[0] + x[1]) + (x[4] + x[5]), lower = (x[2] + x[3]) + (x[6] + x[7]);
         s.column[0] += upper, s.column[1] += lower;
@@ -442,7 +447,7 @@ static __device__ __forceinline__ void stage_put(const steps &w, const worker<S>
                                                  float (&part)[S::QT / SOME])
 {
     const int x = s.warp * 32 + s.lane;
-    const float sum = sums_of_many(part, s.lane);
+    const float sum = S::GATE ? sums_of_many(part, s.lane) : 0;
     barrier_wait(w.template bar<S>(FREE + w.stage()), w.phase() ^ 1);
     const unsigned to = w.memory + S::GQ_AT + w.stage() * S::GQ + s.group * (S::GQ / 2) + x * 16;
     const unsigned sums = w.memory + S::PART_AT + w.stage() * S::PART;
@@ -452,7 +457,7 @@ static __device__ __forceinline__ void stage_put(const steps &w, const worker<S>
                      :: "r"(to + n * 2048), "f"(gq[4 * n]), "f"(gq[4 * n + 1]), "f"(gq[4 * n + 2]),
                         "f"(gq[4 * n + 3]) : "memory");
     constexpr int LANES = 32 / (S::QT / SOME);
-    if (s.lane % LANES == 0)
+    if (S::GATE && s.lane % LANES == 0)
         shared_put(sums + (s.lane / LANES * 8 + s.group * 4 + s.warp) * 4, sum);
     proxy_fence();
     barrier_arrive(w.template bar<S>(STAGED + 2 * w.stage() + s.group));
@@ -653,14 +658,16 @@ template <class S> static void run(const args &a, cudaStream_t stream)
 
 void fg_forget_attention_grad_sm90(const args &a, cudaStream_t stream)
 {
-    if (a.D <= 64) run<layout<64>>(a, stream);
-    else run<layout<128>>(a, stream);
+    if (a.D <= 64 && a.log_f) run<layout<64, true>>(a, stream);
+    else if (a.D <= 64) run<layout<64, false>>(a, stream);
+    else if (a.log_f) run<layout<128, true>>(a, stream);
+    else run<layout<128, false>>(a, stream);
 }
 
 bool fg_forget_attention_grad_has_sm90()
 {
     cudaFuncAttributes f;
-    if (cudaFuncGetAttributes(&f, tile_of_keys<layout<64>>) != cudaSuccess) {
+    if (cudaFuncGetAttributes(&f, tile_of_keys<layout<64, true>>) != cudaSuccess) {
         cudaGetLastError();              /* no error of the caller's */
         return false;
     }

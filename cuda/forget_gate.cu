@@ -91,7 +91,7 @@ static __global__ void __launch_bounds__(THREADS) backward(const gates a)
 static int64_t parts_of(int64_t rows)
 {
     const int64_t parts = (rows + WALKED - 1) / WALKED;
-    return parts < 1 ? 1 : parts < MOST_PARTS ? parts : MOST_PARTS;
+    return parts < 1 ? 1 : parts < MOST_PARTS ? parts : (int64_t)MOST_PARTS;
 }
 
 static const char *unfit(const fg_infer *c)

@@ -1,263 +1,33 @@
-/* gated_linear_attention.cu - ops/gated_linear_attention.c on a GPU.
- *
- *     S_t = diag(e^(g_t)) S_(t-1) + k_t v_t^T,   o_t = scale S_t^T q_t
- *
- * bf16, K = V = 128, 64 rows or more: chunks of 64 rows (linear_attention.cuh) with, per channel,
- *     Q_t = q_t e^(b_t),  K_s = k_s e^(b_end - b_s),  A_ts = sum_d q_td k_sd e^(b_td - b_sd)
- * and b the sum of g from the chunk's start.  A falls in blocks of 16 x 16.  Left of the diagonal
- * both factors are taken relative to the first row of the block's queries and are <= 1.  On the
- * diagonal the keys' factor grows: up to 80 nats it is taken so too, beyond, pair by pair.  Sums of
- * g are kept relative to every 16th row, so that one strong gate costs others no digits; g is taken
- * as -110 at least, where e^g is 0 in f32.
- * Anything else: row by row (linear_attention_rows.cuh).
- *
- * Bytes of 1 x 16384 rows, 12 heads, a unit is 50 MB: forward 13 (least 6), gradient 30 (least 12).
- */
-#include "linear_attention.cuh"
+/* gated_linear_attention.cu - ops/gated_linear_attention.c on a GPU: in chunks on tensor cores
+ * (gated_linear_attention.cuh) or row by row (linear_attention_rows.cuh). */
+#include "gated_linear_attention.cuh"
 #include "linear_attention_rows.cuh"
 
-#define HALF   64                                /* channels of a block of join */
-#define BLOCKS (LA_ROWS / 16)
-#define GUARD  115.0f                            /* 80 nats in units of log2 */
-
-/* Gates of a chunk and W channels in units of log2, by blocks of 16 rows. */
-template <int W> struct gates {
-    static constexpr int lane = W + 8;           /* floats from row to row of lambda */
-    float lambda[LA_ROWS * lane];                /* from the first row of its block to row t */
-    float first[BLOCKS][W];                      /* g of the first row */
-    float total[BLOCKS - 1][W];                  /* from first row to first row */
-    float before[BLOCKS][W];                     /* from the chunk's start to and with first rows */
-    float behind[BLOCKS][W];                     /* from the first row to the chunk's last */
-};
-
-/* THREADS a multiple of W. */
-template <int THREADS, int W>
-static __device__ __forceinline__ void fill_gates(gates<W> *z, const float *g, int64_t row, int n)
+static bool in_chunks(const fg_shape *shape, const fg_dtype *type, const fg_dtype *out)
 {
-    constexpr int LANE = gates<W>::lane;
-    const int d = threadIdx.x % W;
-    for (int i = threadIdx.x / W; i < BLOCKS; i += THREADS / W) {
-        float x[16], sum = 0;
-#pragma unroll
-        for (int r = 0; r < 16; r++) x[r] = 16 * i + r < n ? g[(16 * i + r) * row + d] : 0.0f;
-#pragma unroll
-        for (int r = 0; r < 16; r++) {
-            const float y = (x[r] < -110.0f ? -110.0f : x[r]) * (float)FG_LOG2_E;
-            if (r) sum += y;
-            else z->first[i][d] = y;
-            z->lambda[(16 * i + r) * LANE + d] = sum;
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x < W) {
-        float sum = z->first[0][d], total[BLOCKS - 1];
-#pragma unroll
-        for (int i = 0; i < BLOCKS; i++) {
-            z->before[i][d] = sum;
-            if (i == BLOCKS - 1) break;
-            total[i] = z->lambda[(16 * i + 15) * LANE + d] + z->first[i + 1][d];
-            z->total[i][d] = total[i];
-            sum += total[i];
-        }
-        sum = z->lambda[(LA_ROWS - 1) * LANE + d];
-#pragma unroll
-        for (int i = BLOCKS - 1; i >= 0; i--) {
-            z->behind[i][d] = sum;
-            if (i) sum += total[i - 1];
-        }
-    }
-    __syncthreads();
+    return la_in_chunks(&shape[1], &shape[2], type, 0) && out[0] == FG_BF16;
+}
+/* q, k, v from input i on, g behind them */
+static inputs inputs_of(const fg_exec *e, int i)
+{
+    const int64_t row = e->in_shape[i].dim[2] * LA_WIDTH;
+    return { (const bf16 *)e->in[i], (const bf16 *)e->in[i + 1], (const bf16 *)e->in[i + 2], row,
+             row, row, (const float *)e->in[i + 3], nullptr };
 }
 
-/* From the first row of block j to that of block i, j <= i. */
-template <int W>
-static __device__ __forceinline__ float2 apart(const gates<W> *z, int i, int j, int d)
+static operands cut(char *base, size_t *used, const la_task &z)
 {
-    float2 sum = make_float2(0, 0);
-    for (int k = j; k < i; k++) {
-        const float2 x = *(const float2 *)&z->total[k][d];
-        sum.x += x.x;
-        sum.y += x.y;
-    }
-    return sum;
-}
-template <int W>
-static __device__ __forceinline__ float2 lambda_at(const gates<W> *z, int r, int d)
-{
-    return *(const float2 *)&z->lambda[r * gates<W>::lane + d];
-}
-/* Two bf16 times 2^x, 2^y. */
-static __device__ __forceinline__ uint32_t turned_down(uint32_t u, float x, float y)
-{
-    return fg_pack2(la_low_half(u) * fg_exp2(x), la_high_half(u) * fg_exp2(y));
-}
-/* The keys' factor of block i stays below e^80 in the channels [d0,d1). */
-template <int W>
-static __device__ __forceinline__ bool is_tame(const gates<W> *z, int i, int d0, int d1)
-{
-    float worst = 0;
-    for (int d = d0 + (int)threadIdx.x % 32; d < d1; d += 32) {
-        const float x = -z->lambda[(16 * i + 15) * gates<W>::lane + d];
-        worst = x <= worst ? worst : x;          /* NaN is not tame */
-    }
-    return !__any_sync(~0u, !(worst <= GUARD));
-}
-
-struct operands {                                /* of all chunks, in scratch */
-    bf16 *q, *k;                                 /* [B,H,chunks*64,128]: Q and K of the chain */
-    bf16 *A;                                     /* [B,H,chunks,64,64] */
-    float *decay;                                /* [B,H,chunks,128] */
-};
-
-static operands cut_operands(char *base, size_t *used, int64_t heads, int64_t chunks)
-{
-    const size_t panel = (size_t)(heads * chunks) * LA_ROWS * sizeof(bf16);
-    operands s;
-    s.q = (bf16 *)la_cut(base, used, panel * LA_WIDTH);
-    s.k = (bf16 *)la_cut(base, used, panel * LA_WIDTH);
-    s.A = (bf16 *)la_cut(base, used, panel * LA_ROWS);
-    s.decay = (float *)la_cut(base, used, (size_t)(heads * chunks) * LA_WIDTH * sizeof(float));
+    operands s = {};
+    cut_prepared(base, used, z, &s);
+    cut_ends(base, used, z, false, &s);
     return s;
-}
-
-struct inputs { const bf16 *q, *k, *v; const float *g; };    /* [B,T,H,128] */
-
-/* ---- preparing a chunk ----------------------------------------------------------------------- */
-
-struct prepared {
-    bf16 q[LA_ROWS * LA_WIDTH], k[LA_ROWS * LA_WIDTH];
-    gates<LA_WIDTH> z;
-    int start[LA_ROWS];
-    uint32_t marks[2];
-};
-
-/* Block (i,j) of A, by one warp. */
-static __device__ __forceinline__ void pairs_block(const prepared *sm, int i, int j, bf16 *A)
-{
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    float acc[2][4];
-    la_zero<2>(acc);
-    for (int k = 0; k < LA_WIDTH; k += 16) {
-        uint32_t a[4], b[4];
-        const float2 near = apart(&sm->z, i, j, k + c), far = apart(&sm->z, i, j, k + c + 8);
-        la_a<LA_WIDTH>(a, fg_shared(sm->q), 16 * i, k);
-        la_b<LA_WIDTH>(b, fg_shared(sm->k), k, 16 * j);
-#pragma unroll
-        for (int x = 0; x < 4; x++) {            /* rows g, g + 8; columns c, then c + 8 */
-            const float2 l = lambda_at(&sm->z, 16 * i + g + x % 2 * 8, k + c + x / 2 * 8);
-            a[x] = turned_down(a[x], l.x, l.y);
-        }
-#pragma unroll
-        for (int x = 0; x < 4; x++) {            /* columns c, c + 8 of row g, then of row g + 8 */
-            const float2 l = lambda_at(&sm->z, 16 * j + g + x / 2 * 8, k + c + x % 2 * 8);
-            const float2 off = x % 2 ? far : near;
-            b[x] = turned_down(b[x], off.x - l.x, off.y - l.y);
-        }
-        la_mma2(acc, a, b);
-    }
-#pragma unroll
-    for (int y = 0; y < 2; y++)
-#pragma unroll
-        for (int x = 0; x < 2; x++) {
-            const int t = 16 * i + g + 8 * x, s = 16 * j + 8 * y + c, from = sm->start[t];
-            const bool first = s <= t && s >= from, second = s + 1 <= t && s + 1 >= from;
-            *(uint32_t *)(A + t * LA_ROWS + s) = fg_pack2(first ? acc[y][2 * x] : 0.0f,
-                                                          second ? acc[y][2 * x + 1] : 0.0f);
-        }
-}
-
-/* A block on the diagonal whose factors would overflow: pair by pair. */
-static __device__ void pairs_exactly(prepared *sm, int i, bf16 *A)
-{
-    for (int p = threadIdx.x % 32; p < 256; p += 32) {
-        const int t = 16 * i + p / 16, s = 16 * i + p % 16;
-        float sum = 0;
-        for (int d = 0; s <= t && s >= sm->start[t] && d < LA_WIDTH; d += 2) {
-            const uint32_t q = *la_pair<LA_WIDTH>(sm->q, t, d), k = *la_pair<LA_WIDTH>(sm->k, s, d);
-            const float2 x = lambda_at(&sm->z, t, d), y = lambda_at(&sm->z, s, d);
-            sum = fmaf(la_low_half(q) * la_low_half(k), fg_exp2(x.x - y.x), sum);
-            sum = fmaf(la_high_half(q) * la_high_half(k), fg_exp2(x.y - y.y), sum);
-        }
-        A[t * LA_ROWS + s] = __float2bfloat16_rn(sum);
-    }
-}
-
-static __global__ void __launch_bounds__(256)
-prepare(const __grid_constant__ la_task z, inputs x, operands s)
-{
-    extern __shared__ __align__(1024) char memory[];
-    prepared *sm = (prepared *)memory;
-    const int64_t chunk = blockIdx.x, bh = blockIdx.y, b = bh / z.H, h = bh % z.H;
-    const int64_t at = ((b * z.T + chunk * LA_ROWS) * z.H + h) * LA_WIDTH, row = z.H * LA_WIDTH;
-    const int64_t to = (bh * z.chunks + chunk) * LA_ROWS;
-    const int n = la_rows(z, chunk), warp = threadIdx.x / 32;
-    la_load<LA_WIDTH, 256>(sm->q, x.q + at, row, n, threadIdx.x);
-    la_load<LA_WIDTH, 256>(sm->k, x.k + at, row, n, threadIdx.x);
-    fg_copy_commit();
-    la_starts(z, b, chunk, sm->start, sm->marks);
-    fill_gates<256>(&sm->z, x.g + at, row, n);
-    fg_copy_wait<0>();
-    __syncthreads();
-    bf16 *A = s.A + to * LA_ROWS;
-    for (int p = warp; p < 10; p += 8) {         /* from the last row of blocks */
-        const int i = p < 4 ? 3 : p < 7 ? 2 : p < 9 ? 1 : 0, j = p < 4 ? p : p < 7 ? p - 4
-                    : p < 9 ? p - 7 : 0;
-        if (i == j && !is_tame(&sm->z, i, 0, LA_WIDTH)) pairs_exactly(sm, i, A);
-        else pairs_block(sm, i, j, A);
-    }
-    const int last = sm->start[n - 1];
-    for (int p = threadIdx.x; p < LA_ROWS * LA_WIDTH / 8; p += 256) {
-        const int r = p / 16, d = p % 16 * 8, i = r / 16;
-        const bool reached = sm->start[r] == -1, passes = la_passes(r, n, last);
-        uint32_t q[4], k[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const float2 l = lambda_at(&sm->z, r, d + 2 * e);
-            const float2 in = *(const float2 *)&sm->z.before[i][d + 2 * e];
-            const float2 out = *(const float2 *)&sm->z.behind[i][d + 2 * e];
-            q[e] = turned_down(*la_pair<LA_WIDTH>(sm->q, r, d + 2 * e), in.x + l.x, in.y + l.y);
-            k[e] = turned_down(*la_pair<LA_WIDTH>(sm->k, r, d + 2 * e), out.x - l.x, out.y - l.y);
-            q[e] = reached ? q[e] : 0;
-            k[e] = passes ? k[e] : 0;
-        }
-        *(uint4 *)(s.q + (to + r) * LA_WIDTH + d) = make_uint4(q[0], q[1], q[2], q[3]);
-        *(uint4 *)(s.k + (to + r) * LA_WIDTH + d) = make_uint4(k[0], k[1], k[2], k[3]);
-    }
-    if (threadIdx.x < LA_WIDTH) {
-        const int d = threadIdx.x;
-        s.decay[(bh * z.chunks + chunk) * LA_WIDTH + d] =
-            last == -1 ? fg_exp2(sm->z.first[0][d] + sm->z.behind[0][d]) : 0;
-    }
-}
-
-static void launch_prepare(const la_task &z, const inputs &x, const operands &s,
-                           cudaStream_t stream)
-{
-    const int bytes = (int)sizeof(prepared);
-    cudaFuncSetAttribute(prepare, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    prepare<<<dim3((unsigned)z.chunks, (unsigned)(z.B * z.H)), 256, bytes, stream>>>(z, x, s);
-}
-
-/* ---- forward --------------------------------------------------------------------------------- */
-
-static la_chain chain_of(const la_task &z, const operands &s, const bf16 *u)
-{
-    const int64_t own = z.chunks * LA_ROWS * LA_WIDTH, row = z.H * LA_WIDTH;
-    la_chain c = {};
-    c.z = z;
-    c.q = { s.q, z.H * own, own, LA_WIDTH };
-    c.k = { s.k, z.H * own, own, LA_WIDTH };
-    c.u = { u, z.T * row, LA_WIDTH, row };
-    c.A = s.A, c.decay = s.decay;
-    return c;
 }
 
 static size_t scratch(const fg_infer *c)
 {
-    const int64_t chunks = (c->in[1].dim[1] + LA_ROWS - 1) / LA_ROWS;
     size_t used = 0;
-    if (la_in_chunks(&c->in[1], &c->in[2], c->in_type, 0) && c->out_type[0] == FG_BF16)
-        cut_operands(nullptr, &used, c->in[1].dim[0] * c->in[1].dim[2], chunks);
+    if (in_chunks(c->in, c->in_type, c->out_type))
+        cut(nullptr, &used, la_task_of(&c->in[1], 1, nullptr, nullptr, nullptr));
     return used;
 }
 
@@ -266,21 +36,11 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     const struct fg_attr_gated_linear_attention *a =
         (const struct fg_attr_gated_linear_attention *)e->attr;
     const la_task z = la_task_of(&e->in_shape[1], a->scale, e->in[4], e->in[5], e->in[6]);
-    if (!la_in_chunks(&e->in_shape[1], &e->in_shape[2], e->in_type, 0)
-        || e->out_type[0] != FG_BF16) {
-        rows_forward<false>(e, z, stream);
-        return;
-    }
     size_t used = 0;
-    const operands s = cut_operands((char *)e->scratch, &used, z.B * z.H, z.chunks);
-    const inputs x = { (const bf16 *)e->in[0], (const bf16 *)e->in[1], (const bf16 *)e->in[2],
-                       (const float *)e->in[3] };
-    const int64_t row = z.H * LA_WIDTH;
-    launch_prepare(z, x, s, stream);
-    la_chain c = chain_of(z, s, x.v);
-    c.o = { (bf16 *)e->out[0], z.T * row, LA_WIDTH, row };
-    c.to = (float *)e->out[1];
-    la_run_forward<false>(c, stream);
+    if (in_chunks(e->in_shape, e->in_type, e->out_type))
+        launch_forward<false>(z, inputs_of(e, 0), cut((char *)e->scratch, &used, z),
+                              (bf16 *)e->out[0], (float *)e->out[1], stream);
+    else rows_forward<false>(e, z, stream);
 }
 
 static const char *unfit(const fg_infer *c) { return rows_unfit(&c->in[1], &c->in[2]); }
@@ -289,320 +49,11 @@ FG_KERNEL(gated_linear_attention) = { .launch = launch, .unfit = unfit, .scratch
 
 /* ---- gradient -------------------------------------------------------------------------------- */
 
-struct gradients { bf16 *q, *k; float *g; };     /* [B,T,H,128] */
-
-/* Of half the channels: two blocks share a multiprocessor. */
-struct joined {
-    bf16 v[LA_ROWS * LA_WIDTH], go[LA_ROWS * LA_WIDTH];
-    bf16 q[LA_ROWS * HALF], k[LA_ROWS * HALF];
-    bf16 S[LA_WIDTH * HALF], R[LA_WIDTH * HALF];         /* [value][channel] */
-    bf16 gA[LA_ROWS * LA_ROWS];                  /* scale go_t.v_s for s < t, else 0 */
-    float own[LA_ROWS];                          /* scale go_t.v_t */
-    gates<HALF> z;
-    int start[LA_ROWS];
-    uint32_t marks[2];
-};
-
-/* Block (i,j) of gA, at or below the diagonal, by one warp. */
-static __device__ __forceinline__ void pair_gradients(joined *sm, int i, int j, float scale)
+static way_back cut_back(char *base, size_t *used, const la_task &z)
 {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    float acc[2][4];
-    la_zero<2>(acc);
-#pragma unroll
-    for (int k = 0; k < LA_WIDTH; k += 16) {
-        uint32_t a[4], b[4];
-        la_a<LA_WIDTH>(a, fg_shared(sm->go), 16 * i, k);
-        la_b<LA_WIDTH>(b, fg_shared(sm->v), k, 16 * j);
-        la_mma2(acc, a, b);
-    }
-#pragma unroll
-    for (int y = 0; y < 2; y++)
-#pragma unroll
-        for (int x = 0; x < 2; x++) {
-            const int t = 16 * i + g + 8 * x, s = 16 * j + 8 * y + c, from = sm->start[t];
-            float v[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const float p = scale * acc[y][2 * x + e];
-                v[e] = s + e < t && s + e >= from ? p : 0;
-                if (s + e == t) sm->own[t] = from == LA_NONE ? 0 : p;
-            }
-            *la_pair<LA_ROWS>(sm->gA, t, s) = fg_pack2(v[0], v[1]);
-        }
-}
-
-/* out[4][4]: 64 rows by this warp's 8 channels of x M, M: [value][channel] */
-static __device__ __forceinline__ void through_state(float out[4][4], uint32_t x, uint32_t M)
-{
-    const int d0 = threadIdx.x / 32 * 8, q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
-    la_zero<4>(out);
-#pragma unroll 1
-    for (int k = 0; k < LA_WIDTH; k += 32) {
-        uint32_t a[4], b[4];
-        fg_ldmatrix_trans(b, M + fg_swizzle<HALF>(k + 8 * q + i, d0 / 8));
-#pragma unroll
-        for (int m = 0; m < 4; m++) {
-            la_a<LA_WIDTH>(a, x, 16 * m, k);
-            fg_mma(out[m], a, b[0], b[1]);
-            la_a<LA_WIDTH>(a, x, 16 * m, k + 16);
-            fg_mma(out[m], a, b[2], b[3]);
-        }
-    }
-}
-
-/* What pairs of one block add to its queries' and keys' gradients, gates too strong to factor. */
-static __device__ void block_exactly(joined *sm, int i, int d, float gq[4], float gk[4])
-{
-    const int g = threadIdx.x % 32 / 4;
-    for (int x = 0; x < 2; x++) {
-        const int t = 16 * i + g + 8 * x;
-        const float2 own = lambda_at(&sm->z, t, d);
-        for (int r = 16 * i; r < 16 * i + 16; r++) {
-            const float2 l = lambda_at(&sm->z, r, d);
-            const float from = __bfloat162float(
-                ((const bf16 *)la_pair<LA_ROWS>(sm->gA, t, r & ~1))[r & 1]);
-            const float to = __bfloat162float(
-                ((const bf16 *)la_pair<LA_ROWS>(sm->gA, r, t & ~1))[t & 1]);
-            const uint32_t k = *la_pair<HALF>(sm->k, r, d), q = *la_pair<HALF>(sm->q, r, d);
-            if (r < t) {
-                gq[2 * x] = fmaf(from * la_low_half(k), fg_exp2(own.x - l.x), gq[2 * x]);
-                gq[2 * x + 1] = fmaf(from * la_high_half(k), fg_exp2(own.y - l.y), gq[2 * x + 1]);
-            } else if (r > t) {
-                gk[2 * x] = fmaf(to * la_low_half(q), fg_exp2(l.x - own.x), gk[2 * x]);
-                gk[2 * x + 1] = fmaf(to * la_high_half(q), fg_exp2(l.y - own.y), gk[2 * x + 1]);
-            }
-        }
-    }
-}
-
-/* Sums of a channel along the 64 rows, in fragments: row 16 m + 8 x + g is v[m][2 x + e]. */
-static __device__ __forceinline__ void sums_from_behind(float v[4][4])       /* inclusive */
-{
-    const int g = threadIdx.x % 32 / 4;
-    float carry[2] = { 0, 0 };
-#pragma unroll
-    for (int p = 7; p >= 0; p--)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float x = v[p / 2][p % 2 * 2 + e];
-#pragma unroll
-            for (int k = 1; k < 8; k *= 2) {
-                const float y = __shfl_down_sync(~0u, x, 4 * k);
-                if (g + k < 8) x += y;
-            }
-            const float all = __shfl_sync(~0u, x, threadIdx.x % 4);
-            v[p / 2][p % 2 * 2 + e] = x + carry[e];
-            carry[e] += all;
-        }
-}
-static __device__ __forceinline__ void sums_before(float v[4][4])            /* exclusive */
-{
-    const int g = threadIdx.x % 32 / 4;
-    float carry[2] = { 0, 0 };
-#pragma unroll
-    for (int p = 0; p < 8; p++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const float own = v[p / 2][p % 2 * 2 + e];
-            float x = own;
-#pragma unroll
-            for (int k = 1; k < 8; k *= 2) {
-                const float y = __shfl_up_sync(~0u, x, 4 * k);
-                if (g >= k) x += y;
-            }
-            const float all = __shfl_sync(~0u, x, 28 + threadIdx.x % 4);
-            const float before = __shfl_up_sync(~0u, x, 4);
-            v[p / 2][p % 2 * 2 + e] = carry[e] + (g ? before : 0.0f);
-            carry[e] += all;
-        }
-}
-
-/* sum_j S_jd R_jd for the two channels of this thread's fragments */
-static __device__ __forceinline__ float2 state_products(const joined *sm)
-{
-    const int lane = threadIdx.x % 32, chunk = threadIdx.x / 32;
-    float sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-        const uint32_t at = fg_swizzle<HALF>(lane + 32 * p, chunk);
-        float x[8], y[8];
-        fg_unpack(*(const uint4 *)((const char *)sm->S + at), x);
-        fg_unpack(*(const uint4 *)((const char *)sm->R + at), y);
-#pragma unroll
-        for (int e = 0; e < 8; e++) sum[e] = fmaf(x[e], y[e], sum[e]);
-    }
-    float2 mine = make_float2(0, 0);
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-        sum[e] = fg_warp_sum(sum[e]);
-        if (lane % 4 == e / 2) (e % 2 ? mine.y : mine.x) = sum[e];
-    }
-    return mine;
-}
-
-/* The pairs of the chunk; gq, gk: fragments of 64 rows by this warp's channels, added to. */
-static __device__ __forceinline__ void chunk_pairs(joined *sm, float gq[4][4], float gk[4][4])
-{
-    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4 * 2, d0 = threadIdx.x / 32 * 8;
-    const int d = d0 + c;                        /* of sums; of operands it is d0 + g */
-    const uint32_t gA = fg_shared(sm->gA);
-#pragma unroll
-    for (int i = 0; i < BLOCKS; i++) {
-        const bool tame = is_tame(&sm->z, i, d0, d0 + 8);
-        float sum[4] = { 0, 0, 0, 0 }, off = 0;
-        uint32_t bq[2];
-#pragma unroll
-        for (int x = 0; x < 2; x++) {            /* Q relative to the block's first row */
-            const int r = 16 * i + c + 8 * x;
-            const bf16 *q0 = (const bf16 *)la_pair<HALF>(sm->q, r, d0) + g;
-            const bf16 *q1 = (const bf16 *)la_pair<HALF>(sm->q, r + 1, d0) + g;
-            const float *l = &sm->z.lambda[r * gates<HALF>::lane + d0 + g];
-            bq[x] = fg_pack2(__bfloat162float(*q0) * fg_exp2(l[0]),
-                             __bfloat162float(*q1) * fg_exp2(l[gates<HALF>::lane]));
-        }
-#pragma unroll
-        for (int j = i; j >= 0; j--) {
-            if (j < i) off += sm->z.total[j][d0 + g];
-            if (i == j && !tame) {
-                block_exactly(sm, i, d, gq[i], gk[i]);
-                continue;
-            }
-            uint32_t a[4], b[2];
-#pragma unroll
-            for (int x = 0; x < 2; x++) {
-                const int r = 16 * j + c + 8 * x;
-                const bf16 *k0 = (const bf16 *)la_pair<HALF>(sm->k, r, d0) + g;
-                const bf16 *k1 = (const bf16 *)la_pair<HALF>(sm->k, r + 1, d0) + g;
-                const float l0 = sm->z.lambda[r * gates<HALF>::lane + d0 + g];
-                const float l1 = sm->z.lambda[(r + 1) * gates<HALF>::lane + d0 + g];
-                b[x] = fg_pack2(__bfloat162float(*k0) * fg_exp2(off - l0),
-                                __bfloat162float(*k1) * fg_exp2(off - l1));
-            }
-            la_a<LA_ROWS>(a, gA, 16 * i, 16 * j);
-            fg_mma(sum, a, b[0], b[1]);
-            float to[4] = { 0, 0, 0, 0 };
-            la_a_turned<LA_ROWS>(a, gA, 16 * j, 16 * i);
-            fg_mma(to, a, bq[0], bq[1]);
-            const float2 gap = apart(&sm->z, i, j, d);
-#pragma unroll
-            for (int x = 0; x < 2; x++) {
-                const float2 l = lambda_at(&sm->z, 16 * j + g + 8 * x, d);
-                gk[j][2 * x] = fmaf(to[2 * x], fg_exp2(gap.x - l.x), gk[j][2 * x]);
-                gk[j][2 * x + 1] = fmaf(to[2 * x + 1], fg_exp2(gap.y - l.y), gk[j][2 * x + 1]);
-            }
-        }
-#pragma unroll
-        for (int x = 0; x < 2; x++) {
-            const float2 l = lambda_at(&sm->z, 16 * i + g + 8 * x, d);
-            gq[i][2 * x] = fmaf(sum[2 * x], fg_exp2(l.x), gq[i][2 * x]);
-            gq[i][2 * x + 1] = fmaf(sum[2 * x + 1], fg_exp2(l.y), gq[i][2 * x + 1]);
-        }
-    }
-}
-
-static __device__ __forceinline__ void load_half(bf16 *to, const bf16 *from)
-{
-    la_load<HALF, 256>(to, from, LA_WIDTH, LA_ROWS, threadIdx.x);
-    la_load<HALF, 256>(to + LA_ROWS * HALF, from + LA_ROWS * LA_WIDTH, LA_WIDTH, LA_ROWS,
-                       threadIdx.x);
-}
-
-static __global__ void __launch_bounds__(256, 2)
-join(const __grid_constant__ la_task z, inputs x, const bf16 *go, const bf16 *S, const bf16 *R,
-     gradients to)
-{
-    extern __shared__ __align__(1024) char memory[];
-    joined *sm = (joined *)memory;
-    const int64_t chunk = blockIdx.x / 2, bh = blockIdx.y, b = bh / z.H, h = bh % z.H;
-    const int64_t row = z.H * LA_WIDTH, all = ((b * z.T + chunk * LA_ROWS) * z.H + h) * LA_WIDTH;
-    const int64_t half = blockIdx.x % 2 * HALF, at = all + half;
-    const int64_t state = (bh * z.chunks + chunk) * LA_WIDTH * LA_WIDTH + half;
-    const int n = la_rows(z, chunk), g = threadIdx.x % 32 / 4;
-    const int d = threadIdx.x / 32 * 8 + threadIdx.x % 4 * 2;
-    la_load<LA_WIDTH, 256>(sm->go, go + all, row, n, threadIdx.x);
-    la_load<LA_WIDTH, 256>(sm->v, x.v + all, row, n, threadIdx.x);
-    fg_copy_commit();
-    la_load<HALF, 256>(sm->q, x.q + at, row, n, threadIdx.x);
-    la_load<HALF, 256>(sm->k, x.k + at, row, n, threadIdx.x);
-    load_half(sm->S, S + state);
-    load_half(sm->R, R + state);
-    fg_copy_commit();
-    la_starts(z, b, chunk, sm->start, sm->marks);
-    fill_gates<256>(&sm->z, x.g + at, row, n);
-    fg_copy_wait<1>();
-    __syncthreads();
-    for (int p = threadIdx.x / 32; p < 10; p += 8) {
-        const int i = p < 4 ? 3 : p < 7 ? 2 : p < 9 ? 1 : 0;
-        pair_gradients(sm, i, p < 4 ? p : p < 7 ? p - 4 : p < 9 ? p - 7 : 0, z.scale);
-    }
-    fg_copy_wait<0>();
-    __syncthreads();
-
-    float X[4][4], Y[4][4], inner_q[4][4], inner_k[4][4];
-    la_zero<4>(inner_q);
-    la_zero<4>(inner_k);
-    chunk_pairs(sm, inner_q, inner_k);
-    through_state(X, fg_shared(sm->go), fg_shared(sm->S));
-    const int last = sm->start[n - 1];
-#pragma unroll
-    for (int p = 0; p < 8; p++) {
-        const int i = p / 2, r = 8 * p + g, f = p % 2 * 2;
-        const bool reached = sm->start[r] == -1;
-        const float2 l = lambda_at(&sm->z, r, d), in = *(const float2 *)&sm->z.before[i][d];
-        const uint32_t qs = *la_pair<HALF>(sm->q, r, d), ks = *la_pair<HALF>(sm->k, r, d);
-        const float x = reached ? z.scale * fg_exp2(in.x + l.x) * X[i][f] : 0;
-        const float y = reached ? z.scale * fg_exp2(in.y + l.y) * X[i][f + 1] : 0;
-        const float u = x + inner_q[i][f], v = y + inner_q[i][f + 1], own = sm->own[r];
-        X[i][f] = la_low_half(qs) * u - la_low_half(ks) * inner_k[i][f];
-        X[i][f + 1] = la_high_half(qs) * v - la_high_half(ks) * inner_k[i][f + 1];
-        if (r < n)
-            *(uint32_t *)(to.q + at + r * row + d) =
-                fg_pack2(fmaf(own, la_low_half(ks), u), fmaf(own, la_high_half(ks), v));
-    }
-    through_state(Y, fg_shared(sm->v), fg_shared(sm->R));
-#pragma unroll
-    for (int p = 0; p < 8; p++) {
-        const int i = p / 2, r = 8 * p + g, f = p % 2 * 2;
-        const bool passes = la_passes(r, n, last);
-        const float2 l = lambda_at(&sm->z, r, d), out = *(const float2 *)&sm->z.behind[i][d];
-        const uint32_t qs = *la_pair<HALF>(sm->q, r, d), ks = *la_pair<HALF>(sm->k, r, d);
-        const float x = passes ? z.scale * fg_exp2(out.x - l.x) * Y[i][f] : 0;
-        const float y = passes ? z.scale * fg_exp2(out.y - l.y) * Y[i][f + 1] : 0;
-        const float own = sm->own[r];
-        Y[i][f] = la_low_half(ks) * x;
-        Y[i][f + 1] = la_high_half(ks) * y;
-        if (r < n)
-            *(uint32_t *)(to.k + at + r * row + d) =
-                fg_pack2(fmaf(own, la_low_half(qs), x + inner_k[i][f]),
-                         fmaf(own, la_high_half(qs), y + inner_k[i][f + 1]));
-    }
-    sums_from_behind(X);
-    sums_before(Y);
-    const float2 both = state_products(sm), first = *(const float2 *)&sm->z.first[0][d];
-    const float2 rest = *(const float2 *)&sm->z.behind[0][d];
-    const float through = last == -1 ? z.scale * both.x * fg_exp2(first.x + rest.x) : 0;
-    const float through1 = last == -1 ? z.scale * both.y * fg_exp2(first.y + rest.y) : 0;
-#pragma unroll
-    for (int p = 0; p < 8; p++) {
-        const int r = 8 * p + g, f = p % 2 * 2;
-        if (r >= n) continue;
-        const bool padding = sm->start[r] == LA_NONE;
-        const float u = X[p / 2][f] + Y[p / 2][f] + through;
-        const float v = X[p / 2][f + 1] + Y[p / 2][f + 1] + through1;
-        *(float2 *)(to.g + at + r * row + d) = make_float2(padding ? 0 : u, padding ? 0 : v);
-    }
-}
-
-struct way_back { operands s; bf16 *S, *R; };
-
-static way_back cut_way_back(char *base, size_t *used, int64_t heads, int64_t chunks)
-{
-    const size_t states = (size_t)(heads * chunks) * LA_WIDTH * LA_WIDTH * sizeof(bf16);
-    way_back w;
-    w.s = cut_operands(base, used, heads, chunks);
-    w.S = (bf16 *)la_cut(base, used, states);
-    w.R = (bf16 *)la_cut(base, used, states);
+    way_back w = {};
+    cut_prepared(base, used, z, &w.s);
+    cut_way_back(base, used, z, &w);
     return w;
 }
 
@@ -610,12 +61,11 @@ static size_t grad_scratch(const fg_infer *c)
 {
     const struct fg_attr_gated_linear_attention_grad *a =
         (const struct fg_attr_gated_linear_attention_grad *)c->attr;
-    const int64_t heads = c->in[3].dim[0] * c->in[3].dim[2];
-    const int64_t chunks = (c->in[3].dim[1] + LA_ROWS - 1) / LA_ROWS;
+    const la_task z = la_task_of(&c->in[3], a->scale, nullptr, nullptr, nullptr);
     size_t used = 0;
-    if (la_back_in_chunks(a->scale, c->in, c->in_type, c->out_type))
-        cut_way_back(nullptr, &used, heads, chunks);
-    else used = rows_grad_scratch(&c->in[3], &c->in[4]);
+    if (!la_back_in_chunks(a->scale, c->in, c->in_type, c->out_type))
+        return rows_grad_scratch(&c->in[3], &c->in[4]);
+    cut_back(nullptr, &used, z);
     return used;
 }
 
@@ -628,23 +78,15 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
         rows_backward<false>(e, z, stream);
         return;
     }
-    size_t used = 0;
-    const way_back w = cut_way_back((char *)e->scratch, &used, z.B * z.H, z.chunks);
-    const inputs x = { (const bf16 *)e->in[2], (const bf16 *)e->in[3], (const bf16 *)e->in[4],
-                       (const float *)e->in[5] };
-    const bf16 *go = (const bf16 *)e->in[0];
     const int64_t row = z.H * LA_WIDTH;
-    const int bytes = (int)sizeof(joined);
-    launch_prepare(z, x, w.s, stream);
-    la_chain forth = chain_of(z, w.s, x.v), back = chain_of(z, w.s, go);
-    forth.kept = w.S;
-    back.kept = w.R;
-    back.o = { (bf16 *)e->out[2], z.T * row, LA_WIDTH, row };
-    back.from = (const float *)e->in[1], back.to = (float *)e->out[4];
-    la_run_both_ways<false>(forth, back, stream);
-    cudaFuncSetAttribute(join, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    join<<<dim3(2 * (unsigned)z.chunks, (unsigned)(z.B * z.H)), 256, bytes, stream>>>(
-        z, x, go, w.S, w.R, { (bf16 *)e->out[0], (bf16 *)e->out[1], (float *)e->out[3] });
+    size_t used = 0;
+    const way_back w = cut_back((char *)e->scratch, &used, z);
+    const inputs x = inputs_of(e, 2);
+    const gradients to = { (bf16 *)e->out[0], (bf16 *)e->out[1], (bf16 *)e->out[2], row, row, row,
+                           (float *)e->out[3], nullptr };
+    launch_prepare<false>(z, x, w.s, stream);
+    launch_backward<false>(z, x, (const bf16 *)e->in[0], (const float *)e->in[1], w,
+                           to, (float *)e->out[4], stream);
 }
 
 static const char *grad_unfit(const fg_infer *c) { return rows_unfit(&c->in[3], &c->in[4]); }

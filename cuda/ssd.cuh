@@ -12,10 +12,11 @@
  * From j to an i in a later block of 16 tokens the decay is tail_j e^(sum_i - sum_last), with the
  * last token of j's block between them and tail_j = e^(sum_last - sum_j): one product a pair.
  *
- * States enter and leave chunks in f32, in registers, and go to the other kernels as bf16 [P,N]. */
+ * States pass from chunk to chunk in f32, in registers, and go to the other kernels as bf16. */
 #ifndef FG_SSD_CUH
 #define FG_SSD_CUH
 #include "attention.cuh"
+#include "wgmma.cuh"
 
 struct fg_ssd {
     const int32_t *first, *past;
@@ -53,10 +54,11 @@ struct fg_decays {
     int64_t chunks, padded;
 };
 
-static inline fg_decays fg_decays_cut(void *base, size_t *used, const fg_ssd &z, int R)
+/* Chunks of R tokens, `each` times a whole number of them. */
+static inline fg_decays fg_decays_cut(void *base, size_t *used, const fg_ssd &z, int R, int each)
 {
     fg_decays d;
-    d.chunks = (z.T + R - 1) / R;
+    d.chunks = (z.T + each * R - 1) / (each * R) * each;
     d.padded = d.chunks * R;
     const int64_t n = z.B * z.H * d.padded;
     d.sum = (float2 *)fg_ssd_cut(base, used, n, sizeof(float2));
@@ -78,6 +80,15 @@ static __device__ __forceinline__ float2 fg_two(double x)
 {
     const float high = (float)x;
     return make_float2(high, (float)(x - (double)high));
+}
+
+/* N floats, 2 or a multiple of 4. */
+template <int N> static __device__ __forceinline__ void fg_put_floats(float *to, const float *x)
+{
+    if (N == 2) *(float2 *)to = make_float2(x[0], x[1]);
+#pragma unroll
+    for (int i = 0; i + 4 <= N; i += 4)
+        *(float4 *)(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
 }
 
 /* A block per chunk of a sequence and eight heads, a warp each; a lane has R / 32 neighbouring
@@ -132,18 +143,24 @@ fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
         }
         const double upto = fg_warp_prefix(all), whole = __shfl_sync(~0u, upto, 31);
         const double to = __shfl_sync(~0u, upto, final);
+        float keep[E], left[E], tail[E], push[E];
+        float2 two[E];
 #pragma unroll
         for (int e = 0; e < E; e++) {
             const double s = upto - all + sum[e];
-            const float keep = count[e] == 0 ? fg_exp2((float)s) : 0.0f;
-            const float left = count[e] == last && !pad[e] ? fg_exp2((float)(whole - s)) : 0.0f;
-            d.sum[at + e] = fg_two(s);
-            d.dt[at + e] = step[e];
-            d.tail[at + e] = count[e] == block && !pad[e] ? fg_exp2((float)(to - s)) : 0.0f;
-            d.keep[at + e] = keep;
-            d.left[at + e] = left;
-            d.push[at + e] = left * step[e];
+            const bool leaves = count[e] == last && !pad[e], ends = count[e] == block && !pad[e];
+            two[e] = fg_two(s);
+            keep[e] = count[e] == 0 ? fg_exp2((float)s) : 0.0f;
+            left[e] = leaves ? fg_exp2((float)(whole - s)) : 0.0f;
+            tail[e] = ends ? fg_exp2((float)(to - s)) : 0.0f;
+            push[e] = left[e] * step[e];
         }
+        fg_put_floats<2 * E>((float *)(d.sum + at), (const float *)two);
+        fg_put_floats<E>(d.dt + at, step);
+        fg_put_floats<E>(d.tail + at, tail);
+        fg_put_floats<E>(d.keep + at, keep);
+        fg_put_floats<E>(d.left + at, left);
+        fg_put_floats<E>(d.push + at, push);
         if (lane == 0)
             d.whole[(b * z.H + h) * d.chunks + chunk] = last == 0 ? fg_exp2((float)whole) : 0.0f;
     }
@@ -225,6 +242,13 @@ static __device__ __forceinline__ void fg_tile_load(bf16 *to, const bf16 *from)
     for (int k = 0; k < ROWS / STEP; k++)
         fg_copy_async(m + k * STEP * WIDTH * 2, p + k * STEP * WIDTH, true);
 }
+/* What this thread copied and waited for is there for wgmma, behind a barrier. */
+static __device__ __forceinline__ void fg_async_fence()
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    proxy_fence();
+#endif
+}
 /* N floats, a multiple of 4. */
 template <int N>
 static __device__ __forceinline__ void fg_floats_load(float *to, const float *from)
@@ -260,25 +284,28 @@ static __device__ __forceinline__ void fg_store4(bf16 *to, const uint32_t *v)
 /* state = whole state + sum_j u_j weight_j v_j^T over a chunk, in both directions of time:
  *     forward   u = x, v = b, weight = push: the states that enter chunks
  *     back      u = gy, v = c, weight = keep: the gradients of the states that leave them
- * First every chunk's sum, then a running state that takes each sum's place. */
+ * A block walks all chunks with some columns of one head's state in registers. */
 struct fg_states {
     const bf16 *u, *v;
     int64_t u_row, v_row;                        /* elements between tokens */
     const float *weight;
     const float *from;                           /* f32[B,H,P,N]; NULL: 0 */
     float *to;                                   /* the same after the last chunk, or NULL */
-    bf16 *kept;                                  /* [B,H,chunks,P,N] before each chunk */
-    int64_t parts;                               /* blocks that share a group's heads */
+    bf16 *kept;                                  /* [B,H,chunks/each,N/64,P,64], before `each`
+                                                    chunks, each row as fg_swizzle<64> has it */
+    int each;
     bool back;
 };
+struct fg_both_states { fg_states s[2]; };       /* one direction for each gridDim.y */
 
 #define FG_STATE_P 64                            /* head width of the tensor core kernels */
-#define FG_STATE_BLOCKS 1024                     /* about */
+#define FG_STATE_COLUMNS 64                      /* of a block */
+template <int R> constexpr int fg_state_stages = R > 64 ? 3 : 4;    /* 99 KiB at most */
 
-template <int R, int N> struct fg_state_tile {
-    alignas(128) bf16 v[R * N];
-    alignas(128) bf16 u[2][R * FG_STATE_P];
-    alignas(16) float weight[2][R];
+template <int R> struct fg_state_tile {
+    alignas(1024) bf16 u[R * FG_STATE_P];
+    alignas(1024) bf16 v[R * FG_STATE_COLUMNS];
+    alignas(16) float weight[R];
 };
 
 static __device__ __forceinline__ uint32_t fg_scale2(uint32_t x, float a, float b)
@@ -286,134 +313,224 @@ static __device__ __forceinline__ uint32_t fg_scale2(uint32_t x, float a, float 
     return fg_pack2(__uint_as_float(x << 16) * a, __uint_as_float(x & 0xffff0000u) * b);
 }
 
-/* A block is a chunk and some heads of a group; a warp has 16 rows p and half the columns. */
-template <int R, int N>
-static __global__ void __launch_bounds__(256)
-fg_states_sum(fg_ssd z, fg_decays d, fg_states s)
+/* u^T weight of a warp's 16 rows p, in fragments. */
+template <int R>
+static __device__ __forceinline__ void fg_weigh_rows(uint32_t (*a)[4], const bf16 *u,
+                                                     const float *weight, int p)
 {
-    extern __shared__ __align__(128) char memory[];
-    fg_state_tile<R, N> *m = (fg_state_tile<R, N> *)memory;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = 2 * (lane % 4);
-    const int parts = (int)s.parts, G = (int)z.G, chunks = (int)d.chunks, H = (int)z.H, M = H / G;
-    const int part = blockIdx.x % parts, rest = blockIdx.x / parts, group = rest % G;
-    const int chunk = rest / G % chunks, b = rest / G / chunks, t0 = chunk * R;
-    const int h0 = group * M + M * part / parts, h1 = group * M + M * (part + 1) / parts;
-    const int p = warp % 4 * 16, n0 = warp / 4 * (N / 2), real = (int)z.T - t0;
-    const bf16 *u = s.u + (b * z.T + t0) * s.u_row;
-    const float *weight = s.weight + (int64_t)b * H * d.padded + t0;
-    fg_tile_load<N, R, 256>(m->v, s.v + (b * z.T + t0) * s.v_row + group * N, s.v_row, real);
-    fg_tile_load<64, R, 256>(m->u[0], u + h0 * 64, s.u_row, real);
-    fg_floats_load<R>(m->weight[0], weight + h0 * d.padded);
-    fg_copy_commit();
-    for (int h = h0; h < h1; h++) {
-        const int stage = (h - h0) % 2;
-        fg_copy_wait<0>();
-        __syncthreads();
-        if (h + 1 < h1) {
-            fg_tile_load<64, R, 256>(m->u[1 - stage], u + (h + 1) * 64, s.u_row, real);
-            fg_floats_load<R>(m->weight[1 - stage], weight + (h + 1) * d.padded);
+    const int c = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int j = 0; j < R / 16; j++) {
+        fg_a_trans<64>(a[j], fg_shared(u), p, 16 * j);
+        const float2 w0 = *(const float2 *)&weight[16 * j + c];
+        const float2 w1 = *(const float2 *)&weight[16 * j + 8 + c];
+        a[j][0] = fg_scale2(a[j][0], w0.x, w0.y);
+        a[j][1] = fg_scale2(a[j][1], w0.x, w0.y);
+        a[j][2] = fg_scale2(a[j][2], w1.x, w1.y);
+        a[j][3] = fg_scale2(a[j][3], w1.x, w1.y);
+    }
+}
+
+/* sum += a v, on its way until fg_states_done. */
+template <int R>
+static __device__ __forceinline__ void fg_states_add(uint32_t (&a)[R / 16][4], const bf16 *v,
+                                                     float (&sum)[8][4])
+{
+    const uint32_t at = fg_shared(v);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    pin(sum), pin(a);
+    wgmma_begin();
+#pragma unroll
+    for (int j = 0; j < R / 16; j++) product(sum, a[j], matrix_at(at + 2048 * j, 0));
+    wgmma_commit();
+#else
+#pragma unroll
+    for (int j = 0; j < R / 16; j++)
+#pragma unroll
+        for (int n = 0; n < FG_STATE_COLUMNS / 16; n++) {
+            uint32_t q[4];
+            fg_b<FG_STATE_COLUMNS>(q, at, 16 * j, 16 * n);
+            fg_mma(sum[2 * n], a[j], q[0], q[1]);
+            fg_mma(sum[2 * n + 1], a[j], q[2], q[3]);
         }
+#endif
+}
+template <int R>
+static __device__ __forceinline__ void fg_states_done(uint32_t (&a)[R / 16][4], float (&sum)[8][4])
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wgmma_wait<0>();
+    pin(sum), pin(a);
+#endif
+}
+
+/* Rows p + g and p + g + 8 of 64 columns of a state to bf16. */
+static __device__ __forceinline__ void fg_states_keep(bf16 *to, int p, const float (*sum)[4])
+{
+    const int r = p + threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < FG_STATE_COLUMNS / 8; n += 4)
+#pragma unroll
+        for (int low = 0; low < 2; low++) {
+            uint32_t v[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                v[k] = fg_pack2(sum[n + k][2 * low], sum[n + k][2 * low + 1]);
+            fg_quad_turn(v);
+            const int row = r + 8 * low;
+            fg_store4(to + row * 64 + 8 * ((n + q) ^ (row & 7)), v);
+        }
+}
+
+/* Where element (n, e) of a thread's sums lies in a head's state. */
+static __device__ __forceinline__ int64_t fg_state_at(int p, int n, int e, int64_t N)
+{
+    const int lane = threadIdx.x % 32;
+    return (p + lane / 4 + e / 2 * 8) * N + 8 * n + 2 * (lane % 4) + e % 2;
+}
+
+/* A thread's share of a tile's 16-byte copies; rows behind the last token become 0. */
+template <int R> struct fg_state_loader {
+    const bf16 *u, *v;
+    const float *weight;
+    int64_t u_row, v_row, T;
+    uint32_t to;
+    int r0;
+    __device__ __forceinline__ void load(fg_state_tile<R> *m, int64_t t) const
+    {
+        const int64_t left = T - t;
+        const int real = left < 0 ? 0 : left < R ? (int)left : R;
+        const bf16 *p = u + (real ? t : 0) * u_row, *q = v + (real ? t : 0) * v_row;
+        const uint32_t at = fg_shared(m->u) + to, other = fg_shared(m->v) + to;
+#pragma unroll
+        for (int k = 0; k < R / 16; k++) {
+            const bool in = r0 + 16 * k < real;
+            fg_copy_async(at + k * 2048, in ? p + 16 * k * u_row : u, in);
+            fg_copy_async(other + k * 2048, in ? q + 16 * k * v_row : v, in);
+        }
+        fg_floats_load<R>(m->weight, weight + t);
+    }
+};
+
+template <int R>
+static __device__ __forceinline__ fg_state_loader<R> fg_loader_of(const fg_ssd &z,
+                                                                  const fg_states &s, int64_t b,
+                                                                  int64_t h, int64_t n0,
+                                                                  const float *weight)
+{
+    const int r = threadIdx.x / 8, c = threadIdx.x % 8;
+    const int64_t g = h / (z.H / z.G), token = b * z.T + (r < z.T ? r : 0);
+    return { s.u + token * s.u_row + h * FG_STATE_P + 8 * c,
+             s.v + token * s.v_row + g * z.N + n0 + 8 * c, weight, s.u_row, s.v_row, z.T,
+             fg_swizzle<64>(r, c), r };
+}
+
+/* A block of 128 threads has a head and FG_STATE_COLUMNS of its state; a warp 16 rows. */
+template <int R>
+static __global__ void __launch_bounds__(128)
+fg_states_walk(fg_ssd z, fg_decays d, fg_both_states both)
+{
+    extern __shared__ __align__(1024) char fg_state_memory[];
+    fg_state_tile<R> *m = (fg_state_tile<R> *)fg_state_memory;
+    const fg_states s = both.s[blockIdx.y];
+    const int parts = (int)z.N / FG_STATE_COLUMNS, n0 = blockIdx.x % parts * FG_STATE_COLUMNS;
+    const int64_t row = blockIdx.x / parts, chunks = d.chunks, size = FG_STATE_P * z.N;
+    const int p = threadIdx.x / 32 * 16, step = s.back ? -1 : 1;
+    const float *whole = d.whole + row * chunks;
+    const fg_state_loader<R> l = fg_loader_of<R>(z, s, row / z.H, row % z.H, n0,
+                                                 s.weight + row * d.padded);
+    bf16 *kept = s.kept + row * (chunks / s.each) * size + n0 * FG_STATE_P;
+    uint32_t a[R / 16][4];
+    float sum[8][4] = {};
+    if (s.from)
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                sum[n][e] = s.from[row * size + n0 + fg_state_at(p, n, e, z.N)];
+    int64_t at = s.back ? chunks - 1 : 0;
+#pragma unroll
+    for (int i = 0; i < fg_state_stages<R> - 1; i++) {
+        if (i < chunks) l.load(m + i, (at + i * step) * R);
         fg_copy_commit();
-        float sum[N / 16][4] = {};
-#pragma unroll
-        for (int j = 0; j < R; j += 16) {
-            uint32_t a[4];
-            fg_a_trans<64>(a, fg_shared(m->u[stage]), p, j);
-            const float2 w0 = *(const float2 *)&m->weight[stage][j + c];
-            const float2 w1 = *(const float2 *)&m->weight[stage][j + 8 + c];
-            a[0] = fg_scale2(a[0], w0.x, w0.y);
-            a[1] = fg_scale2(a[1], w0.x, w0.y);
-            a[2] = fg_scale2(a[2], w1.x, w1.y);
-            a[3] = fg_scale2(a[3], w1.x, w1.y);
-#pragma unroll
-            for (int n = 0; n < N / 32; n++) {
-                uint32_t q[4];
-                fg_b<N>(q, fg_shared(m->v), j, n0 + 16 * n);
-                fg_mma(sum[2 * n], a, q[0], q[1]);
-                fg_mma(sum[2 * n + 1], a, q[2], q[3]);
-            }
-        }
-        bf16 *to = s.kept + ((((int64_t)b * H + h) * chunks + chunk) * 64 + p + g) * N + n0
-            + 8 * (lane % 4);
-#pragma unroll
-        for (int n = 0; n < N / 16; n += 4)
-#pragma unroll
-            for (int low = 0; low < 2; low++) {
-                uint32_t v[4];
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    v[k] = fg_pack2(sum[n + k][2 * low], sum[n + k][2 * low + 1]);
-                fg_quad_turn(v);
-                fg_store4(to + 8 * low * N + 8 * n, v);
-            }
     }
+    fg_copy_wait<fg_state_stages<R> - 2>();
+    fg_async_fence();
+    __syncthreads();
+    fg_weigh_rows<R>(a, m->u, m->weight, p);
+    float decay = whole[at];
+    for (int64_t i = 0; i < chunks; i++, at += step) {
+        if (i % s.each == 0) fg_states_keep(kept + at / s.each * size, p, sum);
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum[n][e] *= decay;
+        fg_states_add<R>(a, m[i % fg_state_stages<R>].v, sum);
+        uint32_t next[R / 16][4];
+        fg_copy_wait<fg_state_stages<R> - 3>();
+        fg_async_fence();
+        __syncthreads();
+        if (i + fg_state_stages<R> - 1 < chunks)
+            l.load(m + (i + fg_state_stages<R> - 1) % fg_state_stages<R>,
+                   (at + (fg_state_stages<R> - 1) * step) * R);
+        fg_copy_commit();
+        if (i + 1 < chunks) {
+            const fg_state_tile<R> *tile = m + (i + 1) % fg_state_stages<R>;
+            decay = whole[at + step];
+            fg_weigh_rows<R>(next, tile->u, tile->weight, p);
+        }
+        fg_states_done<R>(a, sum);
+#pragma unroll
+        for (int j = 0; j < R / 16; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) a[j][e] = next[j][e];
+    }
+    if (!s.to) return;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            s.to[row * size + n0 + fg_state_at(p, n, e, z.N)] = sum[n][e];
 }
 
-/* Eight elements a thread, FG_STATE_AHEAD chunks under way. */
-#define FG_STATE_AHEAD 8
+/* On wgmma, with a state kept for every 128 tokens; whether this device and this build have it. */
+void fg_states_sm90(const fg_ssd &z, const fg_decays &d, const fg_both_states &s, int directions,
+                    cudaStream_t stream);
+bool fg_states_have_sm90();
 
-static __global__ void __launch_bounds__(128) fg_states_pass(fg_decays d, fg_states s, int64_t size)
+template <int R>
+static void fg_states_launch(const fg_ssd &z, const fg_decays &d, const fg_both_states &s,
+                             int directions, cudaStream_t stream)
 {
-    const int64_t blocks = (size + 1023) / 1024, row = blockIdx.x / blocks;
-    const int64_t i = 8 * ((int64_t)(blockIdx.x % blocks) * 128 + threadIdx.x);
-    const float *whole = d.whole + row * d.chunks;
-    bf16 *kept = s.kept + row * d.chunks * size + i;
-    float state[8] = {};
-    if (i >= size) return;
-#pragma unroll
-    for (int e = 0; e < 8; e++) if (s.from) state[e] = s.from[row * size + i + e];
-    for (int64_t c0 = 0; c0 < d.chunks; c0 += FG_STATE_AHEAD) {
-        uint4 raw[FG_STATE_AHEAD];
-        float decay[FG_STATE_AHEAD];
-#pragma unroll
-        for (int k = 0; k < FG_STATE_AHEAD; k++) {
-            const int64_t at = s.back ? d.chunks - 1 - (c0 + k) : c0 + k;
-            if (c0 + k >= d.chunks) continue;
-            raw[k] = *(const uint4 *)(kept + at * size);
-            decay[k] = whole[at];
-        }
-#pragma unroll
-        for (int k = 0; k < FG_STATE_AHEAD; k++) {
-            const int64_t at = s.back ? d.chunks - 1 - (c0 + k) : c0 + k;
-            float sum[8];
-            if (c0 + k >= d.chunks) continue;
-            *(uint4 *)(kept + at * size)
-                = make_uint4(fg_pack2(state[0], state[1]), fg_pack2(state[2], state[3]),
-                             fg_pack2(state[4], state[5]), fg_pack2(state[6], state[7]));
-            fg_unpack(raw[k], sum);
-#pragma unroll
-            for (int e = 0; e < 8; e++) state[e] = fmaf(state[e], decay[k], sum[e]);
-        }
+    if (R * s.s[0].each == 128 && fg_states_have_sm90()) {
+        fg_states_sm90(z, d, s, directions, stream);
+        return;
     }
-#pragma unroll
-    for (int e = 0; e < 8; e++) if (s.to) s.to[row * size + i + e] = state[e];
+    const int bytes = fg_state_stages<R> * (int)sizeof(fg_state_tile<R>);
+    const dim3 blocks((unsigned)(z.B * z.H * z.N / FG_STATE_COLUMNS), (unsigned)directions);
+    cudaFuncSetAttribute(fg_states_walk<R>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    fg_states_walk<R><<<blocks, 128, bytes, stream>>>(z, d, s);
 }
+
+/* ---- the chunks of ssd_scan ------------------------------------------------------------------ */
+
+struct fg_ssd_chunks {
+    fg_ssd z;
+    fg_decays d;
+    const bf16 *x, *b, *c, *states;
+    const float *skip;                           /* d; NULL: absent */
+    bf16 *y;
+    int64_t x_row, b_row, c_row, parts;          /* parts: blocks that share a group's heads */
+};
+/* On wgmma, for chunks of 128; whether this device and this build have it. */
+void fg_ssd_scan_sm90(const fg_ssd_chunks &k, cudaStream_t stream);
+bool fg_ssd_scan_has_sm90();
 
 /* Blocks that share a group's heads, so that there are about `blocks`. */
 static inline int64_t fg_ssd_parts(const fg_ssd &z, int64_t chunks, int64_t blocks)
 {
     const int64_t each = z.B * chunks * z.G, M = z.H / z.G, parts = (blocks + each - 1) / each;
     return parts < M ? parts : M;
-}
-
-template <int R, int N>
-static void fg_states_launch_of(const fg_ssd &z, const fg_decays &d, const fg_states &s,
-                                cudaStream_t stream)
-{
-    const int bytes = (int)sizeof(fg_state_tile<R, N>);
-    cudaFuncSetAttribute(fg_states_sum<R, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    const unsigned blocks = (unsigned)(z.B * d.chunks * z.G * s.parts);
-    fg_states_sum<R, N><<<blocks, 256, bytes, stream>>>(z, d, s);
-    const unsigned passes = fg_blocks(64 * N, 1024) * (unsigned)(z.B * z.H);
-    fg_states_pass<<<passes, 128, 0, stream>>>(d, s, 64 * N);
-}
-
-template <int R>
-static void fg_states_launch(const fg_ssd &z, const fg_decays &d, fg_states s, cudaStream_t stream)
-{
-    s.parts = fg_ssd_parts(z, d.chunks, FG_STATE_BLOCKS);
-    if (z.N == 128) fg_states_launch_of<R, 128>(z, d, s, stream);
-    else fg_states_launch_of<R, 64>(z, d, s, stream);
 }
 
 /* Whether the tensor core kernels take these shapes and dtypes. */

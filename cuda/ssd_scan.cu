@@ -8,17 +8,20 @@
  *
  *     decays (ssd.cuh), the states that enter every chunk (ssd.cuh), then for each chunk and some
  *     heads  y_i = sum_(j<=i) (c_i.b_j) e^(sum_i - sum_j) dt_j x_j + keep_i S c_i + d x_i,
- *     with the scores c_i.b_j in registers, once for all heads of the block.
+ *     with the scores c_i.b_j in registers, once for all heads of the block; on Hopper in
+ *     ssd_scan_sm90.cu.
  *
  * Bytes of the chunks: x twice, y, and the states, N/R of x's size, written and read. */
 #include "ssd.cuh"
 
 enum { X, DT, A, B_IN, C_IN, D, STATE, FIRST, PAST };
 
-/* Chosen on an H100 80GB HBM3, 2026-11-26: 0.39 ms for 16384 tokens, 48 heads of 64, N = 128. */
+/* Chosen on an H100 80GB HBM3, 2026-11-26: 0.27 ms on wgmma and 0.34 ms by the chunks below, for
+ * 16384 tokens, 48 heads of 64, N = 128. */
 #define FEW    16                                /* tokens up to which the recurrence is followed */
 #define CHUNK  128
 #define BLOCKS 512                               /* of the last kernel, about */
+#define BLOCKS_SM90 120                          /* at least, where there are as many heads */
 
 /* ---- token by token ------------------------------------------------------------------------- */
 
@@ -93,14 +96,7 @@ static void follow_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream
 
 /* ---- in chunks ------------------------------------------------------------------------------ */
 
-struct chunks {
-    fg_ssd z;
-    fg_decays d;
-    const bf16 *x, *b, *c, *states;
-    const float *skip;                           /* d; NULL: absent */
-    bf16 *y;
-    int64_t x_row, b_row, c_row, parts;          /* parts: blocks that share a group's heads */
-};
+typedef fg_ssd_chunks chunks;
 
 template <int N> struct tile {
     alignas(128) bf16 x[CHUNK * 64];
@@ -117,7 +113,9 @@ static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, in
     const int64_t row = b * k.z.H + h, at = row * k.d.padded + t0;
     fg_tile_load<64, CHUNK, 256>(m->x, k.x + (b * k.z.T + t0) * k.x_row + h * 64, k.x_row,
                                  (int)k.z.T - t0);
-    fg_tile_load<N, 64, 256>(m->state, k.states + (row * k.d.chunks + chunk) * 64 * N);
+    const bf16 *state = k.states + (row * k.d.chunks + chunk) * 64 * N;
+    for (int n = threadIdx.x; n < 64 * N / 8; n += 256)
+        fg_copy_async(fg_shared(m->state + 8 * n), state + 8 * n, true);
     const int i = threadIdx.x % 64 * 4;
     switch (threadIdx.x / 64) {                  /* two warps each */
     case 0: fg_copy_async(fg_shared((float *)m->sum + i), (const float *)(k.d.sum + at) + i, true);
@@ -190,7 +188,7 @@ static __device__ __forceinline__ void run_head(const chunks &k, const tile<N> *
 #pragma unroll
         for (int p = 0; p < 4; p++) {
             uint32_t s[4];
-            fg_b_trans<N>(s, state, 16 * n, 16 * p);
+            fg_b_trans<64>(s, state + n / 4 * 64 * 128, n % 4 * 16, 16 * p);
             fg_mma(y[2 * p], q[n], s[0], s[1]);
             fg_mma(y[2 * p + 1], q[n], s[2], s[3]);
         }
@@ -303,7 +301,7 @@ template <int N> static void run_chunks_launch(const chunks &k, cudaStream_t str
 
 static bf16 *cut(const fg_ssd &z, void *base, size_t *used, fg_decays *d)
 {
-    *d = fg_decays_cut(base, used, z, CHUNK);
+    *d = fg_decays_cut(base, used, z, CHUNK, 1);
     return (bf16 *)fg_ssd_cut(base, used, z.B * z.H * d->chunks * z.P * z.N, sizeof(bf16));
 }
 
@@ -320,12 +318,14 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream
     k.skip = (const float *)e->in[D];
     k.states = states;
     k.y = (bf16 *)e->out[0];
-    k.parts = fg_ssd_parts(z, k.d.chunks, BLOCKS);
+    const bool sm90 = fg_ssd_scan_has_sm90();
+    k.parts = fg_ssd_parts(z, k.d.chunks, sm90 ? BLOCKS_SM90 : BLOCKS);
     fg_decays_launch<CHUNK>(z, (const float *)e->in[DT], (const float *)e->in[A], k.d, stream);
-    fg_states_launch<CHUNK>(z, k.d, { k.x, k.b, k.x_row, k.b_row, k.d.push,
-                                      (const float *)e->in[STATE], (float *)e->out[1], states, 0,
-                                      false }, stream);
-    if (z.N == 128) run_chunks_launch<128>(k, stream);
+    const fg_states s = { k.x, k.b, k.x_row, k.b_row, k.d.push, (const float *)e->in[STATE],
+                          (float *)e->out[1], states, 1, false };
+    fg_states_launch<CHUNK>(z, k.d, { { s, s } }, 1, stream);
+    if (sm90) fg_ssd_scan_sm90(k, stream);
+    else if (z.N == 128) run_chunks_launch<128>(k, stream);
     else run_chunks_launch<64>(k, stream);
 }
 

@@ -12,111 +12,23 @@
  *
  * What crosses t is a running sum of column sums less row sums of z, both from the same registers.
  * For bf16, P = 64 and N = 64 or 128: S and R of every chunk are made first (ssd.cuh), then a block
- * per chunk walks some heads with q, gb and gc summed over them in registers.  For all others one
+ * per chunk walks some heads with q, gb and gc summed over them in registers, on Hopper in
+ * ssd_scan_grad_sm90.cu.  For all others one
  * block per some heads of a sequence walks the chunks in f32, with its tiles in scratch.
  * Bytes of the first: x and gy twice, gx once, states and their gradients, 2 N/R of x's size, out
  * and in. */
-#include "ssd.cuh"
+#include "ssd_scan_grad.cuh"
 
 enum { GY, GEND, X, DT, A, B_IN, C_IN, D, STATE, FIRST };
 enum { GX, GDT, GA, GB, GC, GD, GSTATE };
 
-/* Chosen on an H100 80GB HBM3, 2026-11-26: 1.18 ms for 16384 tokens, 48 heads of 64, N = 128. */
-#define CHUNK  64
+/* Chosen on an H100 80GB HBM3, 2026-11-26: 0.50 ms on wgmma for 16384 tokens, 48 heads of 64,
+ * N = 128. */
 #define BLOCKS 512                               /* of the chunks' kernel, about */
+#define BLOCKS_SM90 132                          /* at least, where there are as many heads */
 #define TASKS  128                               /* blocks of the plain way, about */
 
-/* Parts of sums: gb, gc: [parts][B,T,G,N]; ga, gd: [B*chunks][H]. */
-struct sums { float *gb, *gc, *ga, *gd; int64_t parts; };
-
-static sums sums_cut(void *base, size_t *used, const fg_ssd &z, int64_t chunks, int64_t parts)
-{
-    sums s;
-    const int64_t n = parts * z.B * z.T * z.G * z.N;
-    s.parts = parts;
-    s.gb = (float *)fg_ssd_cut(base, used, n, sizeof(float));
-    s.gc = (float *)fg_ssd_cut(base, used, n, sizeof(float));
-    s.ga = (float *)fg_ssd_cut(base, used, z.B * chunks * z.H, sizeof(float));
-    s.gd = (float *)fg_ssd_cut(base, used, z.B * chunks * z.H, sizeof(float));
-    return s;
-}
-
-/* Sums of one head over a chunk, in shared memory, in parts. */
-#define PARTS 4
-#define WARPS 16
-struct totals {
-    float row[PARTS][CHUNK], column[PARTS][CHUNK];     /* of z below the diagonal */
-    float u[PARTS][CHUNK], w[PARTS][CHUNK];      /* keep_i gy_i^T S c_i, left_j x_j^T R b_j */
-    float gu[PARTS][CHUNK], gy[PARTS][CHUNK];    /* gu_j.x_j, gy_j.x_j */
-    float both[WARPS];                           /* <R,S> */
-};
-
-static __device__ __forceinline__ float part_sum(const float (*x)[CHUNK], int t)
-{
-    float sum = x[0][t];
-#pragma unroll
-    for (int k = 1; k < PARTS; k++) sum += x[k][t];
-    return sum;
-}
-
-static __device__ __forceinline__ float before(float x)      /* sum over lower lanes */
-{
-    float y = x;
-#pragma unroll
-    for (int k = 1; k < 32; k *= 2) {
-        const float v = __shfl_up_sync(~0u, y, k);
-        if ((int)threadIdx.x % 32 >= k) y += v;
-    }
-    return y - x;
-}
-
-/* gdt, ga and gd of one head and chunk by one warp; a lane has two tokens. */
-static __device__ __noinline__ void settle(const totals &m, const float *dt,
-                                           const int32_t *segment, float rate, float whole,
-                                           int64_t real, float *gdt, int64_t row, float *ga,
-                                           float *gd)
-{
-    const int lane = threadIdx.x % 32;
-    float cross[2], u[2], w[2], both = 0, a = 0, d = 0;
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-        const int t = 2 * lane + e;
-        cross[e] = part_sum(m.column, t) - part_sum(m.row, t);
-        u[e] = part_sum(m.u, t);
-        w[e] = dt[t] * part_sum(m.w, t);
-    }
-#pragma unroll
-    for (int k = 0; k < WARPS; k++) both += m.both[k];
-    const float crossed = before(cross[0] + cross[1]), pushed = before(w[0] + w[1]);
-    const float all = fg_warp_sum(u[0] + u[1]), pulled = all - before(u[0] + u[1]);
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-        const int t = 2 * lane + e;
-        const float gl = (e ? crossed + cross[0] : crossed) + (e ? pulled - u[0] : pulled)
-            + (e ? pushed + w[0] : pushed) + whole * both;
-        const bool counts = t < real && segment[t] >= 0;
-        if (t < real) gdt[t * row] = counts ? fmaf(rate, gl, part_sum(m.gu, t)) : 0.0f;
-        a += counts ? dt[t] * gl : 0.0f;
-        d += counts ? part_sum(m.gy, t) : 0.0f;
-    }
-    a = fg_warp_sum(a);
-    d = fg_warp_sum(d);
-    if (lane == 0) *ga = a, *gd = d;
-}
-
 /* ---- on tensor cores ------------------------------------------------------------------------ */
-
-struct chunks {
-    fg_ssd z;
-    fg_decays d;
-    sums s;
-    const bf16 *x, *gy, *b, *c, *states, *pulls; /* pulls: R */
-    const float *skip, *rate;
-    bf16 *gx;
-    float *gdt;
-    fg_out gb, gc;
-    int64_t x_row, gy_row, b_row, c_row;
-};
 
 #define THREADS (32 * WARPS)
 
@@ -154,8 +66,14 @@ static __device__ __forceinline__ void load_head(const chunks &k, tile<N> *m, in
     const int64_t state = (row * k.d.chunks + chunk) * 64 * N;
     fg_tile_load<64, CHUNK, THREADS>(m->x, k.x + token * k.x_row + h * 64, k.x_row, real);
     fg_tile_load<64, CHUNK, THREADS>(m->gy, k.gy + token * k.gy_row + h * 64, k.gy_row, real);
-    fg_tile_load<N, 64, THREADS>(m->state, k.states + state);
-    fg_tile_load<N, 64, THREADS>(m->pull, k.pulls + state);
+    const uint32_t to_state = fg_shared(m->state + 8 * threadIdx.x);
+    const uint32_t to_pull = fg_shared(m->pull + 8 * threadIdx.x);
+#pragma unroll
+    for (int n = 0; n < N / 64; n++) {
+        const int64_t own = state + 8 * threadIdx.x + n * 8 * THREADS;
+        fg_copy_async(to_state + n * 16 * THREADS, k.states + own, true);
+        fg_copy_async(to_pull + n * 16 * THREADS, k.pulls + own, true);
+    }
     const int i = threadIdx.x % 16 * 4;
     switch (threadIdx.x / 16) {
     case 0: fg_copy_async(fg_shared(&m->sum[i]), k.d.sum + at + i, true); break;
@@ -276,7 +194,7 @@ static __device__ __forceinline__ void from_state(shared<N> *m, const tile<N> *h
         for (int p = 0; p < 4; p++) {
             uint32_t a[4], v[4];
             fg_a<64>(a, gy, l.row, 16 * p);
-            fg_b<N>(v, state, 16 * p, n0);
+            fg_b<64>(v, state + n0 / 64 * 64 * 128, 16 * p, n0 % 64);
             fg_mma(sum[0], a, v[0], v[1]);
             fg_mma(sum[1], a, v[2], v[3]);
         }
@@ -309,7 +227,7 @@ static __device__ __forceinline__ void to_state(shared<N> *m, const tile<N> *h, 
     for (int n = 0; n < N / 16; n++) {
         uint32_t a[4], v[4];
         fg_a<N>(a, b, l.row, 16 * n);
-        fg_b_trans<N>(v, pull, 16 * n, 16 * l.quarter);
+        fg_b_trans<64>(v, pull + n / 4 * 64 * 128, n % 4 * 16, 16 * l.quarter);
         fg_mma(gu[0], a, v[0], v[1]);
         fg_mma(gu[1], a, v[2], v[3]);
     }
@@ -334,7 +252,8 @@ static __device__ __forceinline__ void to_state(shared<N> *m, const tile<N> *h, 
 #pragma unroll
         for (int n = 0; n < N / 64; n++) {
             uint32_t v[4];
-            fg_b<N>(v, pull, 16 * p, N / 4 * l.quarter + 16 * n);
+            const int at = N / 4 * l.quarter + 16 * n;
+            fg_b<64>(v, pull + at / 64 * 64 * 128, 16 * p, at % 64);
             fg_mma(k->gb[2 * n], a, v[0], v[1]);
             fg_mma(k->gb[2 * n + 1], a, v[2], v[3]);
         }
@@ -390,7 +309,7 @@ static __device__ __forceinline__ void finish(const chunks &k, shared<N> *m, con
     fg_quad_turn(out);
     const int own = t0 + j + l.c / 4 * 8, column = 16 * l.quarter + l.c % 4 * 4;
     if (own < k.z.T)
-        fg_store4(k.gx + ((b * k.z.T + own) * k.z.H + head) * 64 + column, out);
+        fg_store4(k.gx + (b * k.z.T + own) * k.gx_row + head * 64 + column, out);
     put_rows(l, m->t.gu, on_x[0], on_x[1]);
     put_rows(l, m->t.gy, on_y[0], on_y[1]);
 }
@@ -434,15 +353,16 @@ static __device__ __forceinline__ void close(const chunks &k, shared<N> *m, cons
     for (int low = 0; low < 2; low++) {
         const int64_t t = t0 + l.row + l.g + 8 * low;
         if (t >= k.z.T) continue;
-        const int64_t at = ((b * k.z.T + t) * k.z.G + g) * N + N / 4 * l.quarter + l.c;
+        const int64_t from = g * N + N / 4 * l.quarter + l.c, token = b * k.z.T + t;
+        const int64_t at = token * k.z.G * N + from;
 #pragma unroll
         for (int n = 0; n < N / 32; n++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const float vb = r->gb[n][2 * low + e], vc = r->gc[n][2 * low + e];
                 if (k.s.parts == 1) {
-                    k.gb.put(at + 8 * n + e, vb);
-                    k.gc.put(at + 8 * n + e, vc);
+                    k.gb.put(token * k.gb_row + from + 8 * n + e, vb);
+                    k.gc.put(token * k.gc_row + from + 8 * n + e, vc);
                 } else {
                     k.s.gb[part * all + at + 8 * n + e] = vb;
                     k.s.gc[part * all + at + 8 * n + e] = vc;
@@ -454,7 +374,8 @@ static __device__ __forceinline__ void close(const chunks &k, shared<N> *m, cons
 /* A block is a chunk and some heads of a group.  Warps of one scheduler have tiles of all distances
  * from the diagonal. */
 template <int N>
-static __global__ void __launch_bounds__(THREADS, 1) run_chunks(chunks k)
+static __global__ void __launch_bounds__(THREADS, 1)
+run_chunks(const __grid_constant__ chunks k)
 {
     extern __shared__ __align__(128) char memory[];
     shared<N> *m = (shared<N> *)memory;
@@ -499,7 +420,7 @@ static __global__ void __launch_bounds__(THREADS, 1) run_chunks(chunks k)
         __syncthreads();
         if (warp == h % WARPS) {
             const int at = (b * chunks + chunk) * H + h;
-            settle(m->t, own->dt, m->segment, k.rate[h],
+            settle(m->t, nullptr, own->dt, m->segment, k.rate[h],
                    k.d.whole[((int64_t)b * H + h) * chunks + chunk], real, k.gdt + token * H + h,
                    H, k.s.ga + at, k.s.gd + at);
         }
@@ -532,6 +453,7 @@ struct plain {
     fg_in a, skip;
     const float *state, *gend;
     fg_out gx;
+    int64_t gx_row;
     float *gdt, *gstate;
     float *own;                                  /* scratch, `each` floats a block */
     int64_t each;
@@ -647,18 +569,20 @@ static __device__ __forceinline__ void plain_products(const plain &k, const view
 }
 
 /* gx; and a thread per token and two sums. */
-static __device__ __forceinline__ void plain_totals(const plain &k, const view &v,
-                                                    const int32_t *segment, const work &m,
-                                                    totals *t)
+static __device__ __noinline__ void plain_totals(const plain &k, const view &v,
+                                                 const int32_t *segment, const work &m, totals *t,
+                                                 double *crossing)
 {
     const int64_t P = k.z.P, N = k.z.N;
     const int i = threadIdx.x % CHUNK;
     const float skip = k.skip.p ? k.skip[v.h] : 0.0f;
     float one = 0, two = 0, both = 0;
+    double cross = 0;
     switch (threadIdx.x / CHUNK) {
-    case 0:
-        for (int j = 0; j < CHUNK; j++) one += m.z[i * CHUNK + j], two += m.z[j * CHUNK + i];
-        t->row[0][i] = one, t->column[0][i] = two;
+    case 0:                      /* in f32 their errors, shared by all that follows, make ga's */
+#pragma unroll 1
+        for (int j = 0; j < CHUNK; j++) cross += (double)m.z[j * CHUNK + i] - m.z[i * CHUNK + j];
+        crossing[i] = cross;
         break;
     case 1:
         for (int64_t n = 0; n < N; n++) one = fmaf(m.inter[n * CHUNK + i], m.c[n * CHUNK + i], one);
@@ -675,14 +599,13 @@ static __device__ __forceinline__ void plain_totals(const plain &k, const view &
         for (int64_t p = 0; p < P; p++) one = fmaf(m.gy[p * CHUNK + i], m.x[p * CHUNK + i], one);
         t->gy[0][i] = one;
         for (int n = 1; n < PARTS; n++) {
-            t->row[n][i] = t->column[n][i] = t->u[n][i] = 0;
-            t->w[n][i] = t->gu[n][i] = t->gy[n][i] = 0;
+            t->u[n][i] = t->w[n][i] = t->gu[n][i] = t->gy[n][i] = 0;
         }
     }
     for (int64_t n = threadIdx.x; n < v.real * P; n += blockDim.x) {
         const int64_t j = n / P, p = n % P;
         const float g = fmaf(k.d.dt[v.at + j], m.gu[p * CHUNK + j], skip * m.gy[p * CHUNK + j]);
-        k.gx.put(((v.token + j) * k.z.H + v.h) * P + p, segment[j] < 0 ? 0.0f : g);
+        k.gx.put((v.token + j) * k.gx_row + v.h * P + p, segment[j] < 0 ? 0.0f : g);
     }
     for (int64_t n = threadIdx.x; n < P * N; n += blockDim.x) both = fmaf(m.s[n], m.r[n], both);
     both = fg_warp_sum(both);
@@ -694,6 +617,7 @@ static __device__ __forceinline__ void plain_head(const plain &k, view v, const 
                                                   float *gc)
 {
     __shared__ totals t;
+    __shared__ double crossing[CHUNK];
     const fg_ssd &z = k.z;
     const int64_t size = z.P * z.N, row = v.b * z.H + v.h;
     for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
@@ -723,10 +647,11 @@ static __device__ __forceinline__ void plain_head(const plain &k, view v, const 
         __syncthreads();
         plain_pairs(k, v, segment, m);
         plain_products(k, v, m, gb, gc);
-        plain_totals(k, v, segment, m, &t);
+        plain_totals(k, v, segment, m, &t, crossing);
         const int64_t at = (v.b * k.d.chunks + v.chunk) * z.H + v.h;
         if (threadIdx.x < 32)
-            settle(t, k.d.dt + v.at, segment, k.a[v.h], k.d.whole[row * k.d.chunks + v.chunk],
+            settle(t, crossing, k.d.dt + v.at, segment, k.a[v.h],
+                   k.d.whole[row * k.d.chunks + v.chunk],
                    v.real, k.gdt + v.token * z.H + v.h, z.H, k.s.ga + at, k.s.gd + at);
         advance(k, v, k.gy, k.c, k.d.keep, m.r);
     }
@@ -734,7 +659,8 @@ static __device__ __forceinline__ void plain_head(const plain &k, view v, const 
     __syncthreads();
 }
 
-static __global__ void __launch_bounds__(THREADS, 1) run_plain(plain k)
+static __global__ void __launch_bounds__(THREADS, 1)
+run_plain(const __grid_constant__ plain k)
 {
     const fg_ssd &z = k.z;
     const int64_t task = blockIdx.x % k.s.parts, g = blockIdx.x / k.s.parts % z.G;
@@ -753,25 +679,26 @@ static __global__ void __launch_bounds__(THREADS, 1) run_plain(plain k)
 
 /* ---- sums of parts, in order ----------------------------------------------------------------- */
 
+/* to: rows of n elements. */
 static __global__ void __launch_bounds__(256)
-add_parts(sums s, fg_out gb, fg_out gc, int64_t n)
+add_parts(const float *parts, int64_t n_parts, int64_t all, int64_t n, int64_t row, fg_out to)
 {
     const int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
-    float b = 0, c = 0;
-    if (i >= n) return;
-    for (int64_t k = 0; k < s.parts; k++) b += s.gb[k * n + i], c += s.gc[k * n + i];
-    gb.put(i, b);
-    gc.put(i, c);
+    float sum = 0;
+    if (i >= all) return;
+    for (int64_t k = 0; k < n_parts; k++) sum += parts[k * all + i];
+    to.put(i / n * row + i % n, sum);
 }
-static __global__ void __launch_bounds__(256)
+/* A warp per head. */
+static __global__ void __launch_bounds__(32)
 add_chunks(sums s, int64_t rows, int64_t H, fg_out ga, fg_out gd)
 {
     const int64_t h = blockIdx.x;
-    float a = 0, d = 0;
-    for (int64_t i = threadIdx.x; i < rows; i += 256) a += s.ga[i * H + h], d += s.gd[i * H + h];
-    a = fg_block_sum<256>(a);
-    d = fg_block_sum<256>(d);
-    if (threadIdx.x == 0) ga.put(h, a), gd.put(h, d);
+    double a = 0, d = 0;
+    for (int64_t i = threadIdx.x; i < rows; i += 32) a += s.ga[i * H + h], d += s.gd[i * H + h];
+    a = warp_sum(a);
+    d = warp_sum(d);
+    if (threadIdx.x == 0) ga.put(h, (float)a), gd.put(h, (float)d);
 }
 
 /* ---- which ----------------------------------------------------------------------------------- */
@@ -784,15 +711,20 @@ static bool in_chunks(const fg_infer *c)
            && (!c->given[D] || c->in_type[D] == FG_F32);
 }
 
-struct layout { fg_decays d; sums s; bf16 *states, *pulls; float *own; };
+struct layout { bool sm90; fg_decays d; sums s; bf16 *states, *pulls; float *own; };
 
 static layout cut(const fg_ssd &z, bool tensor, void *base, size_t *used)
 {
     layout m = {};
-    m.d = fg_decays_cut(base, used, z, CHUNK);
-    const int64_t parts = tensor ? fg_ssd_parts(z, m.d.chunks, BLOCKS) : fg_ssd_parts(z, 1, TASKS);
+    m.sm90 = tensor && fg_ssd_scan_grad_has_sm90();
+    const int each = m.sm90 ? 2 : 1;
+    m.d = fg_decays_cut(base, used, z, CHUNK, each);
+    int64_t parts = !tensor ? fg_ssd_parts(z, 1, TASKS)
+                            : fg_ssd_parts(z, m.d.chunks, m.sm90 ? BLOCKS_SM90 : BLOCKS);
+    const int64_t least = (z.H / z.G + HEADS_SM90 - 1) / HEADS_SM90;
+    if (m.sm90 && parts < least) parts = least;
     m.s = sums_cut(base, used, z, m.d.chunks, parts);
-    const int64_t states = z.B * z.H * m.d.chunks * z.P * z.N;
+    const int64_t states = z.B * z.H * (m.d.chunks / each) * z.P * z.N;
     if (tensor) {
         m.states = (bf16 *)fg_ssd_cut(base, used, states, sizeof(bf16));
         m.pulls = (bf16 *)fg_ssd_cut(base, used, states, sizeof(bf16));
@@ -816,13 +748,18 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, const layout &m, cu
     k.skip = (const float *)e->in[D], k.rate = (const float *)e->in[A];
     k.gx = (bf16 *)e->out[GX], k.gdt = (float *)e->out[GDT];
     k.gb = fg_output_of(e, GB), k.gc = fg_output_of(e, GC);
-    fg_states_launch<CHUNK>(z, m.d, { k.x, k.b, k.x_row, k.b_row, m.d.push,
-                                      (const float *)e->in[STATE], NULL, m.states, 0,
-                                      false }, stream);
-    fg_states_launch<CHUNK>(z, m.d, { k.gy, k.c, k.gy_row, k.c_row, m.d.keep,
-                                      (const float *)e->in[GEND], (float *)e->out[GSTATE],
-                                      m.pulls, 0, true }, stream);
-    if (z.N == 128) run_chunks_launch<128>(k, stream);
+    k.gx_row = fg_pitch_of(&e->out_rows[GX], z.H * z.P);
+    k.gb_row = fg_pitch_of(&e->out_rows[GB], z.G * z.N);
+    k.gc_row = fg_pitch_of(&e->out_rows[GC], z.G * z.N);
+    k.each = m.sm90 ? 2 : 1;
+    const fg_both_states s = { {
+        { k.x, k.b, k.x_row, k.b_row, m.d.push, (const float *)e->in[STATE], NULL, m.states, k.each,
+          false },
+        { k.gy, k.c, k.gy_row, k.c_row, m.d.keep, (const float *)e->in[GEND],
+          (float *)e->out[GSTATE], m.pulls, k.each, true } } };
+    fg_states_launch<CHUNK>(z, m.d, s, 2, stream);
+    if (m.sm90) fg_ssd_scan_grad_sm90(k, stream);
+    else if (z.N == 128) run_chunks_launch<128>(k, stream);
     else run_chunks_launch<64>(k, stream);
 }
 
@@ -836,7 +773,8 @@ static void plain_launch(const fg_exec *e, const fg_ssd &z, const layout &m, cud
     const plain k = { z, m.d, m.s, rows_at(e, X, z.H * z.P), rows_at(e, GY, z.H * z.P),
                       rows_at(e, B_IN, z.G * z.N), rows_at(e, C_IN, z.G * z.N), fg_input_of(e, A),
                       fg_input_of(e, D), (const float *)e->in[STATE], (const float *)e->in[GEND],
-                      fg_output_of(e, GX), (float *)e->out[GDT], (float *)e->out[GSTATE], m.own,
+                      fg_output_of(e, GX), fg_pitch_of(&e->out_rows[GX], z.H * z.P),
+                      (float *)e->out[GDT], (float *)e->out[GSTATE], m.own,
                       plain_floats(z, m.d.chunks) };
     run_plain<<<(unsigned)(z.B * z.G * m.s.parts), THREADS, 0, stream>>>(k);
 }
@@ -859,11 +797,13 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     fg_decays_launch<CHUNK>(z, (const float *)e->in[DT], (const float *)e->in[A], m.d, stream);
     if (tensor) chunks_launch(e, z, m, stream);
     else plain_launch(e, z, m, stream);
-    const int64_t n = z.B * z.T * z.G * z.N;
-    if (!tensor || m.s.parts > 1)
-        add_parts<<<fg_blocks(n, 256), 256, 0, stream>>>(m.s, fg_output_of(e, GB),
-                                                         fg_output_of(e, GC), n);
-    add_chunks<<<(unsigned)z.H, 256, 0, stream>>>(m.s, z.B * m.d.chunks, z.H, fg_output_of(e, GA),
+    const int64_t n = z.G * z.N, all = z.B * z.T * n;
+    for (int c = 0; c < 2 && (!tensor || m.s.parts > 1); c++) {
+        const int64_t row = fg_pitch_of(&e->out_rows[GB + c], n);
+        add_parts<<<fg_blocks(all, 256), 256, 0, stream>>>(c ? m.s.gc : m.s.gb, m.s.parts, all, n,
+                                                           row, fg_output_of(e, GB + c));
+    }
+    add_chunks<<<(unsigned)z.H, 32, 0, stream>>>(m.s, z.B * m.d.chunks, z.H, fg_output_of(e, GA),
                                                   fg_output_of(e, GD));
 }
 
@@ -881,4 +821,5 @@ static const char *unfit(const fg_infer *c)
 }
 
 FG_KERNEL(ssd_scan_grad) = { .launch = launch, .unfit = unfit, .scratch = scratch,
-                             .pitched_in = 1u << GY | 1u << X | 1u << B_IN | 1u << C_IN };
+                             .pitched_in = 1u << GY | 1u << X | 1u << B_IN | 1u << C_IN,
+                             .pitched_out = 1u << GX | 1u << GB | 1u << GC };

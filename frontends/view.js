@@ -1124,7 +1124,8 @@ function drawStrip(w, h, bottom) {
 }
 mc.addEventListener('click', e => {
   const box = mc.getBoundingClientRect(), x = e.clientX - box.left, y = e.clientY - box.top;
-  const r = mem.rects.filter(q => x >= q.x0 - 1 && x <= q.x1 + 1 && y >= q.y0 - 1 && y <= q.y1 + 1).pop();
+  const within = d => mem.rects.filter(q => x >= q.x0 - d && x <= q.x1 + d && y >= q.y0 - d && y <= q.y1 + d).pop();
+  const r = within(0) || within(1);
   if (r) select('node', V.maker[r.v], { reveal: true });
 });
 mc.addEventListener('mousemove', e => {

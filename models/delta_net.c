@@ -29,11 +29,12 @@ static fg_tensor mixer(fg_tensor x, const void *config, int64_t layer)
     const int64_t h = fg_dim(x, -1), H = c->num_heads;
     const fg_tensor none = { 0 };
     (void)layer;
-    fg_tensor q = fg_l2_norm(project(x, "q", c), 1e-6);                             /* [B,T,H,d] */
-    fg_tensor k = fg_l2_norm(project(x, "k", c), 1e-6);
+    const double scale = sqrt((double)H / (double)h);
+    fg_tensor q = project(x, "q", c);                                               /* [B,T,H,d] */
+    fg_tensor k = project(x, "k", c);
     fg_tensor v = project(x, "v", c);
     fg_tensor beta = fg_sigmoid(fg_nn_xavier(x, "b_proj", H));                      /* [B,T,H]   */
-    fg_tensor o = fg_delta_rule(q, k, v, beta, sqrt((double)H / (double)h), none);  /* [B,T,H,d] */
+    fg_tensor o = fg_unit_delta_rule(q, k, v, beta, scale, 1e-6, none);             /* [B,T,H,d] */
     o = fg_nn_merge(fg_nn_norm(o, "o_norm", c->norm_eps));                          /* [B,T,h]   */
     return fg_nn_xavier(o, "o_proj", h);
 }

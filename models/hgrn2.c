@@ -29,7 +29,7 @@ static fg_tensor bound_of(const hgrn2 *m, int64_t layer)
 }
 
 /* S_t = diag(f_t) S_(t-1) + (1 - f_t) i_t^T,   o_t = S_t^T q_t / sqrt(K),
- * f_t = lb + (1 - lb) sigmoid(z_t); log_f is f32: it is summed over t */
+ * f_t = lb + (1 - lb) sigmoid(z_t),  q_t = silu(W x_t) */
 static fg_tensor mixer(fg_tensor x, const void *config, int64_t layer)
 {
     const hgrn2 *m = config;
@@ -38,14 +38,12 @@ static fg_tensor mixer(fg_tensor x, const void *config, int64_t layer)
         return fg_fail(x, FG_ERR_SHAPE, "%lld heads of %lld keys do not fit bounds for a width of"
                        " %lld", (long long)H, (long long)K, (long long)h);
 
-    fg_tensor q = fg_nn_heads(fg_silu(fg_nn_xavier(x, "q_proj", H * K)), H);        /* [B,T,H,K] */
-    fg_tensor z = fg_nn_xavier(x, "f_proj", H * K);                                 /* [B,T,H*K] */
+    fg_tensor q = fg_nn_heads(fg_nn_xavier(x, "q_proj", H * K), H);                 /* [B,T,H,K] */
+    fg_tensor z = fg_nn_heads(fg_nn_xavier(x, "f_proj", H * K), H);                 /* [B,T,H,K] */
     fg_tensor i = fg_nn_heads(fg_nn_xavier(x, "i_proj", h), H);                     /* [B,T,H,d] */
-    fg_tensor k = fg_forget_gate(z, bound_of(m, layer));                            /* 1 - f_t   */
-    fg_tensor log_f = fg_nn_heads(fg_result(k, 1), H);                              /* [B,T,H,K] */
-    k = fg_nn_heads(k, H);                                                          /* [B,T,H,K] */
+    fg_tensor low = bound_of(m, layer);                                             /* [1,H*K]   */
     const fg_tensor none = { 0 };
-    fg_tensor o = fg_gated_linear_attention(q, k, i, log_f, 1 / sqrt((double)K), none);
+    fg_tensor o = fg_hgrn2_scan(q, z, i, low, 1 / sqrt((double)K), none);           /* [B,T,H,d] */
     o = fg_nn_norm(fg_nn_merge(o), "g_norm", m->c->norm_eps);                       /* [B,T,h]   */
     return fg_nn_xavier(o, "o_proj", h);
 }

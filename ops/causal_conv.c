@@ -233,6 +233,8 @@ static fg_tensor example(fg_graph *g, int i)
         { 1, 70, 3, 3, true, false, false, true },       /* more rows than a task has */
         { 2, 2, 4, 5, false, true, false, true },        /* shorter than the window */
         { 1, 1, 1, 1, true, true, false, false },
+        { 1, 53, 8, 4, true, true, false, false },       /* eight channels at a time */
+        { 2, 9, 8, 4, true, true, true, false },
     };
     if (i >= (int)(sizeof cases / sizeof cases[0])) return (fg_tensor){ 0 };
     const int64_t B = cases[i].B, T = cases[i].T, C = cases[i].C, W = cases[i].W;

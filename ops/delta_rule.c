@@ -14,35 +14,13 @@
  * time (a third in sequences over 1024 rows), and stores no states between the passes.
  * Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence
  * Length" (arXiv 2406.06484), section 3. */
-#include <omp.h>
 #include "linear_attention.h"
 
 fg_tensor (fg_delta_rule)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v, fg_tensor beta,
                           double scale, fg_tensor state)
 {
-    const fg_sequence s = fg_sequence_of(q.graph);
-    const bool decoding = !fg_absent(s.past) && fg_ok(k) && fg_ok(v) && fg_shape_of(k).rank == 4;
-    if (decoding && !fg_absent(state))
-        return (fg_fail)(at, v, FG_ERR_USAGE, "a state is given, but the caches hold it already");
-    if (decoding) {
-        const fg_shape kept = FG_DIMS(fg_dim(k, 0), fg_dim(k, 2), fg_dim(k, 3), fg_dim(v, -1));
-        state = fg__cache_state(at, q.graph, "state", FG_F32, kept);
-    }
-    const fg_tensor in[] = { q, k, v, beta, s.first, s.past, state };
-    const fg_tensor o = FG_APPLY(delta_rule, at, in, scale);
-    if (decoding && fg_ok(o)) fg__cache_put(at, state, fg_result(o, 1));
-    return o;
-}
-
-static fg_status infer(fg_infer *c)
-{
-    if (fg__scan_check(c, 4)) return FG_ERR_SHAPE;
-    const fg_shape *k = &c->in[1];
-    FG_REQUIRE(c, fg_shape_equal(c->in[3], FG_DIMS(k->dim[0], k->dim[1], k->dim[2])), SHAPE,
-               "beta must be [B,T,H] = [%lld,%lld,%lld], one number per head and position",
-               (long long)k->dim[0], (long long)k->dim[1], (long long)k->dim[2]);
-    FG_REQUIRE(c, fg__is_real(c->in_type[3]), DTYPE, "beta must be f32 or bf16");
-    return FG_OK;
+    const struct fg_attr_delta_rule a = { scale };
+    return fg__scan_build(at, &fg_op_table[FG_OP_delta_rule], &a, q, k, v, beta, state);
 }
 
 /* ---- a chunk -------------------------------------------------------------------------------- */
@@ -206,55 +184,32 @@ static void step(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h, cons
     }
 }
 
+static void cut(char *base, size_t *used, const fg__scan *z) { work_cut(base, used, z); }
+
+static void one_head(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h, char *own)
+{
+    size_t used = 0;
+    work w = work_cut(own, &used, z);
+    if (z->T == 1) step(e, z, b, h, &w);
+    else head(e, z, b, h, &w);
+}
+
 static void cpu(const fg_exec *e)
 {
     const struct fg_attr_delta_rule *a = e->attr;
     const fg__scan z =
         fg__scan_of(&e->in_shape[1], &e->in_shape[2], a->scale, e->in[4], e->in[5], e->in[6]);
-    const int threads = fg__threads(e, z.B * z.T * z.H * z.K * z.V);
-#pragma omp parallel num_threads(threads)
-    {
-        size_t each = 0, mine = 0;
-        work_cut(NULL, &each, &z);
-        mine = each * (size_t)omp_get_thread_num();
-        work w = work_cut(e->scratch, &mine, &z);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < z.B * z.H; i++) {
-            if (z.T == 1) step(e, &z, i / z.H, i % z.H, &w);
-            else head(e, &z, i / z.H, i % z.H, &w);
-        }
-    }
+    fg__all_heads(e, &z, cut, one_head);
 }
 
 static size_t scratch(const fg_infer *c, int threads)
 {
-    const fg__scan z = fg__scan_of(&c->in[1], &c->in[2], 1, NULL, NULL, NULL);
-    size_t used = 0;
-    for (int i = 0; i < threads; i++) work_cut(NULL, &used, &z);
-    return used;
+    return fg__heads_scratch(&c->in[1], &c->in[2], threads, cut);
 }
 
 /* ---- gradient, definition, cost ------------------------------------------------------------- */
 
-static void vjp(fg_vjp *v)
-{
-    const struct fg_attr_delta_rule *a = v->attr;
-    fg_tensor go = v->gout[0];
-    if (!fg_absent(v->in[5])) {
-        v->gin[0] =
-            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
-        return;
-    }
-    if (fg_absent(go)) {
-        go = fg_fill(v->out[0].graph, fg_shape_of(v->out[0]), 0);
-        go = fg_cast(go, fg_dtype_of(v->out[0]));
-    }
-    const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3], v->in[4],
-                             v->in[6] };
-    const fg_tensor g = FG_APPLY(delta_rule_grad, FG_HERE, in, a->scale);
-    for (int i = 0; i < 4; i++) v->gin[i] = fg_result(g, i);
-    if (!fg_absent(v->in[6])) v->gin[6] = fg_result(g, 4);
-}
+static void vjp(fg_vjp *v) { fg__scan_vjp(v, &fg_op_table[FG_OP_delta_rule_grad]); }
 
 /* The recurrence, row by row. */
 static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
@@ -320,7 +275,7 @@ static fg_tensor example(fg_graph *g, int i)
 }
 
 const fg_op_code fg_code_delta_rule = {
-    .infer = infer, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
+    .infer = fg__delta_check, .cpu = cpu, .vjp = vjp, .cost = cost, .decompose = decompose,
     .example = example, .scratch = scratch,
     .bf16 = { .narrow_in = 7, .wide_in = 1u << 6, .narrow_out = 1, .wide_out = 2 },
 };
@@ -334,19 +289,6 @@ const fg_op_code fg_code_delta_rule = {
  *     gk_t = R u_t - S ge_t + sum_(s>=t) (go_s.u_t) scale q_s
  *            - sum_(s<t) (ge_t.u_s) k_s - sum_(s>t) (ge_s.u_t) k_s
  *     R before = R + sum_t (scale q_t go_t^T - k_t ge_t^T) */
-
-static fg_status grad_infer(fg_infer *c)
-{
-    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[4]), SHAPE, "go must have v's shape");
-    for (int i = 0; i < 4; i++) {
-        c->out[i] = c->in[2 + i];
-        c->out_type[i] = c->in_type[2 + i];
-    }
-    const fg_shape *k = &c->in[3];
-    c->out[4] = FG_DIMS(k->dim[0], k->dim[2], k->dim[3], c->in[4].dim[3]);
-    c->out_type[4] = FG_F32;
-    return FG_OK;
-}
 
 typedef struct {
     const fg_exec *e;
@@ -496,35 +438,33 @@ static grad_head grad_head_cut(char *base, size_t *used, const fg__scan *z)
     return x;
 }
 
+static void grad_cut_all(char *base, size_t *used, const fg__scan *z)
+{
+    grad_head_cut(base, used, z);
+}
+
+static void grad_one_head(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h, char *own)
+{
+    size_t used = 0;
+    grad_head x = grad_head_cut(own, &used, z);
+    x.e = e;
+    x.way.self = &x;
+    x.way.b = b;
+    x.way.h = h;
+    fg__head_back(&x.way, e->in[7], e->in[1], e->out[4]);
+}
+
 static void grad_cpu(const fg_exec *e)
 {
     const struct fg_attr_delta_rule_grad *a = e->attr;
     const fg__scan z =
         fg__scan_of(&e->in_shape[3], &e->in_shape[4], a->scale, e->in[6], NULL, e->in[7]);
-    const int threads = fg__threads(e, z.B * z.T * z.H * z.K * z.V);
-#pragma omp parallel num_threads(threads)
-    {
-        size_t each = 0, mine = 0;
-        grad_head_cut(NULL, &each, &z);
-        mine = each * (size_t)omp_get_thread_num();
-        grad_head x = grad_head_cut(e->scratch, &mine, &z);
-        x.e = e;
-        x.way.self = &x;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < z.B * z.H; i++) {
-            x.way.b = i / z.H;
-            x.way.h = i % z.H;
-            fg__head_back(&x.way, e->in[7], e->in[1], e->out[4]);
-        }
-    }
+    fg__all_heads(e, &z, grad_cut_all, grad_one_head);
 }
 
 static size_t grad_scratch(const fg_infer *c, int threads)
 {
-    const fg__scan z = fg__scan_of(&c->in[3], &c->in[4], 1, NULL, NULL, NULL);
-    size_t used = 0;
-    for (int i = 0; i < threads; i++) grad_head_cut(NULL, &used, &z);
-    return used;
+    return fg__heads_scratch(&c->in[3], &c->in[4], threads, grad_cut_all);
 }
 
 static fg_cost grad_cost(const fg_infer *c)
@@ -536,7 +476,7 @@ static fg_cost grad_cost(const fg_infer *c)
 }
 
 const fg_op_code fg_code_delta_rule_grad = {
-    .infer = grad_infer, .cpu = grad_cpu, .cost = grad_cost, .scratch = grad_scratch,
+    .infer = fg__scan_grad_infer, .cpu = grad_cpu, .cost = grad_cost, .scratch = grad_scratch,
     .bf16 = { .narrow_in = 1 | 7u << 2, .wide_in = 1u << 1 | 1u << 7, .narrow_out = 7,
               .wide_out = 1u << 4, .like = { 0, 0, 0, 6 } },
 };

@@ -13,8 +13,11 @@
  * The gate's gradient takes the sums over rows as well as over columns.  In exact arithmetic a row
  * sums to glse_i; rounding leaves a residue, and the long sum over m would make a random walk of
  * those residues, which with a short memory drowns the few pairs that count.  Taken from the same
- * ds, the two sums cancel. Sums over more than a tile are in double.  Where log_f is below the
- * clamp its gradient is 0.
+ * ds, the two sums cancel. Sums over more than a tile are in double.  Where no pair straddles a
+ * token, at a document's start, the sum is 0 and begins anew.  Where log_f is below the clamp its
+ * gradient is 0.
+ *
+ * A row whose lse is NaN makes NaN of its gq and of what the keys and gates get that it sees.
  *
  * A task is a key head, with all query heads that share it, and every parts-th block of queries.
  * Its gk, gv and column sums are its own; they are added up in order afterwards. */
@@ -57,6 +60,7 @@ typedef struct {                         /* a thread's own */
     fg_real *p, *ds;                     /* tiles */
     fg_real lse[FG_TILE], delta[FG_TILE], rows[FG_TILE];
     double row[FG_TILE];
+    bool bad[FG_TILE], any_bad;          /* rows whose lse is NaN */
 } work;
 
 static totals totals_cut(char *base, size_t *used, const fg__sizes *z)
@@ -94,7 +98,8 @@ static void weights_tile(work *u, int64_t j0, int64_t j1, bool diagonal, double 
     const fg__queries *w = &u->w;
     const int64_t wide = 2 * FG_LANES;
     fg_real less[FG_TILE], row[FG_TILE];
-    for (int64_t i = w->n0; i < w->n1; i++) less[i] = u->lse[i] - u->rows[i], row[i] = 0;
+    for (int64_t i = w->n0; i < w->n1; i++)
+        less[i] = u->bad[i] ? (fg_real)INFINITY : u->lse[i] - u->rows[i], row[i] = 0;
     for (int64_t j = j0; j < j1; j++) {
         /* on the diagonal, the first register block of lanes that reaches down to key j */
         const int64_t from = diagonal ? (j - FG_TILE_ROWS + 1) / wide * wide : 0;
@@ -111,6 +116,19 @@ static void weights_tile(work *u, int64_t j0, int64_t j1, bool diagonal, double 
         column[j] += (double)fg_vsum(sum);
     }
     for (int64_t i = w->i0; i < w->i1; i++) u->row[i] += (double)row[i];
+}
+
+/* Rows that are NaN make NaN of the keys that they see, and of no others. */
+static void spoil_tile(work *u, int64_t block, int64_t j0, int64_t j1, double *column)
+{
+    const fg__queries *w = &u->w;
+    for (int64_t i = w->i0; i < w->i1; i++)
+        for (int64_t j = j0; u->bad[i] && j < j1; j++) {
+            const int64_t key = block * FG_TILE + j;
+            if (key < w->low[i] || key > w->block * FG_TILE + i) continue;
+            u->p[j * FG_TILE + i] = u->ds[j * FG_TILE + i] = (fg_real)NAN;
+            column[j] = u->row[i] = (double)NAN;
+        }
 }
 
 static void add_rows(const fg_real *x, int64_t r0, int64_t r1, int64_t D, int64_t Dp, fg_real *to,
@@ -147,6 +165,7 @@ static void tile(const fg_exec *e, const fg__sizes *z, const totals *t, work *u,
     if (diagonal || w->low_max > key0 + j0) fg__tile_mask(w, u->p, block, j0, j1, gate);
     fg__tile_rows(w, block, between, gate && !diagonal, u->rows);
     weights_tile(u, j0, j1, diagonal, column + key0);
+    if (u->any_bad) spoil_tile(u, block, j0, j1, column + key0);
     fg__multiply(&(fg__product){ .r0 = w->n0, .r1 = w->n1, .n1 = z->Dp, .k0 = j0, .k1 = j1,
                                  .part = diagonal ? FG_K_UP_TO_R : FG_WHOLE,
                                  .a = u->ds, .a_row = 1, .a_col = FG_TILE,
@@ -163,18 +182,21 @@ static void tile(const fg_exec *e, const fg__sizes *z, const totals *t, work *u,
     add_rows(u->gv, j0, j1, z->D, z->Dp, gv + from, row);
 }
 
-/* The rows of a block of queries, and both transposed; a row that sees nothing is 0. */
+/* The rows of a block of queries, and both transposed; a row that sees nothing, or is bad, is 0. */
 static void rows_fill(const fg_exec *e, const fg__sizes *z, work *u)
 {
     const fg__queries *w = &u->w;
     const fg_real *glse = e->in[GLSE], *lse = e->in[LSE];
+    u->any_bad = false;
     for (int64_t i = w->n0; i < w->n1; i++) {
         fg_real *q = u->q + i * z->Dp, *go = u->go + i * z->Dp;
         const bool sees = w->low[i] != INT64_MAX;
         const int64_t r = (w->b * z->M + w->block * FG_TILE + i) * z->H + w->h;
         for (int64_t d = 0; d < z->Dp; d++) q[d] = go[d] = 0;
         u->lse[i] = u->delta[i] = 0;
-        if (!sees) continue;
+        u->bad[i] = sees && isnan(lse[r]);
+        u->any_bad |= u->bad[i];
+        if (!sees || u->bad[i]) continue;
         for (int64_t d = 0; d < z->D; d++)
             q[d] = (fg_real)z->scale * ((const fg_real *)e->in[Q])[r * z->D + d];
         memcpy(go, (const fg_real *)e->in[GO] + r * z->D, (size_t)z->D * sizeof *go);
@@ -198,6 +220,7 @@ static void block_of_queries(const fg_exec *e, const fg__sizes *z, const totals 
         rows_fill(e, z, u);
         for (int64_t i = w->i0; i < w->i1; i++)
             if (w->low[i] != INT64_MAX && (double)u->lse[i] < floor) floor = (double)u->lse[i];
+        if (u->any_bad) floor = -INFINITY;
         for (int64_t j = block; j >= w->low_min / FG_TILE; j--) {
             if (e->in[LOG_F] && j < block - 1)
                 between += t->g.total[(b * z->H + h) * z->blocks + j + 1];
@@ -237,14 +260,19 @@ static void gate_gradient(const fg_exec *e, const fg__sizes *z, const totals *t,
                           int64_t h)
 {
     const fg_real *log_f = e->in[LOG_F];
+    const int32_t *first = e->in[FIRST];
     const int64_t head = b * z->H + h;
     fg_real *g = e->out[3];
     double sum = 0;
+    int64_t least = z->N;
     for (int64_t j = z->N - 1; j >= 0; j--) {
         const int64_t at = (b * z->N + j) * z->H + h;
+        const int64_t low = fg__most(first ? first[b * z->N + j] : 0, j - z->window + 1);
+        if (low <= j) least = fg__least(least, low);
         sum += t->row[head * z->N + j];
         for (int64_t part = 0; part < t->parts; part++)
             sum -= t->column[(part * z->B * z->H + head) * z->N + j];
+        if (j > 0 && least >= j) sum = 0;
         g[at] = !log_f || log_f[at] < FG_LOG_F_MIN ? 0 : (fg_real)sum;
     }
 }

@@ -138,7 +138,10 @@ static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out
     fg_tensor gz = fg_mul(s, each);
     if (bound) gz = fg_mul(gz, room);
     out[0] = fg_cast(gz, fg_dtype_of(in[0]));
-    if (!bound) return;
+    if (!bound) {
+        out[1] = fg_fill(z.graph, (fg_shape){ .rank = 0 }, 0);
+        return;
+    }
     const fg_tensor glow = fg_sum_to(each, fg_shape_of(in[1]));
     out[1] = fg_cast(glow, fg_dtype_of(in[1]));
 }

@@ -118,11 +118,20 @@ FG_API fg_tensor (fg_forget_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_t
 FG_API fg_tensor (fg_gated_linear_attention)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v,
                                              fg_tensor log_a, double scale, fg_tensor state);
 
+/* The recurrence of HGRN2 (Qin et al. 2024, arXiv 2404.07904, section 3):
+ *     f = low + (1 - low) sigmoid(z),   gated linear attention of silu(q), 1 - f, v with decay f
+ * q, z: [B,T,H,K]; low: H*K numbers in [0, 1), absent: 0; all else as above. */
+FG_API fg_tensor (fg_hgrn2_scan)(fg_loc at, fg_tensor q, fg_tensor z, fg_tensor v, fg_tensor low,
+                                 double scale, fg_tensor state);
+
 /* The delta rule of DeltaNet (Yang et al. 2024, arXiv 2406.06484, eq. 2):
  *     S_t = S_(t-1) + beta_t k_t (v_t - S_(t-1)^T k_t)^T,   o_t = scale S_t^T q_t
  * beta: [B,T,H]; all else as above.  It is stable for beta |k|^2 in [0,2]: give k length 1. */
 FG_API fg_tensor (fg_delta_rule)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v, fg_tensor beta,
                                  double scale, fg_tensor state);
+/* The same, of q and k scaled to length 1: x / sqrt(sum(x^2) + eps) over the last axis. */
+FG_API fg_tensor (fg_unit_delta_rule)(fg_loc at, fg_tensor q, fg_tensor k, fg_tensor v,
+                                      fg_tensor beta, double scale, double eps, fg_tensor state);
 
 /* ---- the list of all ops --------------------------------------------------------------------- */
 
@@ -188,7 +197,9 @@ FG_API fg_tensor   fg_op_example(fg_graph *g, int i, int k);
 #define fg_ssd_scan(...)     fg_ssd_scan(FG_HERE, __VA_ARGS__)
 #define fg_forget_attention(...) fg_forget_attention(FG_HERE, __VA_ARGS__)
 #define fg_gated_linear_attention(...) fg_gated_linear_attention(FG_HERE, __VA_ARGS__)
+#define fg_hgrn2_scan(...)   fg_hgrn2_scan(FG_HERE, __VA_ARGS__)
 #define fg_delta_rule(...)   fg_delta_rule(FG_HERE, __VA_ARGS__)
+#define fg_unit_delta_rule(...) fg_unit_delta_rule(FG_HERE, __VA_ARGS__)
 
 #ifdef __cplusplus
 }

@@ -8,6 +8,7 @@
  * that inside a chunk grows with it. */
 #ifndef FG_LINEAR_ATTENTION_H
 #define FG_LINEAR_ATTENTION_H
+#include <omp.h>
 #include "internal.h"
 #include "product.h"
 
@@ -65,6 +66,105 @@ static inline const fg_real *fg__in(const fg_exec *e, int i, int64_t at)
 static inline fg_real *fg__out(const fg_exec *e, int i, int64_t at)
 {
     return (fg_real *)e->out[i] + at;
+}
+
+/* ---- builders and gradients ------------------------------------------------------------------ */
+
+/* A scan op, whose inputs are q k v gate first past state: while decoding, the caches hold the
+ * state. */
+static inline fg_tensor fg__scan_build(fg_loc at, const fg_op *op, const void *attr, fg_tensor q,
+                                       fg_tensor k, fg_tensor v, fg_tensor gate, fg_tensor state)
+{
+    const fg_sequence s = fg_sequence_of(q.graph);
+    const bool decoding = !fg_absent(s.past) && fg_ok(k) && fg_ok(v) && fg_shape_of(k).rank == 4;
+    if (decoding && !fg_absent(state))
+        return (fg_fail)(at, v, FG_ERR_USAGE, "a state is given, but the caches hold it already");
+    if (decoding) {
+        const fg_shape kept = FG_DIMS(fg_dim(k, 0), fg_dim(k, 2), fg_dim(k, 3), fg_dim(v, -1));
+        state = fg__cache_state(at, q.graph, "state", FG_F32, kept);
+    }
+    const fg_tensor in[] = { q, k, v, gate, s.first, s.past, state };
+    const fg_tensor o = fg__apply(op, at, NULL, 7, in, attr);
+    if (decoding && fg_ok(o)) fg__cache_put(at, state, fg_result(o, 1));
+    return o;
+}
+
+/* Its gradient is the op `grad`, go gstate q k v gate first state -> gq gk gv ggate gstate, with
+ * the attributes of the scan itself; a third output of the scan is its ninth input. */
+static inline void fg__scan_vjp(fg_vjp *v, const fg_op *grad)
+{
+    fg_tensor go = v->gout[0];
+    if (!fg_absent(v->in[5])) {
+        v->gin[0] =
+            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
+        return;
+    }
+    if (fg_absent(go)) {
+        go = fg_fill(v->out[0].graph, fg_shape_of(v->out[0]), 0);
+        go = fg_cast(go, fg_dtype_of(v->out[0]));
+    }
+    const fg_tensor none = { 0 }, kept = v->n_out > 2 ? v->out[2] : none;
+    const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3], v->in[4],
+                             v->in[6], kept };
+    const fg_tensor g = fg__apply(grad, FG_HERE, NULL, v->n_out > 2 ? 9 : 8, in, v->attr);
+    for (int i = 0; i < 4; i++) if (!fg_absent(v->in[i])) v->gin[i] = fg_result(g, i);
+    if (!fg_absent(v->in[6])) v->gin[6] = fg_result(g, 4);
+}
+
+/* Shapes and dtypes of such a gradient whose gate has one of its own */
+static inline fg_status fg__scan_grad_infer(fg_infer *c)
+{
+    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[4]), SHAPE, "go must have v's shape");
+    for (int i = 0; i < 4; i++) {
+        c->out[i] = c->in[2 + i];
+        c->out_type[i] = c->in_type[2 + i];
+    }
+    const fg_shape *k = &c->in[3];
+    c->out[4] = FG_DIMS(k->dim[0], k->dim[2], k->dim[3], c->in[4].dim[3]);
+    c->out_type[4] = FG_F32;
+    return FG_OK;
+}
+
+/* Rules of q k v beta first past state */
+static inline fg_status fg__delta_check(fg_infer *c)
+{
+    if (fg__scan_check(c, 4)) return FG_ERR_SHAPE;
+    const fg_shape *k = &c->in[1];
+    FG_REQUIRE(c, fg_shape_equal(c->in[3], FG_DIMS(k->dim[0], k->dim[1], k->dim[2])), SHAPE,
+               "beta must be [B,T,H] = [%lld,%lld,%lld], one number per head and position",
+               (long long)k->dim[0], (long long)k->dim[1], (long long)k->dim[2]);
+    FG_REQUIRE(c, fg__is_real(c->in_type[3]), DTYPE, "beta must be f32 or bf16");
+    return FG_OK;
+}
+
+/* What the kernels of a device keep of a scan for its gradient is output 2, elements of bf16 in an
+ * order of their own.  Where there are no such kernels it is a single 0, which nothing reads. */
+enum {                                           /* elements of 64 rows of a head */
+    FG_HGRN2_KEPT = 64 * 324,                    /* decayed q and k, weights, decays */
+    FG_UNIT_DELTA_KEPT = 64 * 650                /* q, k, W, U, weights, inverse, beta, scales */
+};
+static inline void fg__scan_keeps(fg_infer *c, int64_t elements)
+{
+    c->out[2] = FG_DIMS(elements > 1 ? elements : 1);
+    c->out_type[2] = FG_BF16;
+}
+/* Chunks of 64 rows of all heads, where heads are such that kernels work in chunks: 128 wide. */
+static inline int64_t fg__scan_tiles(const fg_shape *k, const fg_shape *v)
+{
+    const bool fits = k->dim[3] == 128 && v->dim[3] == 128 && k->dim[1] >= 64;
+    return fits ? k->dim[0] * k->dim[2] * ((k->dim[1] + 63) / 64) : 0;
+}
+
+/* Bytes of all that a node reads and writes, once. */
+static inline double fg__scan_bytes(const fg_infer *c)
+{
+    double bytes = 0;
+    for (int i = 0; i < c->n_in; i++)
+        if (c->given[i])
+            bytes += (double)fg_shape_count(c->in[i]) * (c->in_type[i] == FG_BF16 ? 2 : 4);
+    for (int o = 0; o < c->n_out; o++)
+        bytes += (double)fg_shape_count(c->out[o]) * (c->out_type[o] == FG_BF16 ? 2 : 4);
+    return bytes;
 }
 
 /* ---- runs ----------------------------------------------------------------------------------- */
@@ -233,6 +333,35 @@ static inline void fg__head_back(const fg__way_back *w, const fg_real *state, co
     }
     if (!r.carried) fg__load_state(z, NULL, w->R);
     fg__store_rows(w->R, z->Vp, z->K, z->V, to + own, z->V);
+}
+
+/* ---- all heads of a kernel, shared out ------------------------------------------------------- */
+
+/* f for head h of sequence b; own: memory of the thread, as much as the op's cut() takes. */
+typedef void fg__head_of(const fg_exec *e, const fg__scan *z, int64_t b, int64_t h, char *own);
+typedef void fg__cut_of(char *base, size_t *used, const fg__scan *z);
+
+static inline void fg__all_heads(const fg_exec *e, const fg__scan *z, fg__cut_of *cut,
+                                 fg__head_of *f)
+{
+    const int threads = fg__threads(e, z->B * z->T * z->H * z->K * z->V);
+    size_t each = 0;
+    cut(NULL, &each, z);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < z->B * z->H; i++) {
+        char *own = (char *)e->scratch + each * (size_t)omp_get_thread_num();
+        f(e, z, i / z->H, i % z->H, own);
+    }
+}
+
+/* k and v: inputs of the op. */
+static inline size_t fg__heads_scratch(const fg_shape *k, const fg_shape *v, int threads,
+                                       fg__cut_of *cut)
+{
+    const fg__scan z = fg__scan_of(k, v, 1, NULL, NULL, NULL);
+    size_t each = 0;
+    cut(NULL, &each, &z);
+    return each * (size_t)threads;
 }
 
 /* ---- the definition's parts ----------------------------------------------------------------- */

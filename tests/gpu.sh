@@ -1,10 +1,11 @@
 #!/bin/bash
 # gpu.sh BUILD - everything that needs a GPU: the tests of the kernels and of the models, the same
-# under compute-sanitizer, failures on purpose, and the table of speeds for docs/benchmarks.md.
+# under compute-sanitizer, failures on purpose, and the tables of speeds for docs/benchmarks.md.
 #
 # BUILD holds the programs (cmake -B BUILD && cmake --build BUILD).  For a machine without Criterion
 # or cmake, build elsewhere with -DFG_PLAIN_TESTS=ON and bring the folder.  Run at the top of the
-# tree.  QUICK=1 leaves out the sanitizer and the long measurements.
+# tree.  QUICK=1 leaves out the sanitizer and the long measurements; LIMIT bounds each of its tools,
+# in seconds.
 set -u
 build=${1:?usage: tests/gpu.sh BUILD}
 bad=0
@@ -27,32 +28,6 @@ for t in "$build"/test_*cuda*; do
         { fail "$(basename "$t")"; grep -v '^/' "$work/log" | head -40; }
     tail -n 12 "$work/log"
 done
-
-# The examples of every JOBS-th op under a tool.  One draw is too few for the test's own yardstick:
-# what counts is the tool's verdict.
-examined() {
-    local status=0
-    FG_TEST_OP=$(awk -v n="$JOBS" -v k="$2" 'NR % n == k' "$work/ops" | paste -sd,) \
-        FG_TEST_DRAWS=1 timeout 500 compute-sanitizer --tool "$1" --error-exitcode 9 \
-        --kernel-regex-exclude kns=cutlass --kernel-regex-exclude kns=cublas \
-        "$build/test_f64_cuda_ops" >"$work/$1.$2" 2>&1 || status=$?
-    [ $status -le 1 ] && return
-    echo "FAILED: $1, every $JOBS-th op from $2: status $status"
-    grep '^=====' "$work/$1.$2" | head -20
-}
-if [ -z "${QUICK:-}" ] && command -v compute-sanitizer >/dev/null; then
-    JOBS=$(nproc)
-    export -f examined
-    export build work JOBS
-    sed -n 's/^FG_OP(\([a-z0-9_]*\).*/\1/p' ops/ops.def >"$work/ops"
-    for tool in memcheck initcheck synccheck; do
-        say "compute-sanitizer $tool"
-        seq 0 $((JOBS - 1)) | xargs -P "$JOBS" -I{} bash -c "examined $tool {}" >"$work/log"
-        cat "$work/log"
-        [ -s "$work/log" ] && bad=1
-        echo "$(cat "$work/$tool".* | grep -c 'ERROR SUMMARY: 0 errors') of $JOBS without an error"
-    done
-fi
 
 say "failures on purpose"
 # refused STATUS WORDS COMMAND...: ends with that status and says so
@@ -120,11 +95,15 @@ nvidia-smi --query-gpu=clocks.sm,power.draw,temperature.gpu --format=csv,noheade
 echo "\$ fox-graph info fox-pro-760m --set batch=1 --set context=16384 --set recompute=0"
 fox info fox-pro-760m "${at16k[@]}" --set recompute=0 | sed -n '/memory of training/,$p'
 if [ -z "${QUICK:-}" ]; then
-    for model in fox-pro-760m fox-llama-760m transformer-llama-760m; do
-        recompute=1
-        echo "\$ fox-graph bench $model ... --set recompute=$recompute"
-        fox bench "$model" "${at16k[@]}" --set recompute=$recompute --step --repeat 5 | sed -n 2,4p
+    for model in transformer-llama-760m mamba2-760m hgrn2-760m delta-net-760m; do
+        echo "\$ fox-graph bench $model ... --set recompute=0 --ops"
+        fox bench "$model" "${at16k[@]}" --set recompute=0 --ops --repeat "${REPEAT:-20}" \
+            >"$work/log" || fail "bench $model"
+        head -n 18 "$work/log"
+        fox info "$model" "${at16k[@]}" --set recompute=0 | grep '  total'
     done
+    echo "\$ fox-graph bench fox-pro-760m --decode-at 8192"
+    fox bench fox-pro-760m --set recompute=0 --decode-at 8192 || fail "bench --decode-at"
 fi
 say "from process start to the first step done"
 begin=$(date +%s.%N)
@@ -138,5 +117,31 @@ echo "$begin $end" | awk '{ printf "fox-pro-760m: %.2f s\n", $2 - $1 }'
 pkill -TERM -P $child 2>/dev/null        # fox is a function: the command is a child of its shell
 kill -TERM $child 2>/dev/null
 wait
+# The examples of every JOBS-th op under a tool.  One draw is too few for the test's own yardstick:
+# what counts is the tool's verdict.
+examined() {
+    local status=0
+    FG_TEST_OP=$(awk -v n="$JOBS" -v k="$2" 'NR % n == k' "$work/ops" | paste -sd,) \
+        FG_TEST_DRAWS=1 timeout "${LIMIT:-500}" compute-sanitizer --tool "$1" --error-exitcode 9 \
+        --kernel-regex-exclude kns=cutlass --kernel-regex-exclude kns=cublas \
+        "$build/test_f64_cuda_ops" >"$work/$1.$2" 2>&1 || status=$?
+    [ $status -le 1 ] && return
+    echo "FAILED: $1, every $JOBS-th op from $2: status $status"
+    grep '^=====' "$work/$1.$2" | head -20
+}
+if [ -z "${QUICK:-}" ] && command -v compute-sanitizer >/dev/null; then
+    JOBS=$(nproc)
+    export -f examined
+    export build work JOBS
+    sed -n 's/^FG_OP(\([a-z0-9_]*\).*/\1/p' ops/ops.def >"$work/ops"
+    for tool in memcheck initcheck synccheck; do
+        say "compute-sanitizer $tool"
+        seq 0 $((JOBS - 1)) | xargs -P "$JOBS" -I{} bash -c "examined $tool {}" >"$work/log"
+        cat "$work/log"
+        [ -s "$work/log" ] && bad=1
+        echo "$(cat "$work/$tool".* | grep -c 'ERROR SUMMARY: 0 errors') of $JOBS without an error"
+    done
+fi
+
 say "$([ $bad = 0 ] && echo "all passed" || echo "something FAILED")"
 exit $bad

@@ -15,7 +15,8 @@ enum { Y = INPUTS, END, RESULTS };
 static const char *const names[] = { "x", "dt", "a", "b", "c", "d", "state", "y", "end" };
 static const double bounds[] = { 8e-3, 1.5e-2, 1.5e-2, 8e-3, 8e-3, 1e-3, 8e-3, 4e-3, 4e-3 };
 
-typedef struct { int64_t B, T, H, G, N; bool documents; } size;
+enum { AS_TRAINED, EXTREME };            /* dt and a */
+typedef struct { int64_t B, T, H, G, N; bool documents; int rates; } size;
 
 static fg_shape shape_of(const size *s, int i)
 {
@@ -28,7 +29,8 @@ static fg_shape shape_of(const size *s, int i)
     }
 }
 
-/* Sixteenths in [-1,1]; dt and a as training starts with. */
+/* Sixteenths in [-1,1]; dt and a as training starts with, or extreme: dt = softplus(+-30), a of
+ * -1e-4 and -1e3 in turn. */
 static float *draw(const size *s, int i, uint64_t *seed)
 {
     const int64_t n = fg_shape_count(shape_of(s, i));
@@ -38,6 +40,8 @@ static float *draw(const size *s, int i, uint64_t *seed)
         x[k] = (float)((int)(*seed >> 40) % 33 - 16) / 16;
         if (i == DT) x[k] = expf(-4.5f + 2 * x[k]);
         if (i == A) x[k] = -expf(1.4f + 1.4f * x[k]);
+        if (i == DT && s->rates == EXTREME) x[k] = *seed >> 63 ? 30 : expf(-30);
+        if (i == A && s->rates == EXTREME) x[k] = k % 2 ? -1e3f : -1e-4f;
     }
     return x;
 }
@@ -132,16 +136,116 @@ static void compare(const size *s, fg_backend *gpu, fg_backend *cpu)
 
 Test(cuda_ssd_scan, chunks_on_tensor_cores_are_the_recurrence)
 {
-    static const int64_t lengths[] = { 17, 63, 64, 65, 127, 128, 129, 300 };
+    static const int64_t lengths[] = { 1, 17, 63, 64, 65, 127, 128, 129, 300, 1000, 4097 };
     fg_backend *gpu = fg__cuda_or_skip(true), *cpu = gpu ? fg_backend_open("cpu", 2) : NULL;
-    for (int i = 0; gpu && i < 8; i++)
+    for (int i = 0; gpu && i < 11; i++)
         for (int documents = 0; documents < 2; documents++) {
-            const size wide = { 2, lengths[i], 4, 2, 128, documents };
-            const size small = { 2, lengths[i], 3, 1, 64, documents };
+            const size wide = { 2, lengths[i], 4, 2, 128, documents, AS_TRAINED };
+            const size small = { 2, lengths[i], 3, 1, 64, documents, AS_TRAINED };
             compare(&wide, gpu, cpu);
             compare(&small, gpu, cpu);
         }
     cr_expect_eq(fg__traps.broken, 0, "%d allocations were overrun", fg__traps.broken);
     fg_backend_close(gpu);
     fg_backend_close(cpu);
+}
+
+/* What neither forgets nor is forgotten beside what is forgotten at once. */
+Test(cuda_ssd_scan, extreme_rates)
+{
+    static const int64_t lengths[] = { 64, 65, 300 };
+    fg_backend *gpu = fg__cuda_or_skip(true), *cpu = gpu ? fg_backend_open("cpu", 2) : NULL;
+    for (int i = 0; gpu && i < 3; i++) {
+        const size s = { 2, lengths[i], 4, 1, 128, i == 2, EXTREME };
+        compare(&s, gpu, cpu);
+    }
+    fg_backend_close(gpu);
+    fg_backend_close(cpu);
+}
+
+/* More heads than a block on wgmma takes, and one. */
+Test(cuda_ssd_scan, any_number_of_heads)
+{
+    fg_backend *gpu = fg__cuda_or_skip(true), *cpu = gpu ? fg_backend_open("cpu", 2) : NULL;
+    const size many = { 1, 200, 131, 1, 64, false, AS_TRAINED };
+    const size one = { 3, 200, 1, 1, 128, true, AS_TRAINED };
+    if (gpu) compare(&many, gpu, cpu), compare(&one, gpu, cpu);
+    fg_backend_close(gpu);
+    fg_backend_close(cpu);
+}
+
+/* ---- a million tokens ----------------------------------------------------------------------- */
+
+enum { LONG = 1000003, NARROW = 64 };
+
+/* x of row p is (p + 1) / 64 everywhere; token t < 64 writes column t and no later token writes;
+ * all read the mean of the columns.  The loss is the last token's y times (p + 1) / 64. */
+static float long_value(int i, int64_t t, int64_t n)
+{
+    switch (i) {
+    case X: return (float)(n + 1) / NARROW;
+    case B: return t == n ? 1.0f : 0.0f;
+    case C: return 1.0f / NARROW;
+    default: return t == LONG - 1 ? (float)(n + 1) / NARROW : 0.0f;
+    }
+}
+
+static void write_long(fg_plan *p, fg_tensor t, int which)
+{
+    float *x = malloc((size_t)LONG * NARROW * sizeof *x);
+    for (int64_t i = 0; i < (int64_t)LONG * NARROW; i++)
+        x[i] = long_value(which, i / NARROW, i % NARROW);
+    cr_assert_eq(fg_write(p, t, x, (size_t)LONG * NARROW * sizeof *x), FG_OK, "%s",
+                 fg_plan_message(p));
+    free(x);
+}
+
+static void check_long(fg_plan *p, fg_tensor y, fg_tensor gx)
+{
+    float *got = malloc((size_t)LONG * NARROW * sizeof *got);
+    int64_t wrong = 0;
+    fg_read(p, y, got, (size_t)LONG * NARROW * sizeof *got);
+    for (int64_t t = NARROW - 1; t < LONG; t++)
+        for (int64_t n = 0; n < NARROW; n++)
+            wrong += got[t * NARROW + n] != long_value(X, t, n);
+    cr_expect_eq(wrong, 0, "%lld of y are not what was stored", (long long)wrong);
+    wrong = 0;
+    fg_read(p, gx, got, (size_t)LONG * NARROW * sizeof *got);
+    for (int64_t t = 0; t < LONG; t++)
+        for (int64_t n = 0; n < NARROW; n++)
+            wrong += got[t * NARROW + n] != (t < NARROW ? (float)(n + 1) / NARROW / NARROW : 0.0f);
+    cr_expect_eq(wrong, 0, "%lld of gx are not what was asked", (long long)wrong);
+    free(got);
+}
+
+/* Decay 1: what the first tokens store is there to the bit a million tokens on, and so is what
+ * their gradient is. */
+Test(cuda_ssd_scan, a_million_tokens_lose_nothing)
+{
+    fg_backend *gpu = fg__cuda_or_skip(true);
+    if (!gpu) return;
+    fg_graph *g = fg_graph_new();
+    const fg_shape rows = FG_DIMS(1, LONG, 1, NARROW);
+    const fg_tensor x = fg_input(g, "x", FG_F32, rows), b = fg_input(g, "b", FG_F32, rows);
+    const fg_tensor c = fg_input(g, "c", FG_F32, rows), w = fg_input(g, "w", FG_F32, rows);
+    const fg_tensor dt = fg_fill(g, FG_DIMS(1, LONG, 1), 1), a = fg_fill(g, FG_DIMS(1), 0);
+    const fg_tensor none = { 0 }, xs = fg_cast(x, FG_BF16), bs = fg_cast(b, FG_BF16);
+    const fg_tensor cs = fg_cast(c, FG_BF16);
+    const fg_tensor y = fg_ssd_scan(xs, dt, a, bs, cs, none, none), loss = weighted(y, w);
+    fg_tensor gx;
+    cr_assert_eq(fg_grad(loss, 1, &x, &gx), FG_OK, "%s", fg_graph_message(g));
+    const fg_tensor wide = fg_output(fg_cast(y, FG_F32), "y");
+    gx = fg_output(gx, "gx");
+    fg_store *store = fg_store_new(gpu);
+    fg_plan *p = fg_plan_new(g, store);
+    write_long(p, x, X);
+    write_long(p, b, B);
+    write_long(p, c, C);
+    write_long(p, w, Y);
+    cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
+    check_long(p, wide, gx);
+    fg_plan_free(p);
+    fg_store_free(store);
+    fg_graph_free(g);
+    fg_backend_close(gpu);
 }

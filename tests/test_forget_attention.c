@@ -348,6 +348,30 @@ Test(forget_attention, padding_rows_are_zero_and_take_part_in_nothing)
     drop_result(&r); drop_result(&s); drop(&p);
 }
 
+/* In the second of three documents; what it counts as is -100. */
+Test(forget_attention, a_gate_that_is_no_number_stays_in_its_document)
+{
+    const int64_t lengths[] = { 70, 51, 80 }, H = 2, D = 16;
+    problem p = make(1, 201, H, 1, D, 0);
+    documents(&p, lengths, 3, 0);
+    for (int64_t h = 0; h < H; h++) p.log_f[100 * H + h] = -100;
+    result r = both(&p, 2);
+    for (int64_t h = 0; h < H; h++) p.log_f[100 * H + h] = NAN;
+    result s = both(&p, 2);
+    for (int64_t t = 0; t < 201; t++) {
+        const size_t q = (size_t)(H * D), k = (size_t)D;
+        if (t >= 100 && t < 121) cr_expect(isnan(s.o[t * H * D]) && isnan(s.gq[t * H * D]));
+        if (t >= 70 && t < 121) continue;
+        cr_expect(same(r.o + t * H * D, s.o + t * H * D, q), "o of token %lld", (long long)t);
+        cr_expect(same(r.gq + t * H * D, s.gq + t * H * D, q), "gq of token %lld", (long long)t);
+        cr_expect(same(r.gk + t * D, s.gk + t * D, k), "gk of token %lld", (long long)t);
+        cr_expect(same(r.gv + t * D, s.gv + t * D, k), "gv of token %lld", (long long)t);
+        cr_expect(same(r.gf + t * H, s.gf + t * H, (size_t)H), "glog_f of token %lld",
+                  (long long)t);
+    }
+    drop_result(&r); drop_result(&s); drop(&p);
+}
+
 /* ---- gates ---------------------------------------------------------------------------------- */
 
 static void gates(problem *p, int kind)

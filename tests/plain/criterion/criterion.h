@@ -65,6 +65,7 @@ static inline void plain_check(int ok, int end, const char *file, int line, cons
 #define cr_expect_gt(a, b, ...)    PLAIN(0, (a) > (b), #a " > " #b, __VA_ARGS__)
 #define cr_assert_geq(a, b, ...)   PLAIN(1, (a) >= (b), #a " >= " #b, __VA_ARGS__)
 #define cr_expect_null(p, ...)     PLAIN(0, (p) == NULL, #p " is NULL", __VA_ARGS__)
+#define cr_expect_not_null(p, ...) PLAIN(0, (p) != NULL, #p " is not NULL", __VA_ARGS__)
 #define cr_assert_str_eq(a, b, ...) PLAIN(1, !strcmp(a, b), #a " equals " #b, __VA_ARGS__)
 #define cr_expect_str_eq(a, b, ...) PLAIN(0, !strcmp(a, b), #a " equals " #b, __VA_ARGS__)
 #define PLAIN_FAR(a, b) fabs((double)(a) - (double)(b))
