@@ -30,7 +30,9 @@ static void *spoil(void *unused)
 fg_tensor fg_model(fg_tensor x)
 {
     static pthread_t thread;
-    const fox_config c = fox_pro_config(256, 64, 2, 2);
+    const int64_t width = fg_setting_int(x.graph, "width", 64);
+    const int64_t layers = fg_setting_int(x.graph, "layers", 2);
+    const fox_config c = fox_pro_config(256, width, layers, fg_setting_int(x.graph, "heads", 2));
     if (!thread) pthread_create(&thread, NULL, spoil, NULL);
     return fox_lm(x, &c);
 }
