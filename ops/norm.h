@@ -1,4 +1,4 @@
-/* norm.h - what rms_norm.c and gated_norm.c share: groups of a row, sums over them, and the gain's
+/* norm.h - what the norms share: groups of a row, sums over them, and the gain's
  * gradient, which is summed over rows in blocks fixed by the shape.
  *
  * x: [..., D], seen as rows of `groups` groups of n = D / groups elements; the gain w has D

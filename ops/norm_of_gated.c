@@ -7,7 +7,7 @@
  * On a device forward reads x and g and writes y, the gradient reads gy, x and g and writes gx and
  * gg: once.  The CPU runs the definition.
  * Source: Dao and Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 7.1. */
-#include "norm.h"
+#include "norm_gate.h"
 
 fg_tensor (fg_norm_of_gated)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor g, double eps,
                              int64_t groups)
@@ -18,9 +18,7 @@ fg_tensor (fg_norm_of_gated)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor g, d
 static fg_status infer(fg_infer *c)
 {
     const struct fg_attr_norm_of_gated *a = c->attr;
-    FG_REQUIRE(c, fg_shape_equal(c->in[0], c->in[2]), SHAPE, "g must have x's shape");
-    FG_REQUIRE(c, fg__is_real(c->in_type[2]), DTYPE, "g must be f32 or bf16");
-    return norm_infer(c, a->eps, a->groups);
+    return norm_gate_infer(c, a->eps, a->groups);
 }
 
 /* With s = sigmoid(g), gu as in rms_norm at u:  gx = gu g s,  gg = gu x s (1 + g (1 - s)). */
@@ -58,7 +56,7 @@ static fg_cost cost(const fg_infer *c)
 
 static fg_tensor example(fg_graph *g, int i)
 {
-    static const struct { int64_t B, T, D, n_w, groups; double eps; } cases[] = {
+    static const norm_gate_case cases[] = {
         { 1, 3, 5, 5, 1, 1e-5 },
         { 2, 3, 16, 16, 2, 1e-6 },     /* a gain for every element */
         { 2, 3, 27, 9, 3, 1e-5 },      /* one gain shared by three groups */
@@ -66,10 +64,8 @@ static fg_tensor example(fg_graph *g, int i)
         { 1, 1, 1, 1, 1, 1e-2 },
     };
     if (i >= (int)(sizeof cases / sizeof cases[0])) return (fg_tensor){ 0 };
-    const fg_tensor x = fg_random(g, cases[i].B, cases[i].T, cases[i].D);
-    const fg_tensor w = fg_random(g, cases[i].n_w);
-    const fg_tensor gate = fg_random(g, cases[i].B, cases[i].T, cases[i].D);
-    return fg_norm_of_gated(x, w, gate, cases[i].eps, cases[i].groups);
+    const norm_gate_inputs in = norm_gate_example(g, &cases[i]);
+    return fg_norm_of_gated(in.x, in.w, in.g, cases[i].eps, cases[i].groups);
 }
 
 const fg_op_code fg_code_norm_of_gated = {
@@ -83,12 +79,7 @@ const fg_op_code fg_code_norm_of_gated = {
 static fg_status grad_infer(fg_infer *c)
 {
     const struct fg_attr_norm_of_gated_grad *a = c->attr;
-    const fg_shape *x = &c->in[1];
-    FG_REQUIRE(c, fg_shape_equal(c->in[0], *x) && fg_shape_equal(c->in[3], *x), SHAPE,
-               "gy and g must have x's shape");
-    c->out[2] = *x;
-    c->out_type[2] = c->in_type[3];
-    return norm_grad_infer(c, 4, a->groups);
+    return norm_gate_grad_infer(c, a->groups);
 }
 
 static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
@@ -110,16 +101,12 @@ static fg_cost grad_cost(const fg_infer *c)
 
 static fg_tensor grad_example(fg_graph *g, int i)
 {
-    static const struct { int64_t T, D, n_w, groups; } cases[] = {
-        { 3, 5, 5, 1 }, { 35, 16, 16, 2 }, { 5, 27, 9, 3 },
+    static const norm_gate_case cases[] = {
+        { 1, 3, 5, 5, 1, 0 }, { 1, 35, 16, 16, 2, 0 }, { 1, 5, 27, 9, 3, 0 },
     };
     if (i >= (int)(sizeof cases / sizeof cases[0])) return (fg_tensor){ 0 };
-    const fg_tensor gy = fg_random(g, cases[i].T, cases[i].D);
-    const fg_tensor x = fg_random(g, cases[i].T, cases[i].D);
-    const fg_tensor w = fg_random(g, cases[i].n_w);
-    const fg_tensor gate = fg_random(g, cases[i].T, cases[i].D);
-    const fg_tensor rstd = fg_random(g, cases[i].T, cases[i].groups);
-    const fg_tensor in[] = { gy, x, w, gate, rstd };
+    const norm_gate_inputs k = norm_gate_grad_example(g, &cases[i]);
+    const fg_tensor in[] = { k.gy, k.x, k.w, k.g, k.rstd };
     return FG_APPLY(norm_of_gated_grad, FG_HERE, in, cases[i].groups);
 }
 
