@@ -17,7 +17,7 @@
  * UNIT, which finds all prepared, 23 (least 8). */
 #ifndef FG_DELTA_RULE_CUH
 #define FG_DELTA_RULE_CUH
-#include "linear_attention.cuh"
+#include "linear_attention_chain.cuh"
 
 #define LANE 68                                  /* floats from row to row of L and M */
 

@@ -17,7 +17,7 @@
  * RAW 24 (least 12, 7). */
 #ifndef FG_GATED_LINEAR_ATTENTION_CUH
 #define FG_GATED_LINEAR_ATTENTION_CUH
-#include "linear_attention.cuh"
+#include "linear_attention_chain.cuh"
 
 #define HALF   64                                /* channels of a block of join */
 #define BLOCKS (LA_ROWS / 16)
