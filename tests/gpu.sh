@@ -102,6 +102,10 @@ if [ -z "${QUICK:-}" ]; then
         head -n 18 "$work/log"
         fox info "$model" "${at16k[@]}" --set recompute=0 | grep '  total'
     done
+    for model in fox-pro-760m mamba2-760m hgrn2-760m delta-net-760m; do
+        echo "\$ fox-graph bench $model ... --set recompute=1 --step"
+        fox bench "$model" "${at16k[@]}" --set recompute=1 --step --repeat 5 | sed -n 2p
+    done
     echo "\$ fox-graph bench fox-pro-760m --decode-at 8192"
     fox bench fox-pro-760m --set recompute=0 --decode-at 8192 || fail "bench --decode-at"
 fi

@@ -19,7 +19,8 @@ typedef struct {
     int n;
 } trial;
 
-typedef enum { FOX_PRO, FOX_LLAMA, TRANSFORMER, RECOMPUTED, MAMBA2, HGRN2, DELTA_NET, MODELS } kind;
+typedef enum { FOX_PRO, FOX_LLAMA, TRANSFORMER, RECOMPUTED, MAMBA2, HGRN2, DELTA_NET,
+               MAMBA2_AGAIN, HGRN2_AGAIN, DELTA_NET_AGAIN, MODELS } kind;     /* recomputed */
 
 static fg_tensor build(kind k, fg_tensor tokens)
 {
@@ -27,17 +28,20 @@ static fg_tensor build(kind k, fg_tensor tokens)
     transformer_config t = transformer_llama_config(V, 32, 2, 2);
     c.intermediate_size = t.intermediate_size = 24;
     c.recompute = k == RECOMPUTED;
-    if (k == MAMBA2) {
-        const mamba2_config m = mamba2_lm_config(V, 32, 2, 4);
+    if (k == MAMBA2 || k == MAMBA2_AGAIN) {
+        mamba2_config m = mamba2_lm_config(V, 32, 2, 4);
+        m.recompute = k == MAMBA2_AGAIN;
         return mamba2_lm(tokens, &m);
     }
-    if (k == HGRN2) {
+    if (k == HGRN2 || k == HGRN2_AGAIN) {
         hgrn2_config m = hgrn2_lm_config(V, 32, 2, 16);
+        m.recompute = k == HGRN2_AGAIN;
         m.intermediate_size = 24;
         return hgrn2_lm(tokens, &m);
     }
-    if (k == DELTA_NET) {
+    if (k == DELTA_NET || k == DELTA_NET_AGAIN) {
         delta_net_config m = delta_net_lm_config(V, 32, 2, 2);
+        m.recompute = k == DELTA_NET_AGAIN;
         m.intermediate_size = 24;
         return delta_net_lm(tokens, &m);
     }
