@@ -1,6 +1,6 @@
 #!/bin/sh
-# test_no_gpu.sh - what the command says where a GPU, its driver or the backend is missing.  A library
-# without a symbol plays the driver.
+# test_no_gpu.sh - what the command says where a GPU, its driver or the backend is missing.  A
+# library without a symbol plays the driver.
 #
 # usage: test_no_gpu.sh BUILD_DIR SCRATCH_DIR [CC]
 set -eu
