@@ -44,7 +44,7 @@ static char *read_here(const char *name)
 static int shell(const char *command)
 {
     char *line = malloc(strlen(command) + 1024);
-    sprintf(line, "cd %s/work && { %s\n} >../out 2>../err </dev/null", folder, command);
+    sprintf(line, "cd %s/here && { %s\n} >../out 2>../err </dev/null", folder, command);
     int status = system(line);
     free(line);
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
@@ -68,7 +68,7 @@ static void done(answer a)
 static void copy_afresh(void)
 {
     char line[512];
-    snprintf(line, sizeof line, "rm -rf %s/work && cp -r %s %s/work", folder, GOLDEN, folder);
+    snprintf(line, sizeof line, "rm -rf %s/here && cp -r %s %s/here", folder, GOLDEN, folder);
     cr_assert_eq(system(line), 0);
 }
 
@@ -652,7 +652,7 @@ Test(cli, logits_losses_and_gradients_are_the_official_ones)
     char path[512];
     expect("fox-graph logits " FIXTURES "/fox_pro --tokens " FIXTURES
            "/fox_pro/reference.safetensors --grad --out o.safetensors", 0);
-    snprintf(path, sizeof path, "%s/work/o.safetensors", folder);
+    snprintf(path, sizeof path, "%s/here/o.safetensors", folder);
     fg_file *reference = fg_file_open(FIXTURES "/fox_pro/reference.safetensors");
     fg_file_entry e;
     int n = 0;
