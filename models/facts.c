@@ -93,22 +93,16 @@ static const char *const acts[] = { "\"swish\"", "\"sigmoid\"" };
 static const char *const gate_acts[] = { "\"sigmoid\"", "\"silu\"" };
 static const char *const gates[] = { "\"full\"", "\"bias_only\"", "\"fixed\"", "\"none\"" };
 
-#define SAME_FIELDS(C)                                                                      \
+/* What all of these have, but for Mamba-2 */
+#define COMMON_FIELDS(C)                                                                    \
     { "vocab_size",           "32000",    COUNT, offsetof(C, vocab_size),        NULL },    \
     { "hidden_size",          "2048",     COUNT, offsetof(C, hidden_size),       NULL },    \
     { "num_hidden_layers",    "24",       COUNT, offsetof(C, num_hidden_layers), NULL },    \
-    { "num_heads",            "32",       COUNT, offsetof(C, num_heads),         NULL },    \
     { "hidden_ratio",         "4",        REAL,  offsetof(C, hidden_ratio),      NULL },    \
     { "intermediate_size",    "null",     COUNT, offsetof(C, intermediate_size), NULL },    \
     { "norm_eps",             "1e-06",    REAL,  offsetof(C, norm_eps),          NULL },    \
-    { "rope_base",            "500000.0", REAL,  offsetof(C, rope_base),         NULL },    \
     { "initializer_range",    "0.02",     REAL,  offsetof(C, initializer_range), NULL },    \
-    { "hidden_act",           "\"swish\"", FLAG, offsetof(C, mlp_sigmoid),       acts },    \
     { "tie_word_embeddings",  "false",    FLAG,  offsetof(C, tie_word_embeddings), yes },   \
-    { "max_position_embeddings", "null",  FIXED, 0, NULL },                                 \
-    { "elementwise_affine",   "true",     FIXED, 0, NULL },                                 \
-    { "attention_bias",       "false",    FIXED, 0, NULL },                                 \
-    { "fuse_norm",            "true",     FIXED, 0, NULL },                                 \
     { "fuse_cross_entropy",   "true",     FIXED, 0, NULL },                                 \
     { "use_cache",            "true",     FIXED, 0, NULL },                                 \
     { "bos_token_id",         "null",     FIXED, 0, NULL },                                 \
@@ -116,10 +110,20 @@ static const char *const gates[] = { "\"full\"", "\"bias_only\"", "\"fixed\"", "
     { "pad_token_id",         "null",     FIXED, 0, NULL },                                 \
     { "torch_dtype",          "\"float32\"", FIXED, 0, NULL }
 
+#define ATTENTION_FIELDS(C)                                                                 \
+    COMMON_FIELDS(C),                                                                       \
+    { "num_heads",            "32",       COUNT, offsetof(C, num_heads),         NULL },    \
+    { "rope_base",            "500000.0", REAL,  offsetof(C, rope_base),         NULL },    \
+    { "hidden_act",           "\"swish\"", FLAG, offsetof(C, mlp_sigmoid),       acts },    \
+    { "max_position_embeddings", "null",  FIXED, 0, NULL },                                 \
+    { "elementwise_affine",   "true",     FIXED, 0, NULL },                                 \
+    { "attention_bias",       "false",    FIXED, 0, NULL },                                 \
+    { "fuse_norm",            "true",     FIXED, 0, NULL }
+
 static const field fox_fields[] = {
     { "model_type", "\"forgetting_transformer-project_fox\"", FIXED, 0, NULL },
     { "architectures", "[\"ForgettingTransformerForCausalLM\"]", FIXED, 0, NULL },
-    SAME_FIELDS(fox_config),
+    ATTENTION_FIELDS(fox_config),
     { "num_kv_heads", "null", FIXED, 0, NULL },
     { "window_size", "null", FIXED, 0, NULL },
     { "log_pruning_tolerance", "null", FIXED, 0, NULL },
@@ -141,7 +145,7 @@ static const field fox_fields[] = {
 static const field transformer_fields[] = {
     { "model_type", "\"transformer-project_fox\"", FIXED, 0, NULL },
     { "architectures", "[\"TransformerForCausalLM\"]", FIXED, 0, NULL },
-    SAME_FIELDS(transformer_config),
+    ATTENTION_FIELDS(transformer_config),
     { "num_kv_heads", "null", COUNT, offsetof(transformer_config, num_kv_heads), NULL },
     { "window_size", "null", COUNT, offsetof(transformer_config, window_size), NULL },
     { "use_rope", "true", FLAG, offsetof(transformer_config, no_rope), no },
@@ -149,23 +153,10 @@ static const field transformer_fields[] = {
 };
 
 #define LINEAR_FIELDS(C)                                                                    \
-    { "vocab_size",           "32000",    COUNT, offsetof(C, vocab_size),        NULL },    \
-    { "hidden_size",          "2048",     COUNT, offsetof(C, hidden_size),       NULL },    \
-    { "num_hidden_layers",    "24",       COUNT, offsetof(C, num_hidden_layers), NULL },    \
-    { "hidden_ratio",         "4",        REAL,  offsetof(C, hidden_ratio),      NULL },    \
-    { "intermediate_size",    "null",     COUNT, offsetof(C, intermediate_size), NULL },    \
-    { "norm_eps",             "1e-06",    REAL,  offsetof(C, norm_eps),          NULL },    \
-    { "initializer_range",    "0.02",     REAL,  offsetof(C, initializer_range), NULL },    \
-    { "tie_word_embeddings",  "false",    FLAG,  offsetof(C, tie_word_embeddings), yes },   \
+    COMMON_FIELDS(C),                                                                       \
     { "hidden_act",           "\"swish\"", FIXED, 0, NULL },                                \
     { "attn_mode",            "\"chunk\"", FIXED, 0, NULL },                                \
-    { "max_position_embeddings", "2048",  FIXED, 0, NULL },                                 \
-    { "fuse_cross_entropy",   "true",     FIXED, 0, NULL },                                 \
-    { "use_cache",            "true",     FIXED, 0, NULL },                                 \
-    { "bos_token_id",         "null",     FIXED, 0, NULL },                                 \
-    { "eos_token_id",         "null",     FIXED, 0, NULL },                                 \
-    { "pad_token_id",         "null",     FIXED, 0, NULL },                                 \
-    { "torch_dtype",          "\"float32\"", FIXED, 0, NULL }
+    { "max_position_embeddings", "2048",  FIXED, 0, NULL }
 
 /* model_type tells whether the lower bounds count: see hgrn2_config_record. */
 static const field hgrn2_fields[] = {
