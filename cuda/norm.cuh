@@ -742,4 +742,31 @@ static void norm_grad_launch(norm_backward &a, const fg_out &gw, cudaStream_t st
     norm_add_parts<<<fg_blocks(s.n_w, 32), block, 0, stream>>>(a.part, norm_part_rows(s), s.n_w,
                                                                gw);
 }
+
+/* What both norms with a gate take: x, w, g -> y, rstd; and gy, x, w, g, rstd -> gx, gw, gg. */
+static inline norm_forward norm_gate_forward(const fg_exec *e, int64_t groups, double eps)
+{
+    norm_forward a = {};
+    a.s = norm_size_of(&e->in_shape[0], &e->in_shape[1], groups);
+    a.x = fg_input_of(e, 0), a.w = fg_input_of(e, 1), a.g = fg_input_of(e, 2);
+    a.y = fg_output_of(e, 0), a.rstd = (float *)e->out[1], a.eps = (float)eps;
+    a.x_rows = norm_rows_of(&e->in_rows[0], a.s.D);
+    a.g_rows = norm_rows_of(&e->in_rows[2], a.s.D);
+    a.y_rows = norm_rows_of(&e->out_rows[0], a.s.D);
+    return a;
+}
+static inline norm_backward norm_gate_backward(const fg_exec *e, int64_t groups)
+{
+    norm_backward a = {};
+    a.s = norm_size_of(&e->in_shape[1], &e->in_shape[2], groups);
+    a.gy = fg_input_of(e, 0), a.x = fg_input_of(e, 1), a.w = fg_input_of(e, 2);
+    a.g = fg_input_of(e, 3), a.rstd = (const float *)e->in[4];
+    a.gx = fg_output_of(e, 0), a.gg = fg_output_of(e, 2), a.part = (float *)e->scratch;
+    a.gy_rows = norm_rows_of(&e->in_rows[0], a.s.D);
+    a.x_rows = norm_rows_of(&e->in_rows[1], a.s.D);
+    a.g_rows = norm_rows_of(&e->in_rows[3], a.s.D);
+    a.gx_rows = norm_rows_of(&e->out_rows[0], a.s.D);
+    a.gg_rows = norm_rows_of(&e->out_rows[2], a.s.D);
+    return a;
+}
 #endif

@@ -12,13 +12,7 @@
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_norm_of_gated *at = (const struct fg_attr_norm_of_gated *)e->attr;
-    norm_forward a = {};
-    a.s = norm_size_of(&e->in_shape[0], &e->in_shape[1], at->groups);
-    a.x = fg_input_of(e, 0), a.w = fg_input_of(e, 1), a.g = fg_input_of(e, 2);
-    a.y = fg_output_of(e, 0), a.rstd = (float *)e->out[1], a.eps = (float)at->eps;
-    a.x_rows = norm_rows_of(&e->in_rows[0], a.s.D);
-    a.g_rows = norm_rows_of(&e->in_rows[2], a.s.D);
-    a.y_rows = norm_rows_of(&e->out_rows[0], a.s.D);
+    const norm_forward a = norm_gate_forward(e, at->groups, at->eps);
     norm_launch<NORM_OF_GATED>(a, stream);
 }
 
@@ -37,16 +31,7 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
 {
     typedef struct fg_attr_norm_of_gated_grad attr;
     const attr *at = (const attr *)e->attr;
-    norm_backward a = {};
-    a.s = norm_size_of(&e->in_shape[1], &e->in_shape[2], at->groups);
-    a.gy = fg_input_of(e, 0), a.x = fg_input_of(e, 1), a.w = fg_input_of(e, 2);
-    a.g = fg_input_of(e, 3), a.rstd = (const float *)e->in[4];
-    a.gx = fg_output_of(e, 0), a.gg = fg_output_of(e, 2), a.part = (float *)e->scratch;
-    a.gy_rows = norm_rows_of(&e->in_rows[0], a.s.D);
-    a.x_rows = norm_rows_of(&e->in_rows[1], a.s.D);
-    a.g_rows = norm_rows_of(&e->in_rows[3], a.s.D);
-    a.gx_rows = norm_rows_of(&e->out_rows[0], a.s.D);
-    a.gg_rows = norm_rows_of(&e->out_rows[2], a.s.D);
+    norm_backward a = norm_gate_backward(e, at->groups);
     norm_grad_launch<NORM_OF_GATED>(a, fg_output_of(e, 1), stream);
 }
 

@@ -1,5 +1,5 @@
-/* test_config.c - config.json: official ones are read, wrong ones refused with key and value, what a
- * model records reads back the same, and with the weights it is the whole model. */
+/* test_config.c - config.json: official ones are read, wrong ones refused with key and value, what
+ * a model records reads back the same, and with the weights it is the whole model. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <string.h>
