@@ -59,13 +59,14 @@ static void fg__trapped_free(fg_backend *b, void *p)
     fg__traps.at[i] = NULL;
 }
 
-/* NULL after saying why there is none. */
+/* NULL after saying why there is none, which is a failure where FG_NEED_GPU is set. */
 static fg_backend *fg__cuda_or_skip(bool trapped)
 {
     static fg_backend_ops ops;
     fg_backend *b = fg_backend_open("cuda", 0);
     if (!b || fg_backend_status(b)) {
         fprintf(stderr, "skipped: %s\n", fg_backend_message(b));
+        cr_expect(!getenv("FG_NEED_GPU"), "no GPU: %s", fg_backend_message(b));
         fg_backend_close(b);
         return NULL;
     }

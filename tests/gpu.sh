@@ -19,15 +19,19 @@ fox() { "$build/fox-graph" "$@"; }
 nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv,noheader ||
     { echo "there is no NVIDIA GPU here"; exit 2; }
 
+export FG_NEED_GPU=1                     # without it, tests that find no GPU pass
 say "kernels and models"
+n=0
 for t in "$build"/test_*cuda*; do
     [ -x "$t" ] && [ -f "$t" ] || continue
+    n=$((n + 1))
     mode=
     [ "$(basename "$t")" = test_cuda_plain ] && mode=check
     "$t" $mode >"$work/log" 2>&1 ||
         { fail "$(basename "$t")"; grep -v '^/' "$work/log" | head -40; }
     tail -n 12 "$work/log"
 done
+[ $n -ge "$(ls tests/test_*cuda*.c | wc -l)" ] || fail "$build has $n tests, fewer than tests/"
 
 say "failures on purpose"
 # refused STATUS WORDS COMMAND...: ends with that status and says so
@@ -133,7 +137,9 @@ examined() {
     echo "FAILED: $1, every $JOBS-th op from $2: status $status"
     grep '^=====' "$work/$1.$2" | head -20
 }
-if [ -z "${QUICK:-}" ] && command -v compute-sanitizer >/dev/null; then
+if [ -z "${QUICK:-}" ] && ! command -v compute-sanitizer >/dev/null; then
+    fail "compute-sanitizer is not here"
+elif [ -z "${QUICK:-}" ]; then
     JOBS=$(nproc)
     export -f examined
     export build work JOBS
