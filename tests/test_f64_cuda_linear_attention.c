@@ -14,7 +14,7 @@
 #include <criterion/criterion.h>
 #include <math.h>
 #include "device_cuda.h"
-#include "fox_autodiff.h"
+#include "scan_run.h"
 #include "internal.h"
 
 typedef enum { GATED, HGRN2, DELTA, UNIT_DELTA } family;
@@ -103,12 +103,6 @@ static void fill_first(const trial *s, int32_t *first)
     }
 }
 
-static fg_tensor weighted(fg_tensor y, fg_tensor w)
-{
-    const fg_tensor wide = fg_cast(y, FG_F32), each = fg_mul(wide, w);
-    return fg_sum(each);
-}
-
 static fg_tensor scan(const trial *s, fg_tensor x, fg_tensor gate, fg_tensor state)
 {
     const int64_t n = s->H * s->D;
@@ -141,41 +135,15 @@ static void run(const trial *s, fg_backend *device, float **out)
     if (!s->state) loss = fg_add(loss, fg_sum(in[STATE]));
     cr_assert_eq(fg_grad(loss, INPUTS, in, to), FG_OK, "%s", fg_graph_message(g));
     to[Y] = fg_cast(to[Y], FG_F32);
-    for (int i = 0; i < RESULTS; i++) fg_output(to[i], fg_name(g, "out%d", i));
-    fg_store *store = fg_store_new(device);
-    fg_plan *p = fg_plan_new(g, store);
+    float *values[RESULTS];
     uint64_t seed = 1;
-    for (int i = 0; i < RESULTS; i++) {
-        float *x = draw(s, i, &seed);
-        fg_write(p, in[i], x, (size_t)fg_count(in[i]) * 4);
-        free(x);
-    }
+    for (int i = 0; i < RESULTS; i++) values[i] = draw(s, i, &seed);
     int32_t *starts = malloc((size_t)(s->B * s->T) * 4);
     fill_first(s, starts);
-    if (s->documents) fg_write(p, first, starts, (size_t)(s->B * s->T) * 4);
+    const scan_case c = { g, RESULTS, in, to, values, first, starts };
+    scan_run(&c, device, out);
     free(starts);
-    cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
-    for (int i = 0; i < RESULTS; i++) {
-        const size_t bytes = (size_t)fg_count(to[i]) * 4;
-        out[i] = malloc(bytes);
-        cr_assert_eq(fg_read(p, to[i], out[i], bytes), FG_OK, "%s", fg_plan_message(p));
-    }
-    fg_plan_free(p);
-    fg_store_free(store);
     fg_graph_free(g);
-}
-
-/* Of n elements, those whose index / width is `part` among `parts`. */
-static double off(const float *got, const float *want, int64_t n, int64_t width, int parts,
-                  int part)
-{
-    double diff = 0, norm = 0;
-    for (int64_t i = 0; i < n; i++) {
-        if (i / width % parts != part) continue;
-        diff += ((double)got[i] - (double)want[i]) * ((double)got[i] - (double)want[i]);
-        norm += (double)want[i] * (double)want[i];
-    }
-    return norm > 0 ? sqrt(diff / norm) : sqrt(diff);
 }
 
 static void check(const trial *s, const char *what, double far, double bound)
@@ -204,9 +172,9 @@ static void compare(trial s, fg_backend *gpu, fg_backend *cpu)
     for (int i = 0; i < RESULTS; i++) {
         const int64_t n = fg_shape_count(shape_of(&s, i));
         for (int p = 0; p < 3 && i == X; p++)
-            check(&s, parts[p], off(got[X], want[X], n, own, 3, p),
+            check(&s, parts[p], off_part(got[X], want[X], n, own, 3, p),
                   p == 1 && s.of == HGRN2 ? 1.5e-2 : 8e-3);
-        if (i != X) check(&s, whats[i], off(got[i], want[i], n, 1, 1, 0), bounds[i]);
+        if (i != X) check(&s, whats[i], off(got[i], want[i], n), bounds[i]);
         cr_expect(!memcmp(got[i], again[i], (size_t)n * 4), "result %d changed from run to run", i);
         free(want[i]);
         free(got[i]);

@@ -7,8 +7,7 @@
 #include <criterion/criterion.h>
 #include <math.h>
 #include "device_cuda.h"
-#include "fox_autodiff.h"
-#include "fox_ops.h"
+#include "scan_run.h"
 
 enum { X, DT, A, B, C, D, STATE, INPUTS };
 enum { Y = INPUTS, END, RESULTS };
@@ -58,12 +57,6 @@ static void fill_first(const size *s, int32_t *first)
     }
 }
 
-static fg_tensor weighted(fg_tensor y, fg_tensor w)
-{
-    const fg_tensor wide = fg_cast(y, FG_F32), each = fg_mul(wide, w);
-    return fg_sum(each);
-}
-
 /* y, end and the gradients of all inputs, on a device. */
 static void run(const size *s, fg_backend *device, float **out)
 {
@@ -81,38 +74,15 @@ static void run(const size *s, fg_backend *device, float **out)
     const fg_tensor loss = fg_add(on_y, on_end);
     cr_assert_eq(fg_grad(loss, INPUTS, in, to), FG_OK, "%s", fg_graph_message(g));
     to[Y] = fg_cast(to[Y], FG_F32);
-    for (int i = 0; i < RESULTS; i++) fg_output(to[i], fg_name(g, "out%d", i));
-    fg_store *store = fg_store_new(device);
-    fg_plan *p = fg_plan_new(g, store);
+    float *values[RESULTS];
     uint64_t seed = 1;
-    for (int i = 0; i < RESULTS; i++) {
-        float *x = draw(s, i, &seed);
-        fg_write(p, in[i], x, (size_t)fg_count(in[i]) * 4);
-        free(x);
-    }
+    for (int i = 0; i < RESULTS; i++) values[i] = draw(s, i, &seed);
     int32_t *starts = malloc((size_t)(s->B * s->T) * 4);
     fill_first(s, starts);
-    if (s->documents) fg_write(p, first, starts, (size_t)(s->B * s->T) * 4);
+    const scan_case c = { g, RESULTS, in, to, values, first, starts };
+    scan_run(&c, device, out);
     free(starts);
-    cr_assert_eq(fg_run(p), FG_OK, "%s", fg_plan_message(p));
-    for (int i = 0; i < RESULTS; i++) {
-        const size_t bytes = (size_t)fg_count(to[i]) * 4;
-        out[i] = malloc(bytes);
-        cr_assert_eq(fg_read(p, to[i], out[i], bytes), FG_OK, "%s", fg_plan_message(p));
-    }
-    fg_plan_free(p);
-    fg_store_free(store);
     fg_graph_free(g);
-}
-
-static double off(const float *got, const float *want, int64_t n)
-{
-    double diff = 0, norm = 0;
-    for (int64_t i = 0; i < n; i++) {
-        diff += ((double)got[i] - (double)want[i]) * ((double)got[i] - (double)want[i]);
-        norm += (double)want[i] * (double)want[i];
-    }
-    return norm > 0 ? sqrt(diff / norm) : sqrt(diff);
 }
 
 static void compare(const size *s, fg_backend *gpu, fg_backend *cpu)
