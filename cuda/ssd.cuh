@@ -46,10 +46,25 @@ static inline void *fg_ssd_cut(void *base, size_t *used, int64_t count, size_t s
 
 /* ---- decays --------------------------------------------------------------------------------- */
 
+/* dt, with `row` elements between tokens, and a: [H].  With a bias, [H], softplus(dt + bias) stands
+ * for dt and -e^a for a. */
+struct fg_ssd_steps { fg_in dt; int64_t row; const float *a, *bias; };
+
+static __device__ __forceinline__ float fg_step_of(const fg_ssd_steps &s, int64_t token, int64_t h)
+{
+    const float x = s.dt[token * s.row + h];
+    if (!s.bias) return x;
+    const float y = x + s.bias[h];
+    return fmaxf(y, 0) + log1pf(expf(-fabsf(y)));
+}
+/* d step / d (dt + bias) */
+static __device__ __forceinline__ float fg_step_slope(float step) { return -expm1f(-step); }
+
 /* Per sequence and head, of tokens padded to whole chunks.  push = left dt. */
 struct fg_decays {
     float2 *sum;                                 /* high and low part, log2 */
     float *dt, *tail, *keep, *left, *push, *whole;         /* whole: [B,H,chunks] */
+    float *rate;                                 /* [H] */
     int32_t *segment;                            /* [B,padded]; below 0: padding */
     int64_t chunks, padded;
 };
@@ -68,6 +83,7 @@ static inline fg_decays fg_decays_cut(void *base, size_t *used, const fg_ssd &z,
     d.left = (float *)fg_ssd_cut(base, used, n, sizeof(float));
     d.push = (float *)fg_ssd_cut(base, used, n, sizeof(float));
     d.whole = (float *)fg_ssd_cut(base, used, z.B * z.H * d.chunks, sizeof(float));
+    d.rate = (float *)fg_ssd_cut(base, used, z.H, sizeof(float));
     d.segment = (int32_t *)fg_ssd_cut(base, used, z.B * d.padded, sizeof(int32_t));
     return d;
 }
@@ -95,7 +111,7 @@ template <int N> static __device__ __forceinline__ void fg_put_floats(float *to,
  * tokens, `final` the last token of its block of 16. */
 template <int R>
 static __global__ void __launch_bounds__(256)
-fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
+fg_decays_fill(fg_ssd z, fg_ssd_steps steps, fg_decays d)
 {
     constexpr int E = R / 32;
     const int final = (int)threadIdx.x % 32 | (16 / E - 1);
@@ -129,14 +145,15 @@ fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
     const int block = __shfl_sync(~0u, pad[E - 1] ? -1 - count[E - 1] : count[E - 1], final);
     const int64_t h = blockIdx.y * 8 + warp;
     if (h < z.H) {
-        const double rate = (double)a[h] * FG_LOG2_E;
+        const float a = steps.bias ? -expf(steps.a[h]) : steps.a[h];
+        const double rate = (double)a * FG_LOG2_E;
         const int64_t at = (b * z.H + h) * d.padded + t0 + E * lane;
         double sum[E], all = 0;
         float step[E];
 #pragma unroll
         for (int e = 0; e < E; e++) {
             const int64_t t = t0 + E * lane + e;
-            const float v = t < z.T && !pad[e] ? dt[(b * z.T + t) * z.H + h] : 0.0f;
+            const float v = t < z.T && !pad[e] ? fg_step_of(steps, b * z.T + t, h) : 0.0f;
             const double l = (double)v * rate, floor = -1e4 * FG_LOG2_E;
             sum[e] = all += l < floor ? floor : l;
             step[e] = v;
@@ -161,17 +178,18 @@ fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
         fg_put_floats<E>(d.keep + at, keep);
         fg_put_floats<E>(d.left + at, left);
         fg_put_floats<E>(d.push + at, push);
+        if (lane == 0 && blockIdx.x == 0) d.rate[h] = a;
         if (lane == 0)
             d.whole[(b * z.H + h) * d.chunks + chunk] = last == 0 ? fg_exp2((float)whole) : 0.0f;
     }
 }
 
 template <int R>
-static void fg_decays_launch(const fg_ssd &z, const float *dt, const float *a, const fg_decays &d,
+static void fg_decays_launch(const fg_ssd &z, const fg_ssd_steps &steps, const fg_decays &d,
                              cudaStream_t stream)
 {
     const dim3 blocks((unsigned)(z.B * d.chunks), (unsigned)((z.H + 7) / 8));
-    fg_decays_fill<R><<<blocks, 256, 0, stream>>>(z, dt, a, d);
+    fg_decays_fill<R><<<blocks, 256, 0, stream>>>(z, steps, d);
 }
 
 /* ---- fragments of matrices in shared memory, WIDTH bf16 a row, swizzled ---------------------- */
@@ -533,10 +551,33 @@ static inline int64_t fg_ssd_parts(const fg_ssd &z, int64_t chunks, int64_t bloc
     return parts < M ? parts : M;
 }
 
-/* Whether the tensor core kernels take these shapes and dtypes. */
-static inline bool fg_ssd_fits(const fg_infer *c, int x, int b)
+/* ---- ssd_scan and mamba2_scan, on tensor cores ------------------------------------------------ */
+
+enum { FG_SSD_X, FG_SSD_DT, FG_SSD_A, FG_SSD_B, FG_SSD_C, FG_SSD_D, FG_SSD_STATE, FG_SSD_FIRST,
+       FG_SSD_PAST };                            /* inputs; of the gradients from FG_SSD_BACK on */
+#define FG_SSD_BACK 2
+
+/* Whether they take these shapes and dtypes, of the inputs from x on. */
+static inline bool fg_ssd_fits(const fg_infer *c, int x)
 {
-    return c->in[x].dim[3] == FG_STATE_P && (c->in[b].dim[3] == 64 || c->in[b].dim[3] == 128)
-           && c->in_type[x] == FG_BF16 && c->in_type[b] == FG_BF16 && c->in_type[b + 1] == FG_BF16;
+    const fg_dtype *type = c->in_type + x;
+    const int64_t N = c->in[x + FG_SSD_B].dim[3];
+    return c->in[x].dim[1] > 16 && c->in[x].dim[3] == FG_STATE_P && (N == 64 || N == 128)
+           && type[FG_SSD_X] == FG_BF16 && type[FG_SSD_B] == FG_BF16 && type[FG_SSD_C] == FG_BF16
+           && type[FG_SSD_A] == FG_F32 && (!c->given[x + FG_SSD_D] || type[FG_SSD_D] == FG_F32);
 }
+static inline fg_ssd_steps fg_steps_of(const fg_exec *e, int x, int bias)
+{
+    return { fg_input_of(e, x + FG_SSD_DT),
+             fg_pitch_of(&e->in_rows[x + FG_SSD_DT], e->in_shape[x].dim[2]),
+             (const float *)e->in[x + FG_SSD_A], bias ? (const float *)e->in[bias] : nullptr };
+}
+
+/* kept: the states before every 128 tokens, for the gradient; else in e->scratch. */
+void fg_ssd_forward(const fg_exec *e, const fg_ssd_steps &steps, bf16 *kept, cudaStream_t stream);
+size_t fg_ssd_forward_scratch(const fg_infer *c, bool kept);
+/* gbias: with steps.bias. */
+void fg_ssd_backward(const fg_exec *e, const fg_ssd_steps &steps, const bf16 *kept,
+                     const fg_out &gbias, cudaStream_t stream);
+size_t fg_ssd_backward_scratch(const fg_infer *c, bool kept);
 #endif

@@ -253,7 +253,7 @@ static __device__ __forceinline__ void put_gx(const chunks &k, const spot &o, co
     }
 }
 
-/* gdt, ga and gd of a head by one warp; a lane has two tokens.  gl in one running sum. */
+/* gdt, ga, gd and gbias of a head by one warp; a lane has two tokens.  gl in one running sum. */
 template <int N>
 static __device__ __forceinline__ void settle_head(const chunks &k, const spot &o,
                                                    const memory<N> *m, int h)
@@ -275,13 +275,16 @@ static __device__ __forceinline__ void settle_head(const chunks &k, const spot &
     const int2 segment = *(const int2 *)(m->segment + t);
     const bool one = t < o.real && segment.x >= 0, other = t + 1 < o.real && segment.y >= 0;
     const float rate = m->n.rate[h - o.h0];
-    float *to = k.gdt + (o.b * k.z.T + o.t0 + t) * k.z.H + h;
-    if (t < o.real) to[0] = one ? fmaf(rate, gl, gu.x) : 0.0f;
-    if (t + 1 < o.real) to[k.z.H] = other ? fmaf(rate, next, gu.y) : 0.0f;
+    float g = one ? fmaf(rate, gl, gu.x) : 0.0f, also = other ? fmaf(rate, next, gu.y) : 0.0f;
+    if (k.bias) g *= fg_step_slope(dt.x), also *= fg_step_slope(dt.y);
+    const int64_t to = (o.b * k.z.T + o.t0 + t) * k.gdt_row + h;
+    if (t < o.real) k.gdt.put(to, g);
+    if (t + 1 < o.real) k.gdt.put(to + k.gdt_row, also);
     const float a = fg_warp_sum((one ? dt.x * gl : 0) + (other ? dt.y * next : 0));
     const float d = fg_warp_sum((one ? gy.x : 0) + (other ? gy.y : 0));
+    const float bias = fg_warp_sum(g + also);
     const int64_t at = ((int64_t)o.b * k.d.chunks + o.chunk) * k.z.H + h;
-    if (t == 0) k.s.ga[at] = a, k.s.gd[at] = d;
+    if (t == 0) k.s.ga[at] = a, k.s.gd[at] = d, k.s.gbias[at] = bias;
 }
 
 template <int N>
@@ -652,7 +655,7 @@ static __device__ __forceinline__ void open(const chunks &k, const maps *maps, c
         m->n.whole[i] = k.d.whole[row + o.chunk];
         m->n.other_whole[i] = k.d.whole[row + other];
         m->n.skip[i] = k.skip ? k.skip[h] : 0.0f;
-        m->n.rate[i] = k.rate[h];
+        m->n.rate[i] = k.d.rate[h];
     }
     fg_copy_wait<0>();
     proxy_fence();

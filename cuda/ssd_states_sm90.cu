@@ -1,14 +1,15 @@
 /* ssd_states_sm90.cu - the states between chunks of ssd.cuh on Hopper's wgmma.
  *
  * A block has a head and 64 columns of its state, in registers, and walks all tokens, 64 a step, in
- * either direction: state = whole state + u^T weight v.  A step's fragments of u^T weight are made
- * while the step before is multiplied; the copy engine is some steps ahead. */
+ * either direction: state = whole state + u^T weight v.  One warpgroup multiplies and stores states,
+ * another weighs the rows of u in shared memory, some steps ahead, and the copy engine is ahead of
+ * that. */
 #include "ssd.cuh"
 #include "tensor_map.cuh"
 
 #define STEP    64                               /* tokens */
 #define STAGES  5
-#define THREADS 160                              /* four warps, and one that loads */
+#define THREADS 288                              /* two warpgroups, and a warp that loads */
 
 struct slot {
     alignas(1024) bf16 u[STEP * 64], v[STEP * 64];
@@ -17,7 +18,7 @@ struct slot {
 struct memory {
     slot slots[STAGES];
     alignas(1024) bf16 out[2][64 * 64];
-    uint64_t full[STAGES], empty[STAGES];
+    uint64_t full[STAGES], weighed[STAGES], empty[STAGES];
 };
 struct maps { CUtensorMap u[2], v[2]; };
 
@@ -54,18 +55,28 @@ static __device__ __forceinline__ void walkers_sync()
     asm volatile("bar.sync 1, 128;" ::: "memory");
 }
 
-/* The state, through shared memory, by the copy engine.  `out` was last used two states ago: then
- * came a barrier, before which that copy had been read. */
-static __device__ __forceinline__ void keep(bf16 *out, bf16 *to, const float (*sum)[4])
+/* sum += u^T v over 64 tokens, which are rows of both. */
+static __device__ __forceinline__ void add_step(float (&sum)[8][4], const slot *m)
+{
+    const uint64_t u = matrix_at(fg_shared(m->u), 0), v = matrix_at(fg_shared(m->v), 0);
+    pin(sum);
+    wgmma_begin();
+#pragma unroll
+    for (int j = 0; j < STEP / 16; j++)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, 1, "
+                     "1, 1, 1, 1;\n"
+                     : F32(sum, 0) : "l"(u + 128 * j), "l"(v + 128 * j));
+    wgmma_commit();
+}
+
+/* A state to shared memory, and from there by the copy engine.  `out` was last used two states ago:
+ * then came a barrier, before which that copy had been read. */
+static __device__ __forceinline__ void keep(bf16 *out, bf16 *to, const uint32_t (*state)[4])
 {
     const int lane = threadIdx.x % 32, r = threadIdx.x / 32 * 16 + lane % 16;
 #pragma unroll
-    for (int n = 0; n < 8; n += 2) {
-        const uint32_t v[4] = { fg_pack2(sum[n][0], sum[n][1]), fg_pack2(sum[n][2], sum[n][3]),
-                                fg_pack2(sum[n + 1][0], sum[n + 1][1]),
-                                fg_pack2(sum[n + 1][2], sum[n + 1][3]) };
-        store_matrices(fg_shared(out) + fg_swizzle<64>(r, n + lane / 16), v);
-    }
+    for (int n = 0; n < 4; n++)
+        store_matrices(fg_shared(out) + fg_swizzle<64>(r, 2 * n + lane / 16), state[n]);
     proxy_fence();
     if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     walkers_sync();
@@ -75,42 +86,61 @@ static __device__ __forceinline__ void keep(bf16 *out, bf16 *to, const float (*s
                      :: "l"(to), "r"(fg_shared(out)), "r"(64 * 128) : "memory");
 }
 
+/* Rows of u by their weights, in place; the second warpgroup. */
+static __device__ __forceinline__ void weigh_all(memory *m, const place &o)
+{
+    const int own = threadIdx.x % 128;
+    int stage = 0, phase = 0;
+#pragma unroll 1
+    for (int i = 0; i < o.steps; i++) {
+        slot *tile = &m->slots[stage];
+        barrier_wait(fg_shared(&m->full[stage]), phase);
+        uint4 *u = (uint4 *)tile->u + own;
+        uint4 x[4];
+        float w[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) x[k] = u[128 * k], w[k] = tile->weight[own / 8 + 16 * k];
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            u[128 * k] = make_uint4(fg_scale2(x[k].x, w[k], w[k]), fg_scale2(x[k].y, w[k], w[k]),
+                                    fg_scale2(x[k].z, w[k], w[k]), fg_scale2(x[k].w, w[k], w[k]));
+        proxy_fence();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(fg_shared(&m->weighed[stage]));
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+}
+
 /* The sums over all steps.  STEPS: of a chunk. */
 template <int STEPS>
 static __device__ __forceinline__ void walk_all(memory *m, const place &o, const float *whole,
                                                 bf16 *kept, int64_t size, float (&sum)[8][4])
 {
-    const int p = threadIdx.x / 32 * 16;
-    uint32_t a[4][4], next[4][4];
     float decay = whole[o.from / STEPS], later = whole[(o.from + o.by * (o.steps > 1)) / STEPS];
     int stage = 0, phase = 0;
-    barrier_wait(fg_shared(&m->full[0]), 0);
-    fg_weigh_rows<STEP>(a, m->slots[0].u, m->slots[0].weight, p);
 #pragma unroll 1
     for (int i = 0, at = o.from; i < o.steps; i++, at += o.by) {
-        const int following = stage + 1 < STAGES ? stage + 1 : 0;
-        if (i % 2 == 0) keep(m->out[i / 2 % 2], kept + at / 2 * size, sum);
+        uint32_t state[4][4];
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                state[n][k] = fg_pack2(sum[2 * n + k / 2][k % 2 * 2],
+                                       sum[2 * n + k / 2][k % 2 * 2 + 1]);
         if (STEPS == 1 || i % 2 == 0)
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) sum[n][e] *= decay;
-        fg_states_add<STEP>(a, m->slots[stage].v, sum);
+        barrier_wait(fg_shared(&m->weighed[stage]), phase);
+        add_step(sum, &m->slots[stage]);
+        if (i % 2 == 0) keep(m->out[i / 2 % 2], kept + at / 2 * size, state);
         decay = later;
         if (i + 2 < o.steps) later = whole[(at + 2 * o.by) / STEPS];
-        if (i + 1 < o.steps) {
-            barrier_wait(fg_shared(&m->full[following]), following ? phase : phase ^ 1);
-            fg_weigh_rows<STEP>(next, m->slots[following].u, m->slots[following].weight, p);
-        }
-        fg_states_done<STEP>(a, sum);
-        __syncwarp();
+        wgmma_wait<0>();
+        pin(sum);
         if (threadIdx.x % 32 == 0) barrier_arrive(fg_shared(&m->empty[stage]));
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) a[j][e] = next[j][e];
-        stage = following;
-        phase ^= !following;
+        if (++stage == STAGES) stage = 0, phase ^= 1;
     }
     if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
@@ -135,13 +165,15 @@ walk(fg_ssd z, fg_decays d, fg_both_states both, const __grid_constant__ maps ma
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(fg_shared(&m->full[i]), 1);
+            barrier_init(fg_shared(&m->weighed[i]), 4);
             barrier_init(fg_shared(&m->empty[i]), 4);
         }
         fg_barriers_ready();
     }
     __syncthreads();
     if (threadIdx.x >= 128) {
-        if (threadIdx.x == 128)
+        if (threadIdx.x < 256) weigh_all(m, o);
+        else if (threadIdx.x == 256)
             load_all(m, &maps.u[way], &maps.v[way], o, s.weight + row * d.padded);
         return;
     }
