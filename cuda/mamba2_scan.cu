@@ -1,6 +1,6 @@
-/* mamba2_scan.cu - ops/mamba2_scan.c on a GPU: the state space scan in chunks (ssd_scan.cu) with time
- * steps and rates made where decays are, and its gradient with the states that the forward pass
- * kept.  Other shapes run as the definition. */
+/* mamba2_scan.cu - ops/mamba2_scan.c on a GPU: the state space scan in chunks (ssd_scan.cu) with
+ * time steps and rates made where decays are, and its gradient with the states that the forward
+ * pass kept.  Other shapes run as the definition. */
 #include "ssd.cuh"
 
 enum { BIAS = FG_SSD_PAST + 1 };

@@ -50,14 +50,11 @@ static inline void *fg_ssd_cut(void *base, size_t *used, int64_t count, size_t s
  * for dt and -e^a for a. */
 struct fg_ssd_steps { fg_in dt; int64_t row; const float *a, *bias; };
 
-static __device__ __forceinline__ float fg_step_of(const fg_ssd_steps &s, int64_t token, int64_t h)
+/* softplus(x), and its slope by its value */
+static __device__ __forceinline__ float fg_step_of(float x)
 {
-    const float x = s.dt[token * s.row + h];
-    if (!s.bias) return x;
-    const float y = x + s.bias[h];
-    return fmaxf(y, 0) + log1pf(expf(-fabsf(y)));
+    return fmaxf(x, 0) + log1pf(expf(-fabsf(x)));
 }
-/* d step / d (dt + bias) */
 static __device__ __forceinline__ float fg_step_slope(float step) { return -expm1f(-step); }
 
 /* Per sequence and head, of tokens padded to whole chunks.  push = left dt. */
@@ -98,97 +95,105 @@ static __device__ __forceinline__ float2 fg_two(double x)
     return make_float2(high, (float)(x - (double)high));
 }
 
-/* N floats, 2 or a multiple of 4. */
-template <int N> static __device__ __forceinline__ void fg_put_floats(float *to, const float *x)
+static __device__ __forceinline__ void fg_put4(float *to, const float *x)
 {
-    if (N == 2) *(float2 *)to = make_float2(x[0], x[1]);
-#pragma unroll
-    for (int i = 0; i + 4 <= N; i += 4)
-        *(float4 *)(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+    *(float4 *)to = make_float4(x[0], x[1], x[2], x[3]);
 }
 
-/* A block per chunk of a sequence and eight heads, a warp each; a lane has R / 32 neighbouring
- * tokens, `final` the last token of its block of 16. */
+/* The sum of x over this lane and the lower ones of its LANES neighbours. */
+template <int LANES, typename T> static __device__ __forceinline__ T fg_sum_upto(T x)
+{
+#pragma unroll
+    for (int k = 1; k < LANES; k *= 2) {
+        const T y = __shfl_up_sync(~0u, x, k, LANES);
+        if ((int)threadIdx.x % LANES >= k) x += y;
+    }
+    return x;
+}
+
+/* A block per 128 tokens of a sequence and eight heads, a warp each; a lane has four neighbouring
+ * tokens, R / 4 lanes a chunk, `final` the last token of its block of 16. */
 template <int R>
-static __global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256, 5)
 fg_decays_fill(fg_ssd z, fg_ssd_steps steps, fg_decays d)
 {
-    constexpr int E = R / 32;
-    const int final = (int)threadIdx.x % 32 | (16 / E - 1);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t b = blockIdx.x / d.chunks, chunk = blockIdx.x % d.chunks, t0 = chunk * R;
-    const int64_t past = z.past ? *z.past : 0;
-    int count[E], total = 0;
-    bool pad[E];
+    constexpr int LANES = R / 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, final = lane | 3;
+    const unsigned blocks = (unsigned)(d.padded + 127) / 128;
+    const int b = blockIdx.x / blocks, t0 = blockIdx.x % blocks * 128 + 4 * lane, chunk = t0 / R;
+    const int past = z.past ? *z.past : 0;
+    const int h = blockIdx.y * 8 + warp;
+    const bool there = h < z.H && chunk < d.chunks;
+    alignas(16) int segment[4];
+    int total = 0;
+    float step[4];
 #pragma unroll
-    for (int e = 0; e < E; e++) {
-        const int64_t t = t0 + E * lane + e;
-        const int64_t low = t < z.T ? fg_ssd_low(z, b, t) : -1;
-        pad[e] = t < z.T && low > past + t;
+    for (int e = 0; e < 4; e++)
+        step[e] = there && t0 + e < z.T ? steps.dt[(b * z.T + t0 + e) * steps.row + h] : 0.0f;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int t = t0 + e;
+        const int low = t < z.T ? (int)fg_ssd_low(z, b, t) : -1;
         total += t < z.T && low >= past + t;
-        count[e] = total;
+        segment[e] = t < z.T && low > past + t ? -1 - total : total;
     }
-    int before = total;
+    const int upto = fg_sum_upto<LANES>(total), last = __shfl_sync(~0u, upto, LANES - 1, LANES);
 #pragma unroll
-    for (int k = 1; k < 32; k *= 2) {
-        const int y = __shfl_up_sync(~0u, before, k);
-        if (lane >= k) before += y;
+    for (int e = 0; e < 4; e++) segment[e] += segment[e] < 0 ? total - upto : upto - total;
+    if (warp == 0 && blockIdx.y == 0 && chunk < d.chunks)
+        *(int4 *)(d.segment + b * d.padded + t0) = *(const int4 *)segment;
+    const int block = __shfl_sync(~0u, segment[3], final);
+    const float a = h >= z.H ? 0.0f : steps.bias ? -expf(steps.a[h]) : steps.a[h];
+    const float bias = steps.bias && h < z.H ? steps.bias[h] : 0.0f;
+    const double rate = (double)a * FG_LOG2_E, floor = -1e4 * FG_LOG2_E;
+    double all = 0;
+    const auto log_of = [&](float x) {
+        const double l = (double)x * rate;
+        return l < floor ? floor : l;
+    };
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        if (t0 + e >= z.T || segment[e] < 0) step[e] = 0;
+        else if (steps.bias) step[e] = fg_step_of(step[e] + bias);
+        all += log_of(step[e]);
     }
-    const int last = __shfl_sync(~0u, before, 31);
-    before -= total;
+    const double here = fg_sum_upto<LANES>(all);
+    const float2 whole = fg_two(__shfl_sync(~0u, here, LANES - 1, LANES));
+    const float2 to = fg_two(__shfl_sync(~0u, here, final));
+    if (!there) return;
+    const int64_t row = b * z.H + h, at = row * d.padded + t0;
+    double sum = here - all;
+    float2 s[4];
+    float x[4];
 #pragma unroll
-    for (int e = 0; e < E; e++) {
-        count[e] += before;
-        if (warp == 0 && blockIdx.y == 0)
-            d.segment[b * d.padded + t0 + E * lane + e] = pad[e] ? -1 - count[e] : count[e];
-    }
-    const int block = __shfl_sync(~0u, pad[E - 1] ? -1 - count[E - 1] : count[E - 1], final);
-    const int64_t h = blockIdx.y * 8 + warp;
-    if (h < z.H) {
-        const float a = steps.bias ? -expf(steps.a[h]) : steps.a[h];
-        const double rate = (double)a * FG_LOG2_E;
-        const int64_t at = (b * z.H + h) * d.padded + t0 + E * lane;
-        double sum[E], all = 0;
-        float step[E];
+    for (int e = 0; e < 4; e++) s[e] = fg_two(sum += log_of(step[e]));
+    fg_put4((float *)(d.sum + at), (const float *)s);
+    fg_put4((float *)(d.sum + at + 2), (const float *)(s + 2));
+    fg_put4(d.dt + at, step);
 #pragma unroll
-        for (int e = 0; e < E; e++) {
-            const int64_t t = t0 + E * lane + e;
-            const float v = t < z.T && !pad[e] ? fg_step_of(steps, b * z.T + t, h) : 0.0f;
-            const double l = (double)v * rate, floor = -1e4 * FG_LOG2_E;
-            sum[e] = all += l < floor ? floor : l;
-            step[e] = v;
-        }
-        const double upto = fg_warp_prefix(all), whole = __shfl_sync(~0u, upto, 31);
-        const double to = __shfl_sync(~0u, upto, final);
-        float keep[E], left[E], tail[E], push[E];
-        float2 two[E];
+    for (int e = 0; e < 4; e++) x[e] = segment[e] == 0 ? fg_exp2(s[e].x) : 0.0f;
+    fg_put4(d.keep + at, x);
 #pragma unroll
-        for (int e = 0; e < E; e++) {
-            const double s = upto - all + sum[e];
-            const bool leaves = count[e] == last && !pad[e], ends = count[e] == block && !pad[e];
-            two[e] = fg_two(s);
-            keep[e] = count[e] == 0 ? fg_exp2((float)s) : 0.0f;
-            left[e] = leaves ? fg_exp2((float)(whole - s)) : 0.0f;
-            tail[e] = ends ? fg_exp2((float)(to - s)) : 0.0f;
-            push[e] = left[e] * step[e];
-        }
-        fg_put_floats<2 * E>((float *)(d.sum + at), (const float *)two);
-        fg_put_floats<E>(d.dt + at, step);
-        fg_put_floats<E>(d.tail + at, tail);
-        fg_put_floats<E>(d.keep + at, keep);
-        fg_put_floats<E>(d.left + at, left);
-        fg_put_floats<E>(d.push + at, push);
-        if (lane == 0 && blockIdx.x == 0) d.rate[h] = a;
-        if (lane == 0)
-            d.whole[(b * z.H + h) * d.chunks + chunk] = last == 0 ? fg_exp2((float)whole) : 0.0f;
-    }
+    for (int e = 0; e < 4; e++)
+        x[e] = segment[e] == block && block >= 0 ? fg_exp2(fg_two_diff(to, s[e])) : 0.0f;
+    fg_put4(d.tail + at, x);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        x[e] = segment[e] == last ? fg_exp2(fg_two_diff(whole, s[e])) : 0.0f;
+    fg_put4(d.left + at, x);
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[e] *= step[e];
+    fg_put4(d.push + at, x);
+    if (lane == 0 && blockIdx.x == 0) d.rate[h] = a;
+    if (lane % LANES == 0)
+        d.whole[row * d.chunks + chunk] = last == 0 ? fg_exp2(whole.x) : 0.0f;
 }
 
 template <int R>
 static void fg_decays_launch(const fg_ssd &z, const fg_ssd_steps &steps, const fg_decays &d,
                              cudaStream_t stream)
 {
-    const dim3 blocks((unsigned)(z.B * d.chunks), (unsigned)((z.H + 7) / 8));
+    const dim3 blocks(fg_blocks(d.padded, 128) * (unsigned)z.B, (unsigned)((z.H + 7) / 8));
     fg_decays_fill<R><<<blocks, 256, 0, stream>>>(z, steps, d);
 }
 
@@ -551,7 +556,7 @@ static inline int64_t fg_ssd_parts(const fg_ssd &z, int64_t chunks, int64_t bloc
     return parts < M ? parts : M;
 }
 
-/* ---- ssd_scan and mamba2_scan, on tensor cores ------------------------------------------------ */
+/* ---- ssd_scan and mamba2_scan, on tensor cores ----------------------------------------------- */
 
 enum { FG_SSD_X, FG_SSD_DT, FG_SSD_A, FG_SSD_B, FG_SSD_C, FG_SSD_D, FG_SSD_STATE, FG_SSD_FIRST,
        FG_SSD_PAST };                            /* inputs; of the gradients from FG_SSD_BACK on */

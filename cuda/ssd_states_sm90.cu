@@ -1,9 +1,9 @@
 /* ssd_states_sm90.cu - the states between chunks of ssd.cuh on Hopper's wgmma.
  *
  * A block has a head and 64 columns of its state, in registers, and walks all tokens, 64 a step, in
- * either direction: state = whole state + u^T weight v.  One warpgroup multiplies and stores states,
- * another weighs the rows of u in shared memory, some steps ahead, and the copy engine is ahead of
- * that. */
+ * either direction: state = whole state + u^T weight v.  One warpgroup multiplies and stores
+ * states, another weighs the rows of u in shared memory, some steps ahead, and the copy engine is
+ * ahead of that. */
 #include "ssd.cuh"
 #include "tensor_map.cuh"
 

@@ -66,12 +66,12 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
     out[2] = fg_fill(in[0].graph, FG_DIMS(1), 0);
 }
 
-/* As softplus and ssd_scan. */
+/* As add, softplus, exp, neg and ssd_scan. */
 static fg_cost cost(const fg_infer *c)
 {
     fg_cost all = fg__ssd_cost(c);
     const double steps = (double)fg_shape_count(c->in[FG_SSD_DT]);
-    all.flops += 5 * steps;
+    all.flops += 11 * steps + 11 * (double)fg_shape_count(c->in[FG_SSD_A]);
     all.bytes += 2 * (steps + (double)fg_shape_count(c->out[2]));
     return all;
 }
@@ -139,7 +139,7 @@ static fg_cost grad_cost(const fg_infer *c)
 {
     fg_cost all = fg__ssd_grad_cost(c);
     const double steps = (double)fg_shape_count(c->in[FG_SSD_BACK + FG_SSD_DT]);
-    all.flops += 10 * steps;
+    all.flops += 21 * steps + 12 * (double)fg_shape_count(c->in[FG_SSD_BACK + FG_SSD_A]);
     all.bytes += 2 * (2 * steps + (double)fg_shape_count(c->in[BACK_KEPT]));
     return all;
 }

@@ -196,7 +196,7 @@ static inline void fg__ssd_advance(const fg__ssd *z, const fg__decay *w, const f
 }
 
 /* ---- the ops: ssd_scan and mamba2_scan, x dt a b c d? state? first? past?, and their gradients,
- * gy? gend? x dt a b c d? state? first? -> gx gdt ga gb gc gd gstate ---------------------------- */
+ * gy? gend? x dt a b c d? state? first? -> gx gdt ga gb gc gd gstate --------------------------- */
 
 enum { FG_SSD_X, FG_SSD_DT, FG_SSD_A, FG_SSD_B, FG_SSD_C, FG_SSD_D, FG_SSD_STATE, FG_SSD_FIRST,
        FG_SSD_PAST };
