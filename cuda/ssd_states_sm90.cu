@@ -4,8 +4,7 @@
  * either direction: state = whole state + u^T weight v.  One warpgroup multiplies and stores
  * states, another weighs the rows of u in shared memory, some steps ahead, and the copy engine is
  * ahead of that. */
-#include "ssd.cuh"
-#include "tensor_map.cuh"
+#include "ssd_sm90.cuh"
 
 #define STEP    64                               /* tokens */
 #define STAGES  5
@@ -45,11 +44,6 @@ static __device__ __forceinline__ void load_all(memory *m, const CUtensorMap *u,
     }
 }
 
-static __device__ __forceinline__ void store_matrices(uint32_t at, const uint32_t *v)
-{
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
-                 :: "r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
-}
 static __device__ __forceinline__ void walkers_sync()
 {
     asm volatile("bar.sync 1, 128;" ::: "memory");
@@ -76,7 +70,8 @@ static __device__ __forceinline__ void keep(bf16 *out, bf16 *to, const uint32_t 
     const int lane = threadIdx.x % 32, r = threadIdx.x / 32 * 16 + lane % 16;
 #pragma unroll
     for (int n = 0; n < 4; n++)
-        store_matrices(fg_shared(out) + fg_swizzle<64>(r, 2 * n + lane / 16), state[n]);
+        store_matrices(fg_shared(out) + fg_swizzle<64>(r, 2 * n + lane / 16), state[n][0],
+                       state[n][1], state[n][2], state[n][3]);
     proxy_fence();
     if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     walkers_sync();
