@@ -27,6 +27,22 @@ static __device__ __forceinline__ void product_rows(float (&d)[8][4], uint64_t a
                  : F32(d, 0) : "l"(a), "l"(b), "r"(add));
 }
 
+static __device__ __forceinline__ void product_rows(float (&d)[16][4], uint64_t a, uint64_t b,
+                                                    int add)
+{
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, %64, %65, p, "
+                 "1, 1, 0, 1;\n}"
+                 : F32(d, 0), F32(d, 8) : "l"(a), "l"(b), "r"(add));
+}
+/* d += a^T b, with the 16 as rows of both. */
+static __device__ __forceinline__ void product_columns(float (&d)[8][4], uint64_t a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, 1, "
+                 "1, 1, 1, 1;\n"
+                 : F32(d, 0) : "l"(a), "l"(b));
+}
+
 template <int ID, int COUNT> static __device__ __forceinline__ void barrier_sync()
 {
     asm volatile("bar.sync %0, %1;" :: "n"(ID), "n"(COUNT) : "memory");

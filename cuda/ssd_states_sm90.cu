@@ -13,6 +13,7 @@
 struct slot {
     alignas(1024) bf16 u[STEP * 64], v[STEP * 64];
     alignas(1024) float weight[STEP];
+    float decay;                                 /* of the state before it is added to */
 };
 struct memory {
     slot slots[STAGES];
@@ -25,21 +26,39 @@ struct maps { CUtensorMap u[2], v[2]; };
 /* What a block walks: steps from `from` on, by +1 or -1. */
 struct place { int b, h, g, n0, steps, from, by; };
 
+/* Decay of step i, 1 inside a chunk of STEPS. */
+template <int STEPS>
+static __device__ __forceinline__ float decay_of(const place &o, const float *whole, int i)
+{
+    if (i >= o.steps) return 0;
+    return STEPS == 1 || i % STEPS == 0 ? whole[(o.from + i * o.by) / STEPS] : 1.0f;
+}
+
+/* One warp; its lanes have the decays of 32 steps, and those of 32 more on their way. */
+template <int STEPS>
 static __device__ __forceinline__ void load_all(memory *m, const CUtensorMap *u,
                                                 const CUtensorMap *v, const place &o,
-                                                const float *weight)
+                                                const float *weight, const float *whole)
 {
+    const int lane = threadIdx.x % 32;
     int stage = 0, phase = 1;
+    float decay = 0, later = decay_of<STEPS>(o, whole, lane);
 #pragma unroll 1
     for (int i = 0; i < o.steps; i++) {
-        slot *to = &m->slots[stage];
-        const uint32_t bar = fg_shared(&m->full[stage]);
-        const int t = (o.from + i * o.by) * STEP;
-        barrier_wait(fg_shared(&m->empty[stage]), phase);
-        fg_expect(bar, 2 * STEP * 128 + STEP * 4);
-        fg_box_load(fg_shared(to->u), u, 0, o.h, t, o.b, bar);
-        fg_box_load(fg_shared(to->v), v, o.n0, o.g, t, o.b, bar);
-        fg_bulk_load(fg_shared(to->weight), weight + t, STEP * 4, bar);
+        if (i % 32 == 0) decay = later, later = decay_of<STEPS>(o, whole, i + 32 + lane);
+        const float own = __shfl_sync(~0u, decay, i % 32);
+        if (lane == 0) {
+            slot *to = &m->slots[stage];
+            const uint32_t bar = fg_shared(&m->full[stage]);
+            const int t = (o.from + i * o.by) * STEP;
+            barrier_wait(fg_shared(&m->empty[stage]), phase);
+            to->decay = own;
+            fg_expect(bar, 2 * STEP * 128 + STEP * 4);
+            fg_box_load(fg_shared(to->u), u, 0, o.h, t, o.b, bar);
+            fg_box_load(fg_shared(to->v), v, o.n0, o.g, t, o.b, bar);
+            fg_bulk_load(fg_shared(to->weight), weight + t, STEP * 4, bar);
+        }
+        __syncwarp();
         if (++stage == STAGES) stage = 0, phase ^= 1;
     }
 }
@@ -57,9 +76,7 @@ static __device__ __forceinline__ void add_step(float (&sum)[8][4], const slot *
     wgmma_begin();
 #pragma unroll
     for (int j = 0; j < STEP / 16; j++)
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, 1, "
-                     "1, 1, 1, 1;\n"
-                     : F32(sum, 0) : "l"(u + 128 * j), "l"(v + 128 * j));
+        product_columns(sum, behind(u, 2048 * j), behind(v, 2048 * j));
     wgmma_commit();
 }
 
@@ -106,12 +123,11 @@ static __device__ __forceinline__ void weigh_all(memory *m, const place &o)
     }
 }
 
-/* The sums over all steps.  STEPS: of a chunk. */
+/* The sums over all steps. */
 template <int STEPS>
-static __device__ __forceinline__ void walk_all(memory *m, const place &o, const float *whole,
-                                                bf16 *kept, int64_t size, float (&sum)[8][4])
+static __device__ __forceinline__ void walk_all(memory *m, const place &o, bf16 *kept, int64_t size,
+                                                float (&sum)[8][4])
 {
-    float decay = whole[o.from / STEPS], later = whole[(o.from + o.by * (o.steps > 1)) / STEPS];
     int stage = 0, phase = 0;
 #pragma unroll 1
     for (int i = 0, at = o.from; i < o.steps; i++, at += o.by) {
@@ -122,16 +138,15 @@ static __device__ __forceinline__ void walk_all(memory *m, const place &o, const
             for (int k = 0; k < 4; k++)
                 state[n][k] = fg_pack2(sum[2 * n + k / 2][k % 2 * 2],
                                        sum[2 * n + k / 2][k % 2 * 2 + 1]);
-        if (STEPS == 1 || i % 2 == 0)
+        barrier_wait(fg_shared(&m->weighed[stage]), phase);
+        const float decay = m->slots[stage].decay;
+        if (STEPS == 1 || i % STEPS == 0)
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) sum[n][e] *= decay;
-        barrier_wait(fg_shared(&m->weighed[stage]), phase);
         add_step(sum, &m->slots[stage]);
         if (i % 2 == 0) keep(m->out[i / 2 % 2], kept + at / 2 * size, state);
-        decay = later;
-        if (i + 2 < o.steps) later = whole[(at + 2 * o.by) / STEPS];
         wgmma_wait<0>();
         pin(sum);
         if (threadIdx.x % 32 == 0) barrier_arrive(fg_shared(&m->empty[stage]));
@@ -168,8 +183,9 @@ walk(fg_ssd z, fg_decays d, fg_both_states both, const __grid_constant__ maps ma
     __syncthreads();
     if (threadIdx.x >= 128) {
         if (threadIdx.x < 256) weigh_all(m, o);
-        else if (threadIdx.x == 256)
-            load_all(m, &maps.u[way], &maps.v[way], o, s.weight + row * d.padded);
+        else
+            load_all<STEPS>(m, &maps.u[way], &maps.v[way], o, s.weight + row * d.padded,
+                            d.whole + row * d.chunks);
         return;
     }
     float sum[8][4] = {};
@@ -179,8 +195,7 @@ walk(fg_ssd z, fg_decays d, fg_both_states both, const __grid_constant__ maps ma
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 sum[n][e] = s.from[row * size + o.n0 + fg_state_at(p, n, e, z.N)];
-    walk_all<STEPS>(m, o, d.whole + row * d.chunks,
-                    s.kept + row * (o.steps / 2) * size + o.n0 * 64, size, sum);
+    walk_all<STEPS>(m, o, s.kept + row * (o.steps / 2) * size + o.n0 * 64, size, sum);
     if (!s.to) return;
 #pragma unroll
     for (int n = 0; n < 8; n++)
