@@ -12,18 +12,18 @@
  *     E^T = x gy^T,   q += E^T L^T dt,   gu = W^T gy + part,   W_ij = (c_i.b_j) L_ij
  * and the other has the states:
  *     part = left b R^T,   gb += push x R,   gc += keep gy S
- * Sums over heads, q, gb and gc, stay in registers.  Of four warps more one loads the next head by
- * the copy engine, two weigh its rows, in shared memory, and one makes gdt, ga and gd of the last
- * one.  Tiles lie in shared memory as wgmma.cuh says. */
+ * Sums over heads, q, gb and gc, stay in registers.  Of two warps more one loads the next head by
+ * the copy engine, the other makes gdt, ga and gd of the last one.  Tiles lie in shared memory as
+ * wgmma.cuh says. */
 #include "ssd_scan_grad.cuh"
 #include "ssd_sm90.cuh"
 
 #define THREADS 384
+#define WALKERS 320                              /* all but two warps, which do nothing */
 
 template <int N> struct head {
     alignas(1024) bf16 x[PANEL];
-    bf16 gy[PANEL], other[PANEL];                /* other: the other half's keep gy, or push x */
-    bf16 pushed[PANEL];                          /* push x */
+    bf16 gy[PANEL], other[PANEL];                /* other: the other half's gy, or x */
     bf16 state[N / 64 * PANEL], pull[N / 64 * PANEL];
 };
 /* Sums of one head over the chunk; see `totals`. */
@@ -339,12 +339,13 @@ static __device__ __forceinline__ void pairs_of_head(const chunks &k, const spot
 /* The half's own S or R, in place of the pair's; and <R,S>. */
 template <int N>
 static __device__ __forceinline__ void other_half(const spot &o, memory<N> *m, head<N> *tile,
-                                                  float whole, sums_of_head *t)
+                                                  const vectors &v, float whole, sums_of_head *t)
 {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const uint64_t other = matrix_at(fg_shared(tile->other), 0);
     bf16 *mine = o.late ? tile->state : tile->pull, *its = o.late ? tile->pull : tile->state;
+    uint32_t a[4][4];
     float both = 0;
+    fg_weigh_rows<64>(a, tile->other, v.weight, 16 * warp);
     float sum[N / 64][8][4];
     uint32_t old[4][4];
 #pragma unroll
@@ -362,8 +363,7 @@ static __device__ __forceinline__ void other_half(const spot &o, memory<N> *m, h
         pin(sum[n]);
         wgmma_begin();
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            product_columns(sum[n], behind(other, 2048 * j), behind(y, 2048 * j));
+        for (int j = 0; j < 4; j++) product(sum[n], a[j], behind(y, 2048 * j));
         wgmma_commit();
     }
 #pragma unroll
@@ -381,6 +381,7 @@ static __device__ __forceinline__ void other_half(const spot &o, memory<N> *m, h
             }
         put_tile(mine + n * PANEL, 16 * warp, sum[n]);
     }
+    pin(a);
     both = fg_warp_sum(both);
     if (lane == 0) t->both[warp] = both;
 }
@@ -440,13 +441,19 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
     const uint64_t wide = matrix_at(fg_shared(tile->pull), PANEL_BYTES);
     const uint64_t state = matrix_at(fg_shared(tile->state), 0);
     const uint64_t gy = matrix_at(fg_shared(tile->gy), 0);
-    const uint64_t pushed = matrix_at(fg_shared(tile->pushed), 0);
+    const float push[2] = { v.left[r] * v.dt[r], v.left[r + 8] * v.dt[r + 8] };
     const float keep[2] = { v.keep[r], v.keep[r + 8] };
     float sum[8][4] = {}, back[8][4] = {}, on_c[2] = { 0 };
-    other_half<N>(o, m, tile, m->n.other_whole[h - o.h0], t);
+    uint32_t a[4][4];
+    other_half<N>(o, m, tile, v, m->n.other_whole[h - o.h0], t);
     proxy_fence();
     barrier_sync<STATES_ONLY, 128>();
-    pin(sum), pin(back), pin(gb);
+    rows_of_tile(a, tile->x, 16 * warp);
+#pragma unroll
+    for (int p = 0; p < 4; p++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) a[p][e] = fg_scale2(a[p][e], push[e % 2], push[e % 2]);
+    pin(sum), pin(back), pin(gb), pin(a);
     wgmma_begin();
 #pragma unroll
     for (int n = 0; n < N / 16; n++) {
@@ -459,7 +466,7 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
         product_rows(back, behind(gy, 32 * p), behind(state, 2048 * p), p);
     wgmma_commit();
 #pragma unroll
-    for (int p = 0; p < 4; p++) product_rows(gb, behind(pushed, 32 * p), behind(wide, 2048 * p), 1);
+    for (int p = 0; p < 4; p++) product(gb, a[p], behind(wide, 2048 * p));
     wgmma_commit();
     wgmma_wait<2>();
     pin(sum);
@@ -478,7 +485,7 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
     pin(back);
     add_to_c(back, m->c, keep, gc, on_c);
     wgmma_wait<0>();
-    pin(gb), pin(sum);
+    pin(gb), pin(a), pin(sum);
     if (N > 64) add_to_c(sum, m->c + PANEL, keep, gc + 8, on_c);
     on_c[0] *= keep[0], on_c[1] *= keep[1];
     put_rows(t->u, r, on_c);
@@ -542,7 +549,7 @@ static __device__ __forceinline__ void next_head(const spot &o, memory<N> *m, in
 {
     const int i = h - o.h0;
     proxy_fence();                       /* what was changed of a tile was so before the next */
-    barrier_sync<NEXT, THREADS>();
+    barrier_sync<NEXT, WALKERS>();
     barrier_wait(fg_shared(&m->full[i % 2]), i / 2 % 2);
 }
 
@@ -573,7 +580,7 @@ static __device__ __forceinline__ void pairs_walk(const chunks &k, const spot &o
     for (int n = 0; n < 8; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) if (n / 2 == warp) q.far[n][e] = q.near[n % 2][e];
-    barrier_sync<NEXT, THREADS>();
+    barrier_sync<NEXT, WALKERS>();
     put_tile((bf16 *)m->part, 16 * warp, q.far);      /* where the parts of gu were */
     barrier_sync<LAST, 256>();
 }
@@ -587,53 +594,23 @@ static __device__ __forceinline__ void states_walk(const chunks &k, const spot &
         next_head<N>(o, m, h);
         states_of_head<N>(o, m, h, gb, gc);
     }
-    barrier_sync<NEXT, THREADS>();
+    barrier_sync<NEXT, WALKERS>();
     barrier_sync<LAST, 256>();
     add_pairs<N>(m, (const bf16 *)m->part, gb, gc);
     put_sums<N>(k, o, k.gb, k.gb_row, k.s.gb, gb);
     put_sums<N>(k, o, k.gc, k.gc_row, k.s.gc, gc);
 }
 
-/* Rows of a tile by a weight each, or the product of two, by two warps. */
-static __device__ __forceinline__ void weigh_tile(bf16 *to, const bf16 *from, const float *weight,
-                                                  const float *more)
-{
-    const int own = threadIdx.x % 64;
-#pragma unroll 1
-    for (int i = own; i < PANEL / 8; i += 4 * 64) {
-        uint4 x[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) x[k] = ((const uint4 *)from)[i + 64 * k];
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const int r = i / 8 + 8 * k;
-            const float w = more ? weight[r] * more[r] : weight[r];
-            ((uint4 *)to)[i + 64 * k] =
-                make_uint4(fg_scale2(x[k].x, w, w), fg_scale2(x[k].y, w, w),
-                           fg_scale2(x[k].z, w, w), fg_scale2(x[k].w, w, w));
-        }
-    }
-}
-
-/* Before all begin with a head, two warps have weighed its rows; then one loads the next head, and
- * one settles the last. */
+/* One warp loads each next head, another settles each last one. */
 template <int N>
 static __device__ __forceinline__ void help(const chunks &k, const spot &o, const maps *maps,
                                             memory<N> *m)
 {
     const int warp = threadIdx.x / 32 - 8;
+    if (warp > 1) return;
 #pragma unroll 1
     for (int h = o.h0; h <= o.h1; h++) {
-        const int i = h - o.h0;
-        if (warp > 1 && h < o.h1) {
-            head<N> *tile = &m->heads[i % 2];
-            const vectors &v = m->v[i % 3];
-            barrier_wait(fg_shared(&m->full[i % 2]), i / 2 % 2);
-            weigh_tile(tile->other, tile->other, v.weight, nullptr);
-            weigh_tile(tile->pushed, tile->x, v.left, v.dt);
-            proxy_fence();
-        }
-        barrier_sync<NEXT, THREADS>();
+        barrier_sync<NEXT, WALKERS>();
         if (warp == 1 && h > o.h0) settle_head<N>(k, o, m, h - 1);
         if (warp == 0 && h + 1 < o.h1 && threadIdx.x % 32 == 0) load_head<N>(k, maps, o, m, h + 1);
         __syncwarp();
@@ -690,13 +667,13 @@ run_chunks(const __grid_constant__ chunks k, const __grid_constant__ maps maps)
     o.h0 = o.g * M + M * o.part / parts, o.h1 = o.g * M + M * (o.part + 1) / parts;
     open<N>(k, &maps, o, m);
     if (threadIdx.x < 128) {
-        registers_up<192>();
+        registers_up<208>();
         pairs_walk<N>(k, o, m);
     } else if (threadIdx.x < 256) {
         registers_up<256>();
         states_walk<N>(k, o, m);
     } else {
-        registers_down<56>();
+        registers_down<40>();
         help<N>(k, o, &maps, m);
     }
 #endif

@@ -4,10 +4,11 @@
  * either direction: state = whole state + u^T weight v.  One warpgroup multiplies and stores
  * states, another weighs the rows of u in shared memory, some steps ahead, and the copy engine is
  * ahead of that. */
+#include <stddef.h>
 #include "ssd_sm90.cuh"
 
 #define STEP    64                               /* tokens */
-#define STAGES  5
+#define STAGES  11                               /* at most */
 #define THREADS 288                              /* two warpgroups, and a warp that loads */
 
 struct slot {
@@ -16,15 +17,16 @@ struct slot {
     float decay;                                 /* of the state before it is added to */
 };
 struct memory {
-    slot slots[STAGES];
     alignas(1024) bf16 out[2][64 * 64];
     uint64_t full[STAGES], weighed[STAGES], empty[STAGES];
+    slot slots[1];                               /* as many as there is room for */
 };
+static size_t bytes_of(int stages) { return offsetof(memory, slots) + (size_t)stages * sizeof(slot); }
 struct maps { CUtensorMap u[2], v[2]; };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 /* What a block walks: steps from `from` on, by +1 or -1. */
-struct place { int b, h, g, n0, steps, from, by; };
+struct place { int b, h, g, n0, steps, from, by, stages; };
 
 /* Decay of step i, 1 inside a chunk of STEPS. */
 template <int STEPS>
@@ -59,7 +61,7 @@ static __device__ __forceinline__ void load_all(memory *m, const CUtensorMap *u,
             fg_bulk_load(fg_shared(to->weight), weight + t, STEP * 4, bar);
         }
         __syncwarp();
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+        if (++stage == o.stages) stage = 0, phase ^= 1;
     }
 }
 
@@ -119,7 +121,7 @@ static __device__ __forceinline__ void weigh_all(memory *m, const place &o)
         proxy_fence();
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(fg_shared(&m->weighed[stage]));
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+        if (++stage == o.stages) stage = 0, phase ^= 1;
     }
 }
 
@@ -150,7 +152,7 @@ static __device__ __forceinline__ void walk_all(memory *m, const place &o, bf16 
         wgmma_wait<0>();
         pin(sum);
         if (threadIdx.x % 32 == 0) barrier_arrive(fg_shared(&m->empty[stage]));
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+        if (++stage == o.stages) stage = 0, phase ^= 1;
     }
     if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
@@ -159,7 +161,7 @@ static __device__ __forceinline__ void walk_all(memory *m, const place &o, bf16 
 /* STEPS: of a chunk.  A state is kept for every two steps. */
 template <int STEPS>
 static __global__ void __launch_bounds__(THREADS, 2)
-walk(fg_ssd z, fg_decays d, fg_both_states both, const __grid_constant__ maps maps)
+walk(fg_ssd z, fg_decays d, fg_both_states both, int stages, const __grid_constant__ maps maps)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char bytes[];
@@ -171,9 +173,9 @@ walk(fg_ssd z, fg_decays d, fg_both_states both, const __grid_constant__ maps ma
     place o;
     o.b = row / (int)z.H, o.h = row % (int)z.H, o.g = o.h / (int)(z.H / z.G);
     o.n0 = blockIdx.x % parts * 64, o.steps = (int)(d.padded / STEP);
-    o.from = s.back ? o.steps - 1 : 0, o.by = s.back ? -1 : 1;
+    o.from = s.back ? o.steps - 1 : 0, o.by = s.back ? -1 : 1, o.stages = stages;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
+        for (int i = 0; i < stages; i++) {
             barrier_init(fg_shared(&m->full[i]), 1);
             barrier_init(fg_shared(&m->weighed[i]), 4);
             barrier_init(fg_shared(&m->empty[i]), 4);
@@ -216,9 +218,10 @@ static void run(const fg_ssd &z, const fg_decays &d, const fg_both_states &s, in
         m.v[i] = fg_map_of(encode, s.s[i].v, z.B, z.T, z.G, z.N, s.s[i].v_row, STEP);
     }
     const dim3 blocks((unsigned)(z.B * z.H * z.N / 64), (unsigned)directions);
-    cudaFuncSetAttribute(walk<STEPS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         (int)sizeof(memory));
-    walk<STEPS><<<blocks, THREADS, sizeof(memory), stream>>>(z, d, s, m);
+    const int stages = (int)(blocks.x * blocks.y) > fg_processors() ? STAGES / 2 : STAGES;
+    const size_t bytes = bytes_of(stages);       /* two blocks a multiprocessor, or one */
+    cudaFuncSetAttribute(walk<STEPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    walk<STEPS><<<blocks, THREADS, bytes, stream>>>(z, d, s, stages, m);
 }
 
 void fg_states_sm90(const fg_ssd &z, const fg_decays &d, const fg_both_states &s, int directions,
