@@ -21,7 +21,10 @@ struct memory {
     uint64_t full[STAGES], weighed[STAGES], empty[STAGES];
     slot slots[1];                               /* as many as there is room for */
 };
-static size_t bytes_of(int stages) { return offsetof(memory, slots) + (size_t)stages * sizeof(slot); }
+static size_t bytes_of(int stages)
+{
+    return offsetof(memory, slots) + (size_t)stages * sizeof(slot);
+}
 struct maps { CUtensorMap u[2], v[2]; };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
