@@ -331,7 +331,7 @@ static void launch_forward(const la_task &z, const inputs &x, const operands &s,
     la_chain c = chain_of(z, s, x);
     c.o = { o, z.T * row, LA_WIDTH, row };
     c.to = last;
-    la_run_forward<la_delta>(c, stream);
+    la_run_forward<true>(c, stream);
 }
 
 /* ---- gradient -------------------------------------------------------------------------------- */
@@ -633,7 +633,7 @@ static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, c
     back.u = { go, z.T * row, LA_WIDTH, row };
     back.o = { w.gu, z.H * own, own, LA_WIDTH };
     back.from = last, back.to = to_first;
-    la_run_both_ways<la_delta_back>(forth, back, stream);
+    la_run_both_ways<true>(forth, back, stream);
     cudaFuncSetAttribute(join<UNIT>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     join<UNIT><<<dim3((unsigned)z.chunks, (unsigned)(z.B * z.H)), 512, bytes, stream>>>(
         z, x, go, w, to);

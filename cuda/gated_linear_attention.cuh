@@ -338,7 +338,7 @@ static void launch_forward(const la_task &z, const inputs &x, const operands &s,
     la_chain c = chain_of(z, s, x.v, x.v_row, false);
     c.o = { o, z.T * row, LA_WIDTH, row };
     c.to = last;
-    la_run_forward<la_gated>(c, stream);
+    la_run_forward<false>(c, stream);
 }
 
 /* ---- gradient -------------------------------------------------------------------------------- */
@@ -750,7 +750,7 @@ static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, c
     back.kept = w.R;
     back.o = { to.v, z.T * to.v_row, LA_WIDTH, to.v_row };
     back.from = last, back.to = to_first;
-    la_run_both_ways<la_gated>(forth, back, stream);
+    la_run_both_ways<false>(forth, back, stream);
     cudaFuncSetAttribute(join<RAW>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     join<RAW><<<dim3(2 * (unsigned)z.chunks, (unsigned)(z.B * z.H)), 256, bytes, stream>>>(
         z, x, go, w.S, w.R, to);

@@ -160,18 +160,26 @@ static __device__ __forceinline__ uint32_t *la_pair(void *x, int r, int c)
     return (uint32_t *)((char *)x + fg_swizzle<WIDTH>(r, c / 8) + c % 8 * 2);
 }
 
+/* wgmma's layout: panels of 64 columns of 64 rows.  Byte offset of 16-byte chunk c of row r: */
+#define LA_PANEL (LA_ROWS * 64 * 2)
+static __device__ __forceinline__ uint32_t la_panel(int r, int c)
+{
+    return (uint32_t)(c / 8 * LA_PANEL) + fg_swizzle<64>(r, c % 8);
+}
+
 /* 64 rows of WIDTH, `row` elements apart, on their way to shared memory, by THREADS threads; this
  * is number `thread`.  0 from row n on, and for rows whose flag has not the bit. */
-template <int WIDTH, int THREADS>
+template <int WIDTH, int THREADS, bool PANELS = false>
 static __device__ __forceinline__ void la_load(void *to, const bf16 *from, int64_t row, int n,
                                                int thread, const uint8_t *flags = nullptr,
                                                int bit = 0)
 {
-    constexpr int ROW = WIDTH / 8, STEP = THREADS / ROW, BYTES = STEP * WIDTH * 2;
+    constexpr int ROW = WIDTH / 8, STEP = THREADS / ROW, BYTES = STEP * (PANELS ? 64 : WIDTH) * 2;
     static_assert(THREADS % ROW == 0 && LA_ROWS % STEP == 0 && STEP % 4 == 0, "");
     const int r0 = thread / ROW, c = thread % ROW;
     const uint32_t x = fg_shared(to);            /* the swizzle comes again every 8 rows */
-    const uint32_t even = x + fg_swizzle<WIDTH>(r0, c), odd = x + fg_swizzle<WIDTH>(r0 + STEP, c);
+    const uint32_t even = x + (PANELS ? la_panel(r0, c) : fg_swizzle<WIDTH>(r0, c));
+    const uint32_t odd = x + (PANELS ? la_panel(r0 + STEP, c) : fg_swizzle<WIDTH>(r0 + STEP, c));
     const bf16 *p = from + r0 * row + c * 8;
     if (n == LA_ROWS && !flags) {
 #pragma unroll
