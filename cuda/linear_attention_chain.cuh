@@ -123,13 +123,6 @@ static __device__ __forceinline__ void la_fetch_late(const la_chain &c, la_late 
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-/* What has been fetched is there for wgmma too, behind the next barrier. */
-template <int PENDING> static __device__ __forceinline__ void la_fetched()
-{
-    fg_copy_wait<PENDING>();
-    proxy_fence();
-}
-
 /* A warp's columns of a [key][value] matrix in f32 to fragments of its transpose, and back. */
 static __device__ __forceinline__ int la_state_at()
 {
@@ -271,7 +264,8 @@ static __device__ __forceinline__ void la_keep_rows(const bf16 *x, const la_rows
     }
 }
 
-/* Between the chain and those who write: S is there, then u. */
+/* Between the chain and those who write: S is there, then u.  The fence is for what was fetched
+ * too: a thread that fetches would wait there for all that is still on its way. */
 #define LA_STATE_THERE 1
 #define LA_ROWS_THERE  2
 static __device__ __forceinline__ void la_there(int which)
@@ -296,6 +290,7 @@ static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_
     float o[8][4];
     la_zero<8>(o);
     la_await(LA_STATE_THERE);
+    proxy_fence();
     pin(o);
     wgmma_begin();
 #pragma unroll
@@ -340,6 +335,7 @@ static __device__ __forceinline__ void la_take(uint32_t (&a)[8][4], const float 
         if (to) la_share<LA_ROWS>(a[k], to + k / 4 * (LA_PANEL / 2), threadIdx.x / 32 * 16, k % 4 * 16);
     }
     if (to) la_there(LA_STATE_THERE);
+    else proxy_fence();
 }
 
 /* One chunk on the way forward: shares S before it, and u (or e), leaves S behind it. */
@@ -351,6 +347,7 @@ static __device__ __forceinline__ void la_step(float (&S)[16][4], la_stage<DELTA
     uint32_t u[4][4];
     uint32_t a[8][4];
     if (DELTA || FOR != LA_END) la_take(a, S, FOR == LA_END ? nullptr : S_to);
+    else proxy_fence();
     if (DELTA) {
         float e[8][4];
         la_zero<8>(e);
@@ -461,7 +458,7 @@ static __device__ __forceinline__ void la_supply(const la_chain &c, la_shared<DE
         }
         fg_copy_commit();
         if (j < LA_STAGES - 2) continue;
-        la_fetched<LA_STAGES - 2>();             /* what the next step needs is there */
+        fg_copy_wait<LA_STAGES - 2>();           /* what the next step needs is there */
         __syncthreads();
     }
 }
@@ -624,7 +621,7 @@ static __device__ __forceinline__ void la_end_chain(const la_chain &c, la_stage<
             if (i < chunks) la_fetch<DELTA, 64>(c, &stage[i], s.bh, back ? s.to - 1 - i : s.from + i);
             fg_copy_commit();
         }
-        la_fetched<AHEAD - 1>();
+        fg_copy_wait<AHEAD - 1>();
     }
     __syncthreads();
     for (int i = 0; i < chunks; i++) {
@@ -637,7 +634,7 @@ static __device__ __forceinline__ void la_end_chain(const la_chain &c, la_stage<
             if (j < chunks)
                 la_fetch<DELTA, 64>(c, &stage[j % STAGES], s.bh, back ? s.to - 1 - j : s.from + j);
             fg_copy_commit();
-            la_fetched<AHEAD - 1>();
+            fg_copy_wait<AHEAD - 1>();
         }
         __syncthreads();
     }

@@ -8,16 +8,6 @@
 #define PANEL_BYTES (PANEL * 2)
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-/* d = a b, or d += a b: 64 x 64 over 16, b with its 16 as rows. */
-static __device__ __forceinline__ void product_rows(float (&d)[8][4], uint64_t a, uint64_t b,
-                                                    int add)
-{
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, "
-                 "1, 1, 0, 1;\n}"
-                 : F32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
 template <int ID, int COUNT> static __device__ __forceinline__ void barrier_sync()
 {
     asm volatile("bar.sync %0, %1;" :: "n"(ID), "n"(COUNT) : "memory");

@@ -117,6 +117,16 @@ static __device__ __forceinline__ void product(float (&d)[8][4], uint64_t a, uin
                  "1, 1, 0, 0;\n}"
                  : F32(d, 0) : "l"(a), "l"(b), "r"(add));
 }
+/* The same of a b: b with its 16 as rows; of a^T b where A_ROWS: a too. */
+template <bool A_ROWS = false>
+static __device__ __forceinline__ void product_rows(float (&d)[8][4], uint64_t a, uint64_t b,
+                                                    int add)
+{
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, "
+                 "1, 1, %35, 1;\n}"
+                 : F32(d, 0) : "l"(a), "l"(b), "r"(add), "n"(A_ROWS));
+}
 /* d += a b^T: a in registers */
 static __device__ __forceinline__ void product_turned(float (&d)[8][4], const uint32_t *a,
                                                       uint64_t b)
