@@ -50,8 +50,6 @@ struct la_chain {
                                                     of the delta rule [segments,B,H,128,128] */
 };
 
-template <bool DELTA> constexpr int la_end_stages = DELTA ? 2 : 3;
-
 /* What a step needs: of the chain, and of those who write o. */
 template <bool DELTA> struct alignas(1024) la_stage {
     bf16 k[LA_ROWS * LA_WIDTH], w[DELTA ? LA_ROWS * LA_WIDTH : 64];      /* in panels */
@@ -71,10 +69,8 @@ enum la_purpose { LA_OUT, LA_KEEP, LA_END };
 
 /* The first warpgroup carries 64 columns of values, transposed: S^T is the operand of W S as it
  * stands in registers, and u^T that of K^T u, so nothing passes between warps on the way.  The
- * second writes o, or what is kept, from copies; the third fetches.  For the end of a segment two
- * warps fetch and none write. */
+ * second writes o, or what is kept, from copies; the third fetches. */
 #define LA_THREADS 384
-#define LA_END_THREADS 192
 static __device__ __forceinline__ bool la_is_chain() { return threadIdx.x < 128; }
 static __device__ __forceinline__ bool la_is_writer() { return threadIdx.x < 256; }
 
@@ -124,10 +120,11 @@ static __device__ __forceinline__ void la_fetch_late(const la_chain &c, la_late 
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 /* A warp's columns of a [key][value] matrix in f32 to fragments of its transpose, and back. */
+static __device__ __forceinline__ int la_own_values() { return threadIdx.x % 128 / 32 * 16; }
 static __device__ __forceinline__ int la_state_at()
 {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    return c * LA_WIDTH + blockIdx.x * LA_COLUMNS + threadIdx.x / 32 * 16 + g;
+    return c * LA_WIDTH + blockIdx.x * LA_COLUMNS + la_own_values() + g;
 }
 static __device__ __forceinline__ void la_state_in(float S[16][4], const float *from, float scale)
 {
@@ -151,7 +148,7 @@ static __device__ __forceinline__ void la_state_out(const float S[16][4], float 
 static __device__ __forceinline__ void la_start(float S[16][4], bool unit)
 {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    const int v = blockIdx.x * LA_COLUMNS + threadIdx.x / 32 * 16 + g;
+    const int v = blockIdx.x * LA_COLUMNS + la_own_values() + g;
 #pragma unroll
     for (int j = 0; j < 16; j++)
 #pragma unroll
@@ -322,7 +319,7 @@ static __device__ __forceinline__ void la_given(uint32_t (&u)[4][4], const bf16 
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         u[k][0] = u[k][1] = u[k][2] = u[k][3] = 0;
-        if (from) la_a_turned<LA_COLUMNS>(u[k], fg_shared(from), threadIdx.x / 32 * 16, 16 * k);
+        if (from) la_a_turned<LA_COLUMNS>(u[k], fg_shared(from), la_own_values(), 16 * k);
     }
 }
 /* The state as an operand, and a copy of it. */
@@ -332,7 +329,7 @@ static __device__ __forceinline__ void la_take(uint32_t (&a)[8][4], const float 
 #pragma unroll
     for (int k = 0; k < 8; k++) {
         la_operand(a[k], S[2 * k], S[2 * k + 1]);
-        if (to) la_share<LA_ROWS>(a[k], to + k / 4 * (LA_PANEL / 2), threadIdx.x / 32 * 16, k % 4 * 16);
+        if (to) la_share<64>(a[k], to + k / 4 * (LA_PANEL / 2), la_own_values(), k % 4 * 16);
     }
     if (to) la_there(LA_STATE_THERE);
     else proxy_fence();
@@ -343,7 +340,7 @@ template <bool DELTA, la_purpose FOR>
 static __device__ __forceinline__ void la_step(float (&S)[16][4], la_stage<DELTA> *s, bf16 *S_to,
                                                bf16 *u_to, float keep, bool given)
 {
-    const int m = threadIdx.x / 32 * 16, c = threadIdx.x % 4 * 2;
+    const int m = la_own_values(), c = threadIdx.x % 4 * 2;
     uint32_t u[4][4];
     uint32_t a[8][4];
     if (DELTA || FOR != LA_END) la_take(a, S, FOR == LA_END ? nullptr : S_to);
@@ -396,10 +393,61 @@ static __device__ __forceinline__ void la_step(float (&S)[16][4], la_stage<DELTA
     pin(S), pin(u);
 }
 
-/* The state with which segment s begins, where the states of all are known. */
-static __device__ __forceinline__ const float *la_entered(const la_chain &c, int64_t bh, int64_t s)
+/* x - a, a being what bf16 holds of it */
+static __device__ __forceinline__ uint32_t la_rest(const float *x, uint32_t a)
 {
-    return c.ends + (s * c.z.B * c.z.H + bh) * LA_WIDTH * LA_WIDTH;
+    return fg_pack2(x[0] - la_low_half(a), x[1] - la_high_half(a));
+}
+/* Byte offset, in what passes through a segment, of keys k, k + 1 of row v of P^T. */
+#define LA_THROUGH (LA_WIDTH * LA_WIDTH)         /* bf16; behind P^T the rest of its rounding */
+static __device__ __forceinline__ uint32_t la_through_at(int v, int k)
+{
+    return (uint32_t)(k / 64 * (2 * LA_PANEL)) + fg_swizzle<64>(v, k % 64 / 8) + k % 8 * 2;
+}
+
+/* S = P S + what a segment adds, for the first segments of a chain of the delta rule.  P and S are
+ * split in two bf16 each, so that next to nothing is lost.  P goes through where the last chunk of
+ * all stages will be. */
+static __device__ __forceinline__ void la_pass(float (&S)[16][4], const la_chain &c,
+                                               la_shared<true> *sm, int64_t bh, int64_t count)
+{
+    const int64_t heads = c.z.B * c.z.H;
+    const uint32_t P = fg_shared(&sm->stage[LA_STAGES - 1]);
+    const uint32_t rest = fg_shared(&sm->late[LA_STAGES - 1]);
+#pragma unroll 1
+    for (int64_t n = 0; n < count; n++) {
+        const bf16 *from = (const bf16 *)c.through + (n * heads + bh) * 2 * LA_THROUGH
+                           + threadIdx.x * 8;
+        for (int i = 0; i < LA_THROUGH; i += 128 * 8) {
+            fg_copy_async(P + (threadIdx.x * 8 + i) * 2, from + i, true);
+            fg_copy_async(rest + (threadIdx.x * 8 + i) * 2, from + LA_THROUGH + i, true);
+        }
+        fg_copy_commit();
+        uint32_t high[8][4], low[8][4];
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            la_operand(high[k], S[2 * k], S[2 * k + 1]);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                low[k][i] = la_rest(&S[2 * k + i / 2][i % 2 * 2], high[k][i]);
+        }
+        la_state_in(S, c.ends + (n * heads + bh) * LA_WIDTH * LA_WIDTH, 1);
+        fg_copy_wait<0>();
+        proxy_fence();
+        asm volatile("bar.sync 3, 128;" ::: "memory");
+        pin(S), pin(high), pin(low);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            product(S, high[k], matrix_at(P + k * 2048, 2 * LA_PANEL));
+            product(S, low[k], matrix_at(P + k * 2048, 2 * LA_PANEL));
+            product(S, high[k], matrix_at(rest + k * 2048, 2 * LA_PANEL));
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(S), pin(high), pin(low);
+        asm volatile("bar.sync 3, 128;" ::: "memory");
+    }
 }
 
 /* From the first chunk of the segment to its last: the warpgroup that carries the state, */
@@ -411,9 +459,9 @@ static __device__ __forceinline__ void la_carry(const la_chain &c, la_shared<DEL
     const int chunks = (int)(s.to - s.from);
     float S[16][4];
     float keep = DELTA ? la_keep(c, s.b, s.from) : 1;
-    if (DELTA && s.segment) la_state_in(S, la_entered(c, s.bh, s.segment - 1), 1);
-    else la_state_in(S, la_carried(c.z, s.b) ? c.z.state + s.bh * size : nullptr, 1);
-    if (!DELTA) la_pass(S, c, s.bh, 0, s.segment, 1);
+    la_state_in(S, la_carried(c.z, s.b) ? c.z.state + s.bh * size : nullptr, 1);
+    if constexpr (DELTA) la_pass(S, c, sm, s.bh, s.segment);
+    else la_pass(S, c, s.bh, 0, s.segment, 1);
     __syncthreads();
     for (int i = 0; i < chunks; i++) {
         const float next = DELTA ? la_keep(c, s.b, s.from + i + 1) : 1;
@@ -444,17 +492,18 @@ static __device__ __forceinline__ void la_write(const la_chain &c, const la_shar
         __syncthreads();
     }
 }
-/* Fetches chunk after chunk, LATE: with q and A. */
-template <bool DELTA, bool LATE>
-static __device__ __forceinline__ void la_supply(const la_chain &c, la_shared<DELTA> *sm, bool back)
+/* The last BY threads fetch chunk after chunk; late: q and A too, or NULL. */
+template <bool DELTA, int BY>
+static __device__ __forceinline__ void la_supply(const la_chain &c, la_stage<DELTA> *stage,
+                                                 la_late *late, bool back)
 {
     const la_span s = la_own_span(c);
     const int chunks = (int)(s.to - s.from);
     for (int j = 0; j < chunks + LA_STAGES - 1; j++) {
         const int64_t chunk = back ? s.to - 1 - j : s.from + j;
         if (j < chunks) {
-            la_fetch<DELTA, 128>(c, &sm->stage[j % LA_STAGES], s.bh, chunk);
-            if (LATE) la_fetch_late(c, &sm->late[j % LA_STAGES], s.bh, chunk);
+            la_fetch<DELTA, BY>(c, &stage[j % LA_STAGES], s.bh, chunk);
+            if (BY == 128 && late) la_fetch_late(c, &late[j % LA_STAGES], s.bh, chunk);
         }
         fg_copy_commit();
         if (j < LA_STAGES - 2) continue;
@@ -469,7 +518,7 @@ static __device__ __forceinline__ void la_step_back(float (&R)[16][4], la_stage<
                                                     la_late *late, bf16 *R_to, bf16 *u_to,
                                                     float keep, float scale)
 {
-    const int m = threadIdx.x / 32 * 16, c = threadIdx.x % 4 * 2;
+    const int m = la_own_values(), c = threadIdx.x % 4 * 2;
     uint32_t go[4][4], u[4][4], a[8][4];
     float gu[8][4];
     la_take(a, R, R_to);
@@ -572,7 +621,7 @@ la_forward(const __grid_constant__ la_chain c)
         la_write<DELTA, LA_OUT>(c, sm);
     } else {
         LA_FETCHES;
-        la_supply<DELTA, true>(c, sm, false);
+        la_supply<DELTA, 128>(c, sm->stage, sm->late, false);
     }
 #endif
 }
@@ -594,52 +643,59 @@ la_both_ways(const __grid_constant__ la_chain forth, const __grid_constant__ la_
         else la_write_back<DELTA>(back, sm);
     } else {
         LA_FETCHES;
-        if (blockIdx.z) la_supply<DELTA, false>(forth, sm, false);
-        else la_supply<DELTA, true>(back, sm, true);
+        if (blockIdx.z) la_supply<DELTA, 128>(forth, sm->stage, nullptr, false);
+        else la_supply<DELTA, 128>(back, sm->stage, sm->late, true);
     }
 #endif
 }
 
 /* ---- segments: what each adds to a state of 0 ------------------------------------------------ */
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-/* From 0 or, of the delta rule where u is not there, from 1.  Of the way back, k and u are q and
- * go. */
+/* Of the delta rule two warpgroups carry, what a segment adds to 0 and what it makes of 1; of the
+ * others there are two blocks, forth and back. */
+template <bool DELTA> constexpr int la_end_carriers = DELTA ? 2 : 1;
+template <bool DELTA> constexpr int la_end_fetchers = DELTA ? 128 : 64;
 template <bool DELTA>
-static __device__ __forceinline__ void la_end_chain(const la_chain &c, la_stage<DELTA> *stage,
-                                                    bool back)
+constexpr int la_end_threads = 128 * la_end_carriers<DELTA> + la_end_fetchers<DELTA>;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+/* S^T of a segment that began with 1, in two bf16, as wgmma reads it. */
+static __device__ __forceinline__ void la_through_out(const float (&S)[16][4], bf16 *to)
 {
-    constexpr int STAGES = la_end_stages<DELTA>, AHEAD = STAGES - 1;
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+    const int v = blockIdx.x * LA_COLUMNS + la_own_values() + g;
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t at = la_through_at(v + 8 * i, 8 * j + c) / 2;
+            const uint32_t high = fg_pack2(S[j][2 * i], S[j][2 * i + 1]);
+            *(uint32_t *)(to + at) = high;
+            *(uint32_t *)(to + LA_THROUGH + at) = la_rest(&S[j][2 * i], high);
+        }
+}
+
+/* Of the way back, k and u are q and go. */
+template <bool DELTA>
+static __device__ __forceinline__ void la_carry_end(const la_chain &c, la_stage<DELTA> *stage)
+{
     const la_span s = la_own_span(c);
     const int64_t at = s.segment * c.z.B * c.z.H + s.bh;
     const int chunks = (int)(s.to - s.from);
+    const bool unit = threadIdx.x >= 128;
     float S[16][4];
     float keep = DELTA ? la_keep(c, s.b, s.from) : 1;
-    la_start(S, DELTA && !c.u.p);
-    if (!la_is_chain()) {
-        for (int i = 0; i < AHEAD; i++) {
-            if (i < chunks) la_fetch<DELTA, 64>(c, &stage[i], s.bh, back ? s.to - 1 - i : s.from + i);
-            fg_copy_commit();
-        }
-        fg_copy_wait<AHEAD - 1>();
-    }
+    la_start(S, unit);
     __syncthreads();
     for (int i = 0; i < chunks; i++) {
-        if (la_is_chain()) {
-            const float next = DELTA ? la_keep(c, s.b, s.from + i + 1) : 1;
-            la_step<DELTA, LA_END>(S, &stage[i % STAGES], nullptr, nullptr, keep, c.u.p);
-            keep = next;
-        } else {
-            const int j = i + AHEAD;
-            if (j < chunks)
-                la_fetch<DELTA, 64>(c, &stage[j % STAGES], s.bh, back ? s.to - 1 - j : s.from + j);
-            fg_copy_commit();
-            fg_copy_wait<AHEAD - 1>();
-        }
+        const float next = DELTA ? la_keep(c, s.b, s.from + i + 1) : 1;
+        la_step<DELTA, LA_END>(S, &stage[i % LA_STAGES], nullptr, nullptr, keep, !unit);
+        keep = next;
         __syncthreads();
     }
-    if (la_is_chain()) la_state_out(S, c.ends + at * LA_WIDTH * LA_WIDTH, 1);
-    if (DELTA || blockIdx.x || threadIdx.x >= LA_WIDTH) return;
+    if (!unit) la_state_out(S, c.ends + at * LA_WIDTH * LA_WIDTH, 1);
+    else la_through_out(S, (bf16 *)c.through + at * 2 * LA_THROUGH);
+    if (DELTA || blockIdx.x) return;
     const float *decay = c.decay + (s.bh * c.z.chunks + s.from) * LA_WIDTH + threadIdx.x;
     float all = 1;
     for (int i = 0; i < chunks; i++) all *= decay[i * LA_WIDTH];
@@ -647,103 +703,21 @@ static __device__ __forceinline__ void la_end_chain(const la_chain &c, la_stage<
 }
 #endif
 
-/* Forth and back, or, of the delta rule, forth and what passes through.  The first segment of all
- * is not needed back, the last not forth. */
+/* The first segment of all is not needed back, the last not forth. */
 template <bool DELTA>
-static __global__ void __launch_bounds__(LA_END_THREADS, 2)
-la_ends(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain other)
+static __global__ void __launch_bounds__(la_end_threads<DELTA>, DELTA ? 1 : 2)
+la_ends(const __grid_constant__ la_chain forth, const __grid_constant__ la_chain back)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char memory[];
+    la_stage<DELTA> *stage = (la_stage<DELTA> *)memory;
     const int64_t segment = la_own_span(forth).segment;
-    if (!DELTA && blockIdx.z ? segment == 0 : segment == forth.segments - 1) return;
-    la_end_chain<DELTA>(blockIdx.z ? other : forth, (la_stage<DELTA> *)memory,
-                        !DELTA && blockIdx.z);
-#endif
-}
-
-/* Of the delta rule, a segment takes S to P S + what it adds: puts in the place of the latter the
- * state behind the segment.  P and S are split in two bf16 each, so that next to nothing is lost.
- * A block has a head, a warp 16 values. */
-struct la_split { bf16 high[LA_WIDTH * LA_WIDTH], low[LA_WIDTH * LA_WIDTH]; };
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-static __device__ __forceinline__ void la_split_up(const float *P, la_split *sm)
-{
-#pragma unroll 1
-    for (int at = threadIdx.x; at < LA_WIDTH * LA_WIDTH / 4; at += 8 * 256) {
-        float4 x[8];
-#pragma unroll
-        for (int k = 0; k < 8; k++) x[k] = ((const float4 *)P)[at + 256 * k];
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            const int i = at + 256 * k, r = i / 32, d = i % 32 * 4;
-            const uint2 high = make_uint2(fg_pack2(x[k].x, x[k].y), fg_pack2(x[k].z, x[k].w));
-            const uint2 low = make_uint2(
-                fg_pack2(x[k].x - la_low_half(high.x), x[k].y - la_high_half(high.x)),
-                fg_pack2(x[k].z - la_low_half(high.y), x[k].w - la_high_half(high.y)));
-            const uint32_t to = fg_swizzle<LA_WIDTH>(r, d / 8) + d % 8 * 2;
-            *(uint2 *)((char *)sm->high + to) = high;
-            *(uint2 *)((char *)sm->low + to) = low;
-        }
-    }
-}
-
-#endif
-
-static __global__ void __launch_bounds__(256, 1)
-la_add_segments(const __grid_constant__ la_chain c)
-{
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    extern __shared__ __align__(1024) char memory[];
-    la_split *sm = (la_split *)memory;
-    const int64_t heads = c.z.B * c.z.H, size = LA_WIDTH * LA_WIDTH, bh = blockIdx.x;
-    const int g = threadIdx.x % 32 / 4, cc = threadIdx.x % 4 * 2, v = threadIdx.x / 32 * 16 + g;
-    const float *first = la_carried(c.z, bh / c.z.H) ? c.z.state + bh * size : nullptr;
-    const int64_t own = cc * LA_WIDTH + v;
-    float S[16][4];
-#pragma unroll
-    for (int j = 0; j < 16; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            S[j][i] = first ? first[own + (8 * j + i % 2) * LA_WIDTH + i / 2 * 8] : 0;
-    for (int64_t n = 0; n < c.segments - 1; n++) {
-        const int64_t at = (n * heads + bh) * size;
-        float *ends = c.ends + at + own;
-        uint32_t high[8][4], low[8][4];
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            la_operand(high[k], S[2 * k], S[2 * k + 1]);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float *x = &S[2 * k + i / 2][i % 2 * 2];
-                low[k][i] = fg_pack2(x[0] - la_low_half(high[k][i]),
-                                     x[1] - la_high_half(high[k][i]));
-            }
-        }
-        __syncthreads();
-        la_split_up(c.through + at, sm);
-        __syncthreads();
-#pragma unroll
-        for (int j = 0; j < 16; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) S[j][i] = ends[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8];
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-#pragma unroll
-            for (int j = 0; j < 16; j += 2) {
-                uint32_t a[4], b[4];
-                la_b<LA_WIDTH>(a, fg_shared(sm->high), 16 * k, 8 * j);
-                la_b<LA_WIDTH>(b, fg_shared(sm->low), 16 * k, 8 * j);
-                la_mma2(S + j, high[k], a);
-                la_mma2(S + j, low[k], a);
-                la_mma2(S + j, high[k], b);
-            }
-#pragma unroll
-        for (int j = 0; j < 16; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) ends[(8 * j + i % 2) * LA_WIDTH + i / 2 * 8] = S[j][i];
-    }
+    if (blockIdx.z ? segment == 0 : segment == forth.segments - 1) return;
+    if (threadIdx.x < 128 * la_end_carriers<DELTA>)
+        la_carry_end<DELTA>(blockIdx.z ? back : forth, stage);
+    else
+        la_supply<DELTA, la_end_fetchers<DELTA>>(blockIdx.z ? back : forth, stage, nullptr,
+                                                 blockIdx.z);
 #endif
 }
 
@@ -753,20 +727,11 @@ static void la_run_ends(const la_chain &forth, const la_chain *back, cudaStream_
 {
     la_chain other = back ? *back : forth;
     const int64_t heads = forth.z.B * forth.z.H;
-    const int bytes = (int)sizeof(la_stage<DELTA>) * la_end_stages<DELTA>, split = (int)sizeof(la_split);
-    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(heads * forth.segments),
-                    back || DELTA ? 2 : 1);
-    if (DELTA) {
-        other.u.p = nullptr;
-        other.ends = forth.through;
-    } else {
-        other.k = other.q;
-    }
+    const int bytes = (int)sizeof(la_stage<DELTA>) * LA_STAGES;
+    const dim3 grid(LA_WIDTH / LA_COLUMNS, (unsigned)(heads * forth.segments), back ? 2 : 1);
+    other.k = other.q;
     cudaFuncSetAttribute(la_ends<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    la_ends<DELTA><<<grid, LA_END_THREADS, bytes, stream>>>(forth, other);
-    if (!DELTA) return;
-    cudaFuncSetAttribute(la_add_segments, cudaFuncAttributeMaxDynamicSharedMemorySize, split);
-    la_add_segments<<<(unsigned)heads, 256, split, stream>>>(forth);
+    la_ends<DELTA><<<grid, la_end_threads<DELTA>, bytes, stream>>>(forth, other);
 }
 
 /* As many segments as give every multiprocessor a block, if they are not too short to pay. */
