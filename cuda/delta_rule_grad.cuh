@@ -92,12 +92,6 @@ static __device__ __forceinline__ void load_all(joined *sm, const la_task &z, co
     fg_copy_commit();
 }
 
-/* What a thread has of a warpgroup's 64 x 64: rows `row` and row + 8, two columns of every 8. */
-static __device__ __forceinline__ int own_row()
-{
-    return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-}
-static __device__ __forceinline__ int own_column() { return threadIdx.x % 4 * 2; }
 static __device__ __forceinline__ float quad_sum(float x)
 {
     x += __shfl_xor_sync(~0u, x, 1);
@@ -124,27 +118,6 @@ static __device__ __forceinline__ void put_half(bf16 *to, int64_t row, int n,
                 *(uint32_t *)(to + 8 * i * row + 8 * j) = fg_pack2(x[j][2 * i], x[j][2 * i + 1]);
 }
 
-/* d = x y^T or d += x y^T over 128 columns of both */
-static __device__ __forceinline__ void by_columns(float (&d)[8][4], const bf16 *x, const bf16 *y)
-{
-#pragma unroll
-    for (int k = 0; k < 8; k++) {
-        const int at = k / 4 * LA_PANEL + k % 4 * 32;
-        product(d, matrix_at(fg_shared(x) + at, 16), matrix_at(fg_shared(y) + at, 16), k);
-    }
-}
-/* d += a x, or a^T x, over 64 rows of 64 columns of x */
-template <bool TURNED>
-static __device__ __forceinline__ void by_rows(float (&d)[8][4], const bf16 *a, const bf16 *x,
-                                               bool add)
-{
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const uint32_t at = fg_shared(a) + k * (TURNED ? 2048 : 32);
-        product_rows<TURNED>(d, matrix_at(at, TURNED ? LA_PANEL : 16),
-                             matrix_at(fg_shared(x) + k * 2048, LA_PANEL), add || k);
-    }
-}
 /* d = x M for 64 keys */
 static __device__ __forceinline__ void by_state(float (&d)[8][4], const bf16 *x, const bf16 *M)
 {
@@ -154,7 +127,7 @@ static __device__ __forceinline__ void by_state(float (&d)[8][4], const bf16 *x,
                             matrix_at(fg_shared(M) + k * 2048, 2 * LA_PANEL), k);
 }
 
-/* x y^T, columns times factor[s], where s <= t - gap and both are of one document. */
+/* sign x y^T, columns times factor[s], where s <= t - gap and both are of one document. */
 static __device__ __forceinline__ void pair_block(const joined *sm, const bf16 *x, const bf16 *y,
                                                   int gap, const float *factor, float sign,
                                                   bf16 *to)
@@ -165,18 +138,12 @@ static __device__ __forceinline__ void pair_block(const joined *sm, const bf16 *
     wgmma_commit();
     wgmma_wait<0>();
     pin(d);
+    mask_pairs(d, sm->start, gap);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int t = own_row() + 8 * i, from = sm->start[t];
+    for (int j = 0; j < 8; j++)
 #pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const int s = 8 * j + own_column() + c;
-                float *v = &d[j][2 * i + c];
-                *v = s <= t - gap && s >= from ? sign * (factor ? factor[s] : 1) * *v : 0;
-            }
-    }
+        for (int i = 0; i < 4; i++)
+            d[j][i] *= factor ? sign * factor[8 * j + own_column() + i % 2] : sign;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         uint32_t a[4];

@@ -196,6 +196,13 @@ static __device__ __forceinline__ void la_share(const uint32_t a[4], bf16 *to, i
                  :: "r"(at), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
 }
 
+/* Such an operand, every 8 x 8 of it turned, to 8 rows each, this thread's at `to`. */
+static __device__ __forceinline__ void la_share_turned(const uint32_t a[4], uint32_t to)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+                 :: "r"(to), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+}
+
 /* e += a x^T: 64 values by the 64 rows of x, over 128 keys */
 static __device__ __forceinline__ void la_to_rows(float (&e)[8][4], const uint32_t (&a)[8][4],
                                                   const bf16 *x)
