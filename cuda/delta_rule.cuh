@@ -76,7 +76,7 @@ struct alignas(1024) prepared {                  /* small enough for three block
     uint32_t marks[2];
 };
 
-/* ---- products of a chunk, of matrices in panels (wgmma.cuh), 64 x 64 of them by a warpgroup --- */
+/* ---- products of matrices in panels (wgmma.cuh), 64 x 64 of them by a warpgroup -------------- */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 /* What a thread has of a warpgroup's 64 x 64: rows `row` and row + 8, two columns of every 8. */
@@ -307,21 +307,21 @@ static __device__ __forceinline__ void put_tile(const bf16 *x, bf16 *to)
 {
 #pragma unroll
     for (int k = 0; k < LA_ROWS * WIDTH / 8 / THREADS; k++) {
-        const int i = threadIdx.x % THREADS + k * THREADS, r = i / (WIDTH / 8), c = i % (WIDTH / 8);
+        const int i = threadIdx.x % THREADS + k * THREADS;
+        const int r = i / (WIDTH / 8), c = i % (WIDTH / 8);
         *(uint4 *)(to + i * 8) = *(const uint4 *)((const char *)x + la_panel(r, c));
     }
 }
 
-/* A = Q K^T to memory, by a warpgroup: the blocks on and below the diagonal. */
+/* A = Q K^T to memory, by a warpgroup. */
 static __device__ __forceinline__ void put_A(const float (&d)[8][4], bf16 *A)
 {
     A += own_row() * LA_ROWS + own_column();
 #pragma unroll
-    for (int j = 0; j < 8; j++)
-        if (j / 2 <= (int)threadIdx.x % 128 / 32) {
-            *(uint32_t *)(A + 8 * j) = fg_pack2(d[j][0], d[j][1]);
-            *(uint32_t *)(A + 8 * LA_ROWS + 8 * j) = fg_pack2(d[j][2], d[j][3]);
-        }
+    for (int j = 0; j < 8; j++) {
+        *(uint32_t *)(A + 8 * j) = fg_pack2(d[j][0], d[j][1]);
+        *(uint32_t *)(A + 8 * LA_ROWS + 8 * j) = fg_pack2(d[j][2], d[j][3]);
+    }
 }
 
 template <bool UNIT>

@@ -1,5 +1,5 @@
-/* delta_rule_grad.cuh - the gradient of the delta rule in chunks, of what prepare of
- * delta_rule.cuh has written: the chain both ways, then `join`, which needs no chunk but its own. */
+/* delta_rule_grad.cuh - the gradient of the delta rule in chunks, of what prepare of delta_rule.cuh
+ * has written: the chain both ways, then `join`, which needs no chunk but its own. */
 #ifndef FG_DELTA_RULE_GRAD_CUH
 #define FG_DELTA_RULE_GRAD_CUH
 #include "delta_rule.cuh"

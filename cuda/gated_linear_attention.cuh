@@ -278,6 +278,11 @@ prepare(const __grid_constant__ la_task z, const __grid_constant__ inputs x, ope
         if (i == j && !is_tame(&sm->z, i, 0, LA_WIDTH)) pairs_exactly(sm, i, A);
         else pairs_block(sm, i, j, A);
     }
+    if (warp >= 2) {                             /* six blocks above the diagonal */
+        const int i = warp < 5 ? 0 : warp < 7 ? 1 : 2, j = warp < 5 ? warp - 1 : warp < 7
+                    ? warp - 3 : 3, r = threadIdx.x % 32 / 2, d = threadIdx.x % 2 * 8;
+        *(uint4 *)(A + (16 * i + r) * LA_ROWS + 16 * j + d) = make_uint4(0, 0, 0, 0);
+    }
     const int last = sm->start[n - 1];
     for (int p = threadIdx.x; p < LA_ROWS * LA_WIDTH / 8; p += 256) {
         const int r = p / 16, d = p % 16 * 8, i = r / 16;
