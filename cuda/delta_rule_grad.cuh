@@ -38,58 +38,47 @@ struct alignas(1024) joined {
     float beta[LA_ROWS], part[2][LA_ROWS], along[2][2][LA_ROWS];
     int start[LA_ROWS];
     uint32_t marks[2];
+    uint64_t come[3];                            /* barriers: what is needed first, next, last */
 };
+/* For the copy engine. */
+struct join_maps { CUtensorMap k, q, go, e, gu, M, S, R; };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-struct place { int64_t tile, token; int chunk, b, h, n; };
+struct place { int64_t tile, token; int chunks, chunk, b, h, n; };
 static __device__ __forceinline__ place place_of(const la_task &z, int tile)
 {
     place p;
     const int chunks = (int)z.chunks, heads = (int)z.H, bh = tile / chunks;
-    p.tile = tile, p.chunk = tile - bh * chunks;
+    p.tile = tile, p.chunks = chunks, p.chunk = tile - bh * chunks;
     p.b = bh / heads, p.h = bh - p.b * heads;
     p.token = p.b * z.T + (int64_t)p.chunk * LA_ROWS;
     p.n = la_rows(z, p.chunk);
     return p;
 }
 
-static __device__ __forceinline__ void load_matrix(bf16 *to, const bf16 *from, int i)
-{
-    const int r = i / 16, c = i % 16;            /* the swizzle: again every 8 rows */
-    const uint32_t x = fg_shared(to) + c / 8 * (2 * LA_PANEL) + fg_swizzle<64>(r, c % 8);
-#pragma unroll
-    for (int k = 0; k < 16; k++)
-        fg_copy_async(x + k * 1024, from + (i + 128 * k) * 8, true);
-}
-
-/* A warpgroup loads two or three of the matrices. */
+/* By one thread. */
 template <bool UNIT>
-static __device__ __forceinline__ void load_all(joined *sm, const la_task &z, const place &p,
-                                                const inputs &x, const bf16 *go,
-                                                const way_back &w)
+static __device__ __forceinline__ void load_all(joined *sm, const place &p, const float *beta,
+                                                const join_maps &m)
 {
-    const int64_t row = z.H * LA_WIDTH, at = p.h * LA_WIDTH, own = p.tile * LA_ROWS * LA_WIDTH;
-    const int group = threadIdx.x / 128, n = p.n;
-    int i = threadIdx.x % 128;
-    asm volatile("" : "+r"(i));                  /* no address is worth a register for long */
-    if (group == 0) {
-        load_matrix(sm->S, w.S + p.tile * LA_WIDTH * LA_WIDTH, i);
-        la_load<LA_ROWS, 128>(sm->M, w.s.M + p.tile * LA_ROWS * LA_ROWS, LA_ROWS, LA_ROWS, i);
-        if (i < LA_ROWS / 4)
-            fg_copy_async(fg_shared(sm->beta + 4 * i), w.s.beta + p.tile * LA_ROWS + 4 * i, true);
-    } else if (group == 1) {
-        load_matrix(sm->R, w.R + p.tile * LA_WIDTH * LA_WIDTH, i);
-        la_load<LA_WIDTH, 128, true>(sm->go, go + p.token * row + at, row, n, i);
-    } else if (group == 2) {
-        la_load<LA_WIDTH, 128, true>(sm->g, w.gu + own, LA_WIDTH, n, i);
-        la_load<LA_WIDTH, 128, true>(sm->e, w.e + own, LA_WIDTH, n, i);
-    } else {
-        la_load<LA_WIDTH, 128, true>(sm->k, UNIT ? w.s.k + own : x.k + p.token * x.k_row + at,
-                                     UNIT ? LA_WIDTH : x.k_row, n, i);
-        la_load<LA_WIDTH, 128, true>(sm->q, UNIT ? w.s.q + own : x.q + p.token * x.q_row + at,
-                                     UNIT ? LA_WIDTH : x.q_row, n, i);
+    const la_rows_of own = {}, mixed = { nullptr, 0, LA_WIDTH, 0 };
+    const la_span s = { p.tile / p.chunks, p.b, p.h };
+    const uint32_t first = fg_shared(sm->come), next = first + 8, last = first + 16;
+    fg_expect(first, 3 * LA_PANEL + LA_ROWS * (int)sizeof(float));
+    la_box<LA_WIDTH>(sm->g, &m.gu, own, s, p.chunk, 0, first);
+    la_box<LA_ROWS>(sm->M, &m.M, own, s, p.chunk, 0, first);
+    fg_bulk_load(fg_shared(sm->beta), beta + p.tile * LA_ROWS, LA_ROWS * sizeof(float), first);
+    fg_expect(next, 4 * LA_PANEL);
+    la_box<LA_WIDTH>(sm->e, &m.e, own, s, p.chunk, 0, next);
+    la_box<LA_WIDTH>(sm->go, &m.go, mixed, s, p.chunk, 0, next);
+    fg_expect(last, 12 * LA_PANEL);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        fg_box_load(fg_shared(sm->S) + 2 * i * LA_PANEL, &m.S, 64 * i, 0, 0, (int)p.tile, last);
+        fg_box_load(fg_shared(sm->R) + 2 * i * LA_PANEL, &m.R, 64 * i, 0, 0, (int)p.tile, last);
     }
-    fg_copy_commit();
+    la_box<LA_WIDTH>(sm->k, &m.k, UNIT ? own : mixed, s, p.chunk, 0, last);
+    la_box<LA_WIDTH>(sm->q, &m.q, UNIT ? own : mixed, s, p.chunk, 0, last);
 }
 
 static __device__ __forceinline__ float quad_sum(float x)
@@ -240,7 +229,7 @@ static __device__ __forceinline__ void solve_back(joined *sm, float (&ge)[8][4])
 }
 
 /* gq of 64 keys by each of the first two warpgroups, gk by each of the others. */
-static __device__ __forceinline__ void query_half(const joined *sm, int half, int n, float scale,
+static __device__ __forceinline__ void query_half(const joined *sm, int half, float scale,
                                                   float (&g)[8][4])
 {
     wgmma_begin();
@@ -298,9 +287,10 @@ static __device__ __forceinline__ void key_half(const joined *sm, int half, int 
 
 /* The same where a beta is almost 0: N^T ge is needed, and N stands where P will. */
 static __device__ __forceinline__ void small_errors(joined *sm, const float (&ge)[8][4],
-                                                    const bf16 *gu)
+                                                    const bf16 *gu, int phase)
 {
     const int group = threadIdx.x / 128;
+    barrier_wait(fg_shared(sm->come + 2), phase);
     if (group == 2) pair_block(sm, sm->k, sm->k, 1, nullptr, 1, sm->P);
     __syncthreads();
     if (group < 2) {
@@ -317,26 +307,23 @@ static __device__ __forceinline__ void small_errors(joined *sm, const float (&ge
 
 /* gv, gbeta, and P and X for the rest */
 static __device__ __forceinline__ void join_pairs(joined *sm, const la_task &z, const place &p,
-                                                  const bf16 *gu, const gradients &to)
+                                                  const bf16 *gu, const gradients &to,
+                                                  int phase)
 {
     const int group = threadIdx.x / 128;
     float ge[8][4];
-    fg_copy_wait<0>();
-    proxy_fence();
-    bool small = false;
-    if (threadIdx.x < LA_ROWS / 4)
-        for (int i = 4 * threadIdx.x; i < 4 * (int)threadIdx.x + 4; i++)
-            small |= i < p.n && !(fabsf(sm->beta[i]) > ALMOST);
-    small = __syncthreads_or(small);
+    barrier_wait(fg_shared(sm->come), phase);
+    const bool small = threadIdx.x < p.n && !(fabsf(sm->beta[threadIdx.x]) > ALMOST);
     if (group < 2) {
         solve_back(sm, ge);
         put_half(to.v + p.token * to.v_row + p.h * LA_WIDTH + group * 64, to.v_row, p.n, ge);
     }
-    __syncthreads();
-    if (small) small_errors(sm, ge, gu);
+    barrier_wait(fg_shared(sm->come + 1), phase);
+    if (__syncthreads_or(small)) small_errors(sm, ge, gu, phase);
     else if (group < 2) errors<false>(sm, ge, ge, gu);
     if (group == 2) pair_block(sm, sm->go, sm->e, 0, sm->beta, z.scale, sm->P);
     if (group == 3) pair_block(sm, sm->g, sm->e, 1, sm->beta, -1, sm->X);
+    barrier_wait(fg_shared(sm->come + 2), phase);
     __syncthreads();
     if (threadIdx.x < p.n)
         to.beta.put((p.token + threadIdx.x) * z.H + p.h,
@@ -344,28 +331,32 @@ static __device__ __forceinline__ void join_pairs(joined *sm, const la_task &z, 
 }
 
 template <bool UNIT>
-static __device__ __forceinline__ void join_tiles(joined *sm, const la_task &z, const inputs &x,
-                                                  const bf16 *go, const way_back &w,
-                                                  const gradients &to)
+static __device__ __forceinline__ void join_tiles(joined *sm, const la_task &z, const way_back &w,
+                                                  const gradients &to, const join_maps &m)
 {
     const int tiles = (int)(z.B * z.H * z.chunks);
     const int group = threadIdx.x / 128, half = group % 2, key = group / 2;
-    load_all<UNIT>(sm, z, place_of(z, blockIdx.x), x, go, w);
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 3; i++) barrier_init(fg_shared(sm->come + i), 1);
+        fg_barriers_ready();
+        load_all<UNIT>(sm, place_of(z, blockIdx.x), w.s.beta, m);
+    }
+    int phase = 0;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, phase ^= 1) {
         const place p = place_of(z, tile);
         float g[8][4];
         uint32_t own[16];
         la_starts(z, p.b, p.chunk, sm->start, sm->marks);
-        join_pairs(sm, z, p, w.gu + p.tile * LA_ROWS * LA_WIDTH, to);
+        join_pairs(sm, z, p, w.gu + p.tile * LA_ROWS * LA_WIDTH, to, phase);
         if (key) key_half(sm, half, p.n, z.scale, g);
-        else query_half(sm, half, p.n, z.scale, g);
+        else query_half(sm, half, z.scale, g);
         if (UNIT) {
             take_pairs(own, (key ? sm->k : sm->q) + half * (LA_PANEL / 2));
             along_rows(own, g, sm->along[key][half]);
         }
         __syncthreads();
-        if (tile + (int)gridDim.x < tiles)
-            load_all<UNIT>(sm, z, place_of(z, tile + (int)gridDim.x), x, go, w);
+        if (threadIdx.x == 0 && tile + (int)gridDim.x < tiles)
+            load_all<UNIT>(sm, place_of(z, tile + (int)gridDim.x), w.s.beta, m);
         if (UNIT)
             unscale(own, g, sm->along[key], (key ? w.s.k_scale : w.s.q_scale) + p.tile * LA_ROWS,
                     p.n);
@@ -378,13 +369,27 @@ static __device__ __forceinline__ void join_tiles(joined *sm, const la_task &z, 
 /* A block takes chunk after chunk. */
 template <bool UNIT>
 static __global__ void __launch_bounds__(512, 1)
-join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const bf16 *go,
-     const __grid_constant__ way_back w, const __grid_constant__ gradients to)
+join(const __grid_constant__ la_task z, const __grid_constant__ way_back w,
+     const __grid_constant__ gradients to, const __grid_constant__ join_maps m)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char memory[];
-    join_tiles<UNIT>((joined *)memory, z, x, go, w, to);
+    join_tiles<UNIT>((joined *)memory, z, w, to, m);
 #endif
+}
+
+static join_maps join_maps_of(const la_task &z, const la_chain &back, const way_back &w)
+{
+    const fg_encode encode = fg_encoder();
+    const int64_t tiles = z.B * z.H * z.chunks;
+    const la_rows_of M = { w.s.M, 0, 0, LA_ROWS };
+    return { la_map_of(encode, z, back.k, LA_WIDTH), la_map_of(encode, z, back.q, LA_WIDTH),
+             la_map_of(encode, z, back.u, LA_WIDTH),
+             fg_map_of(encode, w.e, z.B * z.H, z.chunks * LA_ROWS, 1, LA_WIDTH, LA_WIDTH, LA_ROWS),
+             fg_map_of(encode, w.gu, z.B * z.H, z.chunks * LA_ROWS, 1, LA_WIDTH, LA_WIDTH, LA_ROWS),
+             la_map_of(encode, z, M, LA_ROWS),
+             fg_map_of(encode, w.S, tiles, LA_WIDTH, 1, LA_WIDTH, LA_WIDTH, LA_WIDTH),
+             fg_map_of(encode, w.R, tiles, LA_WIDTH, 1, LA_WIDTH, LA_WIDTH, LA_WIDTH) };
 }
 
 /* Of what prepare has written.  last: gradient of the last state, or NULL; to_first: of the
@@ -406,6 +411,7 @@ static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, c
     la_run_both_ways<true>(forth, back, stream);
     cudaFuncSetAttribute(join<UNIT>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     const int64_t tiles = z.B * z.H * z.chunks, most = fg_processors();
-    join<UNIT><<<(unsigned)(tiles < most ? tiles : most), 512, bytes, stream>>>(z, x, go, w, to);
+    join<UNIT><<<(unsigned)(tiles < most ? tiles : most), 512, bytes, stream>>>(
+        z, w, to, join_maps_of(z, back, w));
 }
 #endif

@@ -120,7 +120,7 @@ static __device__ __forceinline__ void la_write(const la_chain &c, const la_shar
             la_await(LA_STATE_THERE);
             la_keep_state(sm->S, c.kept + (s.bh * c.z.chunks + chunk) * LA_WIDTH * LA_WIDTH);
             la_await(LA_ROWS_THERE);
-            if (DELTA) la_keep_rows(sm->u, c.o, s.b, s.h, t, n);
+            if (DELTA) la_keep_rows(sm->u, c.o, s.b, s.h, t, LA_ROWS);
         }
         __syncthreads();
     }
@@ -191,7 +191,8 @@ static __device__ __forceinline__ void la_write_back(const la_chain &c, const la
         la_await(LA_STATE_THERE);
         la_keep_state(sm->S, c.kept + (s.bh * c.z.chunks + chunk) * LA_WIDTH * LA_WIDTH);
         la_await(LA_ROWS_THERE);
-        la_keep_rows(sm->u, c.o, s.b, s.h, chunk * LA_ROWS, la_rows(c.z, chunk));
+        la_keep_rows(sm->u, c.o, s.b, s.h, chunk * LA_ROWS,
+                     DELTA ? LA_ROWS : la_rows(c.z, chunk));
         __syncthreads();
     }
 }
