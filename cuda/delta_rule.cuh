@@ -6,8 +6,9 @@
  * bf16, K = V = 128, 64 rows or more: chunks of 64 rows (linear_attention.cuh).  With N the part of
  * K K^T below the diagonal, e of a chunk solves (I + N diag(beta)) e = V - K S, so
  *     M = (I + N diag(beta))^-1,  W = M K,  U = M V,  A = Q K^T on and below the diagonal
- * M in f32: substitution in blocks of 16 x 16, then [X11 0; -X22 L21 X11  X22] twice.  (A series
- * for the inverse fails for identical keys.)  In the gradient, gu from the chain:
+ * M, in blocks of 16 x 16: substitution in f32 on the diagonal, then column by column of blocks
+ * X_ij = -X_ii sum_(j<=k<i) L_ik X_kj, factors split in two bf16 each.  (A series for the inverse
+ * fails for identical keys.)  In the gradient, gu from the chain:
  *     ge = (diag(beta) M)^T gu,   y = gu - N^T ge = ge / beta,   gbeta_t = y_t.e_t,   gv = ge
  *     P_ts = go_t.u_s (s <= t),   X_ts = ge_t.u_s (s < t),   u = diag(beta) e
  *     gq = scale (go S^T + P K),  gk = u R^T - ge S^T + scale P^T Q - X K - X^T K
