@@ -230,16 +230,15 @@ static __device__ __forceinline__ void invert_block(prepared *sm)
 /* A turned 16 x 16 block of M, rows t of it, to shared memory, and times beta. */
 static __device__ __forceinline__ void keep_M(prepared *sm, const float (&x)[2][4], int t, int s)
 {
-    const int q = threadIdx.x % 32 / 8, i = threadIdx.x % 8, c = t + own_column();
-    const uint32_t to = fg_swizzle<LA_ROWS>(t + (q >> 1) * 8 + i, s / 8 + (q & 1));
+    const int c = t + own_column();
     const float b[4] = { sm->beta[c], sm->beta[c + 1], sm->beta[c + 8], sm->beta[c + 9] };
     const float y[2][4] = { { b[0] * x[0][0], b[1] * x[0][1], b[0] * x[0][2], b[1] * x[0][3] },
                             { b[2] * x[1][0], b[3] * x[1][1], b[2] * x[1][2], b[3] * x[1][3] } };
     uint32_t a[4];
     la_operand(a, x[0], x[1]);
-    la_share_turned(a, fg_shared(sm->M) + to);
+    la_share_turned<LA_ROWS>(a, sm->M, s, t);
     la_operand(a, y[0], y[1]);
-    la_share_turned(a, fg_shared(sm->beta_M) + to);
+    la_share_turned<LA_ROWS>(a, sm->beta_M, s, t);
 }
 
 /* A warp's column j of blocks of M = X:  X_ij = -X_ii (L_ij X_jj + ... + L_i(i-1) X_(i-1)j),

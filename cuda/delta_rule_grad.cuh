@@ -381,15 +381,13 @@ join(const __grid_constant__ la_task z, const __grid_constant__ way_back w,
 static join_maps join_maps_of(const la_task &z, const la_chain &back, const way_back &w)
 {
     const fg_encode encode = fg_encoder();
-    const int64_t tiles = z.B * z.H * z.chunks;
+    const la_rows_of e = { w.e, 0, 0, LA_WIDTH }, gu = { w.gu, 0, 0, LA_WIDTH };
     const la_rows_of M = { w.s.M, 0, 0, LA_ROWS };
     return { la_map_of(encode, z, back.k, LA_WIDTH), la_map_of(encode, z, back.q, LA_WIDTH),
              la_map_of(encode, z, back.u, LA_WIDTH),
-             fg_map_of(encode, w.e, z.B * z.H, z.chunks * LA_ROWS, 1, LA_WIDTH, LA_WIDTH, LA_ROWS),
-             fg_map_of(encode, w.gu, z.B * z.H, z.chunks * LA_ROWS, 1, LA_WIDTH, LA_WIDTH, LA_ROWS),
+             la_map_of(encode, z, e, LA_WIDTH), la_map_of(encode, z, gu, LA_WIDTH),
              la_map_of(encode, z, M, LA_ROWS),
-             fg_map_of(encode, w.S, tiles, LA_WIDTH, 1, LA_WIDTH, LA_WIDTH, LA_WIDTH),
-             fg_map_of(encode, w.R, tiles, LA_WIDTH, 1, LA_WIDTH, LA_WIDTH, LA_WIDTH) };
+             la_states_map(encode, z, w.S, LA_WIDTH), la_states_map(encode, z, w.R, LA_WIDTH) };
 }
 
 /* Of what prepare has written.  last: gradient of the last state, or NULL; to_first: of the

@@ -104,23 +104,27 @@ static __device__ __forceinline__ void la_carry(const la_chain &c, la_shared<DEL
     }
     if (c.to && s.segment == c.segments - 1) la_state_out(S, c.to + s.bh * size, 1);
 }
-/* and those who write o or, LA_KEEP, the states, and e of the delta rule. */
+/* and those who write o or, LA_KEEP, the states, and e of the delta rule or, back, gu. */
 template <bool DELTA, la_purpose FOR>
-static __device__ __forceinline__ void la_write(const la_chain &c, const la_shared<DELTA> *sm)
+static __device__ __forceinline__ void la_write(const la_chain &c, const la_maps &m,
+                                                la_shared<DELTA> *sm, bool back)
 {
     const la_span s = la_own_span(c);
     const int chunks = (int)(s.to - s.from);
+    const bool one = threadIdx.x % 128 == 0;
     __syncthreads();
     for (int i = 0; i < chunks; i++) {
-        const int64_t chunk = s.from + i, t = chunk * LA_ROWS;
-        const int n = la_rows(c.z, chunk);
+        const int64_t chunk = back ? s.to - 1 - i : s.from + i;
         if (FOR == LA_OUT) {
-            la_write_out<DELTA>(c, &sm->late[i % LA_STAGES], sm, s, t, n);
+            la_make_out<DELTA>(&sm->late[i % LA_STAGES], sm, c.z.scale);
         } else {
             la_await(LA_STATE_THERE);
-            la_keep_state(sm->S, c.kept + (s.bh * c.z.chunks + chunk) * LA_WIDTH * LA_WIDTH);
+            if (one) la_store_state(sm->S, m, s.bh * c.z.chunks + chunk);
             la_await(LA_ROWS_THERE);
-            if (DELTA) la_keep_rows(sm->u, c.o, s.b, s.h, t, LA_ROWS);
+        }
+        if (one) {
+            if (c.o.p) la_store_rows(sm->u, m, c.o, s, chunk);
+            fg_boxes_read();
         }
         __syncthreads();
     }
@@ -180,22 +184,6 @@ static __device__ __forceinline__ void la_carry_back(const la_chain &c, la_share
     if (!la_carried(c.z, s.b)) la_zero<16>(R);
     la_state_out(R, c.to + s.bh * size, c.z.scale);
 }
-template <bool DELTA>
-static __device__ __forceinline__ void la_write_back(const la_chain &c, const la_shared<DELTA> *sm)
-{
-    const la_span s = la_own_span(c);
-    const int chunks = (int)(s.to - s.from);
-    __syncthreads();
-    for (int i = 0; i < chunks; i++) {
-        const int64_t chunk = s.to - 1 - i;
-        la_await(LA_STATE_THERE);
-        la_keep_state(sm->S, c.kept + (s.bh * c.z.chunks + chunk) * LA_WIDTH * LA_WIDTH);
-        la_await(LA_ROWS_THERE);
-        la_keep_rows(sm->u, c.o, s.b, s.h, chunk * LA_ROWS,
-                     DELTA ? LA_ROWS : la_rows(c.z, chunk));
-        __syncthreads();
-    }
-}
 #endif
 
 /* Registers of a thread of the three warpgroups: 384 have 168 each. */
@@ -215,7 +203,7 @@ la_forward(const __grid_constant__ la_chain c, const __grid_constant__ la_maps m
         la_carry<DELTA, LA_OUT>(c, sm);
     } else if (la_is_writer()) {
         LA_WRITES;
-        la_write<DELTA, LA_OUT>(c, sm);
+        la_write<DELTA, LA_OUT>(c, m, sm, false);
     } else {
         LA_FETCHES;
         la_supply<DELTA, 128>(c, m, sm->stage, sm->late, sm->come, false);
@@ -237,8 +225,8 @@ la_both_ways(const __grid_constant__ la_chain forth, const __grid_constant__ la_
         else la_carry_back<DELTA>(back, sm);
     } else if (la_is_writer()) {
         LA_WRITES;
-        if (blockIdx.z) la_write<DELTA, LA_KEEP>(forth, sm);
-        else la_write_back<DELTA>(back, sm);
+        la_write<DELTA, LA_KEEP>(blockIdx.z ? forth : back, blockIdx.z ? to_forth : to_back, sm,
+                                 !blockIdx.z);
     } else {
         LA_FETCHES;
         if (blockIdx.z) la_supply<DELTA, 128>(forth, to_forth, sm->stage, nullptr, sm->come,
@@ -329,13 +317,20 @@ static inline CUtensorMap la_map_of(fg_encode encode, const la_task &z, const la
     if (x.head == LA_WIDTH) return fg_map_of(encode, x.p, z.B, z.T, z.H, width, x.row, LA_ROWS);
     return fg_map_of(encode, x.p, z.B * z.H, z.chunks * LA_ROWS, 1, width, x.row, LA_ROWS);
 }
+/* of states [B,H,chunks,128,128], in boxes of that many rows */
+static inline CUtensorMap la_states_map(fg_encode encode, const la_task &z, const bf16 *S, int rows)
+{
+    if (!S) return CUtensorMap{};
+    return fg_map_of(encode, S, z.B * z.H * z.chunks, LA_WIDTH, 1, LA_WIDTH, LA_WIDTH, rows);
+}
 static inline la_maps la_maps_of(const la_chain &c)
 {
     const fg_encode encode = fg_encoder();
-    const la_rows_of A = { c.A, 0, 0, LA_ROWS };
+    const la_rows_of A = { c.A, 0, 0, LA_ROWS }, o = { c.o.p, c.o.batch, c.o.head, c.o.row };
     return { la_map_of(encode, c.z, c.k, LA_WIDTH), la_map_of(encode, c.z, c.w, LA_WIDTH),
              la_map_of(encode, c.z, c.u, LA_WIDTH), la_map_of(encode, c.z, c.q, LA_WIDTH),
-             la_map_of(encode, c.z, A, LA_ROWS) };
+             la_map_of(encode, c.z, A, LA_ROWS), la_map_of(encode, c.z, o, LA_WIDTH),
+             la_states_map(encode, c.z, c.kept, LA_COLUMNS) };
 }
 
 /* The ends of a chain, or of one forth and one back. */

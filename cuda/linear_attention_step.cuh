@@ -52,11 +52,11 @@ template <bool DELTA> struct la_shared {
     la_stage<DELTA> stage[LA_STAGES];
     la_late late[LA_STAGES];
     bf16 S[LA_COLUMNS * LA_WIDTH];               /* [value][key] in panels */
-    bf16 u[LA_COLUMNS * LA_ROWS];                /* [value][row] */
+    bf16 u[LA_COLUMNS * LA_ROWS];                /* [row][value] */
     uint64_t come[LA_STAGES];                    /* barriers: a chunk is there */
 };
 /* For the copy engine. */
-struct la_maps { CUtensorMap k, w, u, q, A; };
+struct la_maps { CUtensorMap k, w, u, q, A, o, kept; };
 
 /* What the chain is run for: o, what the gradient wants kept, or the end of a segment alone. */
 enum la_purpose { LA_OUT, LA_KEEP, LA_END };
@@ -179,11 +179,14 @@ static __device__ __forceinline__ void la_share(const uint32_t a[4], bf16 *to, i
                  :: "r"(at), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
 }
 
-/* Such an operand, every 8 x 8 of it turned, to 8 rows each, this thread's at `to`. */
-static __device__ __forceinline__ void la_share_turned(const uint32_t a[4], uint32_t to)
+/* The same turned, to columns m of rows k on. */
+template <int WIDTH>
+static __device__ __forceinline__ void la_share_turned(const uint32_t a[4], bf16 *to, int m, int k)
 {
+    const int q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
+    const uint32_t at = fg_shared(to) + fg_swizzle<WIDTH>(k + (q >> 1) * 8 + i, m / 8 + (q & 1));
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
-                 :: "r"(to), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+                 :: "r"(at), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
 }
 
 /* e += a x^T: 64 values by the 64 rows of x, over 128 keys */
@@ -224,33 +227,6 @@ static __device__ __forceinline__ void la_decay(float (&S)[16][4], const float *
     }
 }
 
-/* A writer's share of S to its place among the kept. */
-static __device__ __forceinline__ void la_keep_state(const bf16 *S, bf16 *to)
-{
-    const int i = threadIdx.x % 128;
-    const char *from = (const char *)S + la_panel(i / 16, i % 16);       /* again every 8 rows */
-    to += blockIdx.x * LA_COLUMNS * LA_WIDTH + i * 8;
-#pragma unroll
-    for (int k = 0; k < LA_COLUMNS / 8; k++)
-        *(uint4 *)(to + 8 * k * LA_WIDTH) = *(const uint4 *)(from + k * 1024);
-}
-/* A warp's 16 rows of x [value][row], turned, to memory. */
-static __device__ __forceinline__ void la_keep_rows(const bf16 *x, const la_rows_to &to, int64_t b,
-                                                    int64_t h, int64_t t, int n)
-{
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2, m = threadIdx.x % 128 / 32 * 16;
-    bf16 *p = to.p + b * to.batch + h * to.head + t * to.row + blockIdx.x * LA_COLUMNS + c;
-#pragma unroll
-    for (int v = 0; v < LA_COLUMNS; v += 16) {
-        uint32_t a[4];
-        la_a_turned<LA_ROWS>(a, fg_shared(x), m, v);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (m + g + i % 2 * 8 < n)
-                *(uint32_t *)(p + (m + g + i % 2 * 8) * to.row + v + i / 2 * 8) = a[i];
-    }
-}
-
 /* Between the chain and those who write: S is there, then u.  The fence is for what was fetched
  * too: a thread that fetches would wait there for all that is still on its way. */
 #define LA_STATE_THERE 1
@@ -265,42 +241,58 @@ static __device__ __forceinline__ void la_await(int which)
     asm volatile("bar.sync %0, 256;" :: "r"(which) : "memory");
 }
 
-/* o = scale (Q S + A u) by the warpgroup that writes */
-template <bool DELTA>
-static __device__ __forceinline__ void la_write_out(const la_chain &c, const la_late *late,
-                                                    const la_shared<DELTA> *sm, const la_span &s,
-                                                    int64_t t, int n)
+/* sm->S to its place among the kept, and sm->u to its rows; by one thread. */
+static __device__ __forceinline__ void la_store_state(const bf16 *S, const la_maps &m, int64_t tile)
 {
-    const int g = threadIdx.x % 32 / 4, m = threadIdx.x % 128 / 32 * 16, cc = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        fg_box_store(&m.kept, 64 * i, 0, blockIdx.x * LA_COLUMNS, (int)tile,
+                     fg_shared(S) + i * LA_PANEL);
+}
+static __device__ __forceinline__ void la_store_rows(const bf16 *u, const la_maps &m,
+                                                     const la_rows_to &to, const la_span &s,
+                                                     int64_t chunk)
+{
+    const bool mixed = to.head == LA_WIDTH;
+    fg_box_store(&m.o, blockIdx.x * LA_COLUMNS, mixed ? (int)s.h : 0, (int)chunk * LA_ROWS,
+                 (int)(mixed ? s.b : s.bh), fg_shared(u));
+}
+
+/* o = scale (Q S + A u), by the warpgroup that writes, to where u was */
+template <bool DELTA>
+static __device__ __forceinline__ void la_make_out(const la_late *late, la_shared<DELTA> *sm,
+                                                   float scale)
+{
     const uint32_t q = fg_shared(late->q), S = fg_shared(sm->S);
     const uint32_t A = fg_shared(late->A), u = fg_shared(sm->u);
     float o[8][4];
-    la_zero<8>(o);
     la_await(LA_STATE_THERE);
     proxy_fence();
-    pin(o);
     wgmma_begin();
 #pragma unroll
     for (int k = 0; k < 8; k++) {
         const int at = k / 4 * LA_PANEL + k % 4 * 32;
-        product(o, matrix_at(q + at, 16), matrix_at(S + at, 16), 1);
+        product(o, matrix_at(q + at, 16), matrix_at(S + at, 16), k);
     }
     wgmma_commit();
     la_await(LA_ROWS_THERE);
 #pragma unroll
     for (int k = 0; k < 4; k++)
-        product(o, matrix_at(A + 32 * k, 16), matrix_at(u + 32 * k, 16), 1);
+        product_rows<false>(o, matrix_at(A + 32 * k, 16), matrix_at(u + k * 2048, LA_PANEL), 1);
     wgmma_commit();
     wgmma_wait<0>();
     pin(o);
-    bf16 *p = c.o.p + s.b * c.o.batch + s.h * c.o.head + t * c.o.row + blockIdx.x * LA_COLUMNS + cc;
+    asm volatile("bar.sync 3, 128;" ::: "memory");
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int k = 0; k < 4; k++) {
+        uint32_t a[4];
 #pragma unroll
-        for (int j = 0; j < 8; j++)
-            if (m + g + 8 * i < n)
-                *(uint32_t *)(p + (m + g + 8 * i) * c.o.row + 8 * j) =
-                    fg_pack2(c.z.scale * o[j][2 * i], c.z.scale * o[j][2 * i + 1]);
+        for (int i = 0; i < 8; i++) o[2 * k + i / 4][i % 4] *= scale;
+        la_operand(a, o[2 * k], o[2 * k + 1]);
+        la_share<64>(a, sm->u, threadIdx.x % 128 / 32 * 16, 16 * k);
+    }
+    proxy_fence();
+    asm volatile("bar.sync 3, 128;" ::: "memory");
 }
 
 /* 16 columns of the rows that are given, turned; 0 where none are. */
@@ -364,7 +356,7 @@ static __device__ __forceinline__ void la_step(float (&S)[16][4], la_stage<DELTA
         }
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            if (FOR == LA_KEEP) la_share<LA_ROWS>(u[k], u_to, m, 16 * k);
+            if (FOR == LA_KEEP) la_share_turned<LA_COLUMNS>(u[k], u_to, m, 16 * k);
             la_operand(u[k], e[2 * k], e[2 * k + 1]);
         }
     } else {
@@ -372,7 +364,7 @@ static __device__ __forceinline__ void la_step(float (&S)[16][4], la_stage<DELTA
     }
 #pragma unroll
     for (int k = 0; k < 4; k++)
-        if (FOR == LA_OUT) la_share<LA_ROWS>(u[k], u_to, m, 16 * k);
+        if (FOR == LA_OUT) la_share_turned<LA_COLUMNS>(u[k], u_to, m, 16 * k);
     if (FOR != LA_END) la_there(LA_ROWS_THERE);
     la_decay<DELTA>(S, s->factor, keep);
     pin(S), pin(u);
@@ -425,7 +417,7 @@ static __device__ __forceinline__ void la_step_back(float (&R)[16][4], la_stage<
     for (int k = 0; k < 4; k++) {
         uint32_t x[4];
         la_operand(x, gu[2 * k], gu[2 * k + 1]);
-        la_share<LA_ROWS>(x, u_to, m, 16 * k);
+        la_share_turned<LA_COLUMNS>(x, u_to, m, 16 * k);
     }
     la_there(LA_ROWS_THERE);
     wgmma_wait<0>();
