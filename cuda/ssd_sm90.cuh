@@ -8,41 +8,6 @@
 #define PANEL_BYTES (PANEL * 2)
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-/* a 64 x 64 part over 16 of both */
-static __device__ __forceinline__ void product(float (&d)[8][4], uint64_t a, uint64_t b, int add)
-{
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, "
-                 "1, 1, 0, 0;\n}"
-                 : F32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
-/* The same: b with its 16 as rows. */
-static __device__ __forceinline__ void product_rows(float (&d)[8][4], uint64_t a, uint64_t b,
-                                                    int add)
-{
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, "
-                 "1, 1, 0, 1;\n}"
-                 : F32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
-static __device__ __forceinline__ void product_rows(float (&d)[16][4], uint64_t a, uint64_t b,
-                                                    int add)
-{
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, %64, %65, p, "
-                 "1, 1, 0, 1;\n}"
-                 : F32(d, 0), F32(d, 8) : "l"(a), "l"(b), "r"(add));
-}
-/* d += a^T b, with the 16 as rows of both. */
-static __device__ __forceinline__ void product_columns(float (&d)[8][4], uint64_t a, uint64_t b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, 1, "
-                 "1, 1, 1, 1;\n"
-                 : F32(d, 0) : "l"(a), "l"(b));
-}
-
 template <int ID, int COUNT> static __device__ __forceinline__ void barrier_sync()
 {
     asm volatile("bar.sync %0, %1;" :: "n"(ID), "n"(COUNT) : "memory");
@@ -52,14 +17,6 @@ template <int ID, int COUNT> static __device__ __forceinline__ void barrier_pass
     asm volatile("bar.arrive %0, %1;" :: "n"(ID), "n"(COUNT) : "memory");
 }
 
-template <int REGISTERS> static __device__ __forceinline__ void registers_up()
-{
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
-}
-template <int REGISTERS> static __device__ __forceinline__ void registers_down()
-{
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
-}
 /* A matrix `bytes` behind the one of the descriptor. */
 static __device__ __forceinline__ uint64_t behind(uint64_t matrix, int bytes)
 {

@@ -68,11 +68,6 @@ static __device__ __forceinline__ void load_all(memory *m, const CUtensorMap *u,
     }
 }
 
-static __device__ __forceinline__ void walkers_sync()
-{
-    asm volatile("bar.sync 1, 128;" ::: "memory");
-}
-
 /* sum += u^T v over 64 tokens, which are rows of both. */
 static __device__ __forceinline__ void add_step(float (&sum)[8][4], const slot *m)
 {
@@ -81,7 +76,7 @@ static __device__ __forceinline__ void add_step(float (&sum)[8][4], const slot *
     wgmma_begin();
 #pragma unroll
     for (int j = 0; j < STEP / 16; j++)
-        product_columns(sum, behind(u, 2048 * j), behind(v, 2048 * j));
+        product_rows<true>(sum, behind(u, 2048 * j), behind(v, 2048 * j), 1);
     wgmma_commit();
 }
 
@@ -96,7 +91,7 @@ static __device__ __forceinline__ void keep(bf16 *out, bf16 *to, const uint32_t 
                        state[n][1], state[n][2], state[n][3]);
     proxy_fence();
     if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    walkers_sync();
+    barrier_sync<1, 128>();
     if (threadIdx.x == 0)
         asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
                      "cp.async.bulk.commit_group;"
