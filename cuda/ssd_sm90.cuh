@@ -41,12 +41,6 @@ static __device__ __forceinline__ void rows_of_tile(uint32_t (*a)[4], const bf16
     for (int k = 0; k < 4; k++) fg_a<64>(a[k], fg_shared(m), r, 16 * k);
 }
 
-static __device__ __forceinline__ void store_matrices(uint32_t at, uint32_t v0, uint32_t v1,
-                                                      uint32_t v2, uint32_t v3)
-{
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
-                 :: "r"(at), "r"(v0), "r"(v1), "r"(v2), "r"(v3) : "memory");
-}
 /* A warp's 16 rows of a tile, from row r on. */
 static __device__ __forceinline__ void put_tile(bf16 *m, int r, const float (&x)[8][4])
 {
