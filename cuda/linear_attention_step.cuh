@@ -175,8 +175,7 @@ static __device__ __forceinline__ void la_share(const uint32_t a[4], bf16 *to, i
 {
     const int q = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
     const uint32_t at = fg_shared(to) + fg_swizzle<WIDTH>(m + (q & 1) * 8 + i, k / 8 + (q >> 1));
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
-                 :: "r"(at), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+    store_matrices(at, a[0], a[1], a[2], a[3]);
 }
 
 /* The same turned, to columns m of rows k on. */

@@ -41,6 +41,17 @@ static __device__ __forceinline__ void rows_of_tile(uint32_t (*a)[4], const bf16
     for (int k = 0; k < 4; k++) fg_a<64>(a[k], fg_shared(m), r, 16 * k);
 }
 
+/* A warp's 16 rows of a tile, from row r on. */
+static __device__ __forceinline__ void put_tile(bf16 *m, int r, const float (&x)[8][4])
+{
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < 8; n += 2)
+        store_matrices(fg_shared(m) + fg_swizzle<64>(r + lane % 16, n + lane / 16),
+                       fg_pack2(x[n][0], x[n][1]), fg_pack2(x[n][2], x[n][3]),
+                       fg_pack2(x[n + 1][0], x[n + 1][1]), fg_pack2(x[n + 1][2], x[n + 1][3]));
+}
+
 /* Columns 8n + 2(lane % 4), + 1 of row lane / 4, or that + 8, of such fragments. */
 static __device__ __forceinline__ float2 pair_of(const uint32_t (&a)[4][4], int n, int low)
 {

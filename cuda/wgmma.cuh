@@ -49,6 +49,14 @@ static __device__ __forceinline__ double shared_double(uint32_t at)
     return x;
 }
 
+/* Four 8 x 8 matrices to shared memory: lane l gives the address of row l % 8 of matrix l / 8. */
+static __device__ __forceinline__ void store_matrices(uint32_t at, uint32_t v0, uint32_t v1,
+                                                      uint32_t v2, uint32_t v3)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+                 :: "r"(at), "r"(v0), "r"(v1), "r"(v2), "r"(v3) : "memory");
+}
+
 /* Descriptor: address; bytes from 64 columns to the next 64, where its 16 of the product are rows;
  * 1024 bytes from 8 rows to the next. */
 static __device__ __forceinline__ uint64_t matrix_at(uint32_t at, uint32_t panel)
@@ -126,6 +134,14 @@ static __device__ __forceinline__ void product_rows(float (&d)[8][4], uint64_t a
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, "
                  "1, 1, %35, 1;\n}"
                  : F32(d, 0) : "l"(a), "l"(b), "r"(add), "n"(A_ROWS));
+}
+static __device__ __forceinline__ void product_rows(float (&d)[16][4], uint64_t a, uint64_t b,
+                                                    int add)
+{
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, %64, %65, p, "
+                 "1, 1, 0, 1;\n}"
+                 : F32(d, 0), F32(d, 8) : "l"(a), "l"(b), "r"(add));
 }
 /* d += a b^T: a in registers */
 static __device__ __forceinline__ void product_turned(float (&d)[8][4], const uint32_t *a,
