@@ -358,15 +358,29 @@ static fg_status choose_device(fg_backend *b, int *device)
     return FG_OK;
 }
 
+/* Runs where the rest runs: every file is compiled for the same architectures. */
+static __global__ void nothing() { }
+
 static fg_status check_card(fg_backend *b, int device)
 {
     cudaDeviceProp p;
-    const cudaError_t e = cudaGetDeviceProperties(&p, device);
+    cudaFuncAttributes a;
+    cudaError_t e = cudaGetDeviceProperties(&p, device);
     if (e) return check(b, e, "look at the GPU");
     snprintf(b->device, sizeof b->device, "%.127s", p.name);
-    if (10 * p.major + p.minor >= LEAST) return FG_OK;
-    return fail(b, FG_ERR_DEVICE, "%s has compute capability %d.%d; 8.0 or later is needed", p.name,
-                p.major, p.minor);
+    if (10 * p.major + p.minor < LEAST)
+        return fail(b, FG_ERR_DEVICE, "%s has compute capability %d.%d; 8.0 or later is needed",
+                    p.name, p.major, p.minor);
+    e = cudaSetDevice(device);
+    if (!e) e = cudaFuncGetAttributes(&a, nothing);
+    if (!e) return FG_OK;
+    (void)cudaGetLastError();
+    if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction ||
+        e == cudaErrorUnsupportedPtxVersion || e == cudaErrorJitCompilationDisabled)
+        return fail(b, FG_ERR_DEVICE, "%s is not supported: libfox-graph-cuda.so has no code for "
+                    "its compute capability %d.%d (%s)", p.name, p.major, p.minor,
+                    cudaGetErrorString(e));
+    return check(b, e, "look at the GPU");
 }
 
 static fg_status open_device(fg_backend *b, cuda *c)

@@ -587,7 +587,8 @@ static __device__ __forceinline__ float gate_gradient(float log2_f, float k, flo
                                                       float gk, float gg, float &glow)
 {
     const float f = fg_exp2(log2_f), by_f = f > 1e-30f ? __fdividef(gg, f) : 0.0f;
-    const float each = k * room * (by_f - gk);   /* room: 1 / (1 - low) */
+    const float rest = k > 1 / 64.0f ? 1 - f : k;            /* k was rounded, one way for one z */
+    const float each = rest * room * (by_f - gk);            /* room: 1 / (1 - low) */
     glow += each;
     return (f - low) * each;
 }

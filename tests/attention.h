@@ -32,9 +32,10 @@ static const char *const document_names[] = { "", ", documents", ", a giant and 
     ", padding in front", ", padding behind" };
 
 enum { SLACK = 5 };                      /* positions of a cache behind the last query: NaN */
+enum { NO_CACHE = -1, FORWARD_ONLY = -2 };                   /* in the place of past */
 
 typedef struct {
-    int64_t B, M, past, H, Hkv, D, window;       /* past < 0: no cache, and gradients */
+    int64_t B, M, past, H, Hkv, D, window;       /* past: what a cache holds; gradients without */
     gate_kind gates;
     value_kind values;
     document_kind documents;
@@ -60,7 +61,7 @@ static int64_t count_of(const problem *p, int i)
     if (i == GLOG_F) return s->B * p->N * s->H;
     return i == O || i == GQ ? s->B * s->M * s->H * s->D : s->B * p->N * s->Hkv * s->D;
 }
-static int results_of(const problem *p) { return p->s.past < 0 ? RESULTS : GQ; }
+static int results_of(const problem *p) { return p->s.past == NO_CACHE ? RESULTS : GQ; }
 
 /* ---- inputs --------------------------------------------------------------------------------- */
 
@@ -491,13 +492,13 @@ static attention attention_new(const problem *p)
     const fg_tensor in[] = { a.q, a.k, a.v, a.log_f, a.first, a.past };
     a.out[O] = FG_APPLY(forget_attention, FG_HERE, in, p->scale, p->s.window);
     a.out[LSE] = fg_result(a.out[O], 1);
-    if (p->s.past < 0) {
+    if (results_of(p) == RESULTS) {
         const fg_tensor back[] = { a.go, a.glse, a.q, a.k, a.v, a.log_f, a.out[O], a.out[LSE],
                                    a.first };
         a.out[GQ] = FG_APPLY(forget_attention_grad, FG_HERE, back, p->scale, p->s.window);
         for (int i = GK; i < RESULTS; i++) a.out[i] = fg_result(a.out[GQ], i - GQ);
     }
-    if (p->s.pitched && p->s.past < 0) {                     /* gradients as columns of one too */
+    if (p->s.pitched && results_of(p) == RESULTS) {          /* gradients as columns of one too */
         fg_tensor all = fg_concat(flat(a.out[GQ]), flat(a.out[GK]), 2);
         a.out[GQ] = fg_concat(all, flat(a.out[GV]), 2);
     }
@@ -551,7 +552,7 @@ static void write_inputs(const attention *a, fg_plan *plan, const problem *p)
 static void read_results(const attention *a, fg_plan *plan, const problem *p, float **y)
 {
     const setting *s = &p->s;
-    const bool joined = s->pitched && s->past < 0;
+    const bool joined = s->pitched && results_of(p) == RESULTS;
     const int64_t rows = s->B * p->N, qs = s->H * s->D, ks = s->Hkv * s->D;
     for (int i = 0; i < results_of(p); i++) {
         y[i] = room(count_of(p, i));

@@ -21,19 +21,30 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv
 
 export FG_NEED_GPU=1                     # without it, tests that find no GPU pass
 say "kernels and models"
-n=0
-for t in "$build"/test_*cuda*; do
-    [ -x "$t" ] && [ -f "$t" ] || continue
-    n=$((n + 1))
-    mode=
-    [ "$(basename "$t")" = test_cuda_plain ] && mode=check
+# Several at a time: most of a test's time is the host's.  Those that fill the memory take turns.
+tested() {
+    local name begin got=0 lock=
+    name=$(basename "$1")
+    case $name in *_long | *_large) lock="flock $work/memory" ;; esac
     begin=$(date +%s)
-    "$t" $mode >"$work/log" 2>&1 ||
-        { fail "$(basename "$t")"; grep -v '^/' "$work/log" | head -40; }
-    tail -n 12 "$work/log"
-    echo "$(basename "$t"): $(($(date +%s) - begin)) s"
-done
-[ $n -ge "$(ls tests/test_*cuda*.c | wc -l)" ] || fail "$build has $n tests, fewer than tests/"
+    $lock "$1" $([ "$name" = test_cuda_plain ] && echo check) >"$work/$name" 2>&1 || got=$?
+    {
+        [ $got = 0 ] || { echo "FAILED: $name"; grep -v '^/' "$work/$name" | head -40; }
+        tail -n 12 "$work/$name"
+        echo "$name: $(($(date +%s) - begin)) s"
+    } >"$work/$name.said"
+    cat "$work/$name.said"               # at once: others write too
+}
+export -f tested
+export build work
+tests=$(for t in "$build"/test_*cuda*; do [ -x "$t" ] && [ -f "$t" ] && echo "$t"; done)
+at_once=4
+OMP_NUM_THREADS=$((($(nproc) + at_once - 1) / at_once)) xargs -P $at_once -I{} bash -c 'tested {}' \
+    <<<"$tests" >"$work/log"
+cat "$work/log"
+grep -q "^FAILED" "$work/log" && bad=1
+[ "$(wc -l <<<"$tests")" -ge "$(ls tests/test_*cuda*.c | wc -l)" ] ||
+    fail "$build has fewer tests than tests/"
 
 say "failures on purpose"
 # refused STATUS WORDS COMMAND...: ends with that status and says so
@@ -65,6 +76,16 @@ refused 6 "launch failure" fox train tests/golden/gpu/lost.c \
 fox eval "$work/lost" --data "$work/text" --json >/dev/null || fail "no checkpoint of a lost run"
 FG_CHECK=1 fox train models/fox.c "${small[@]}" --steps 3 --out "$work/checked" -q ||
     fail "a checked run"
+# A card that the library has no code for: the driver may use neither the code for this one nor make
+# it from what there is for others.
+other=(env CUDA_FORCE_PTX_JIT=1 CUDA_DISABLE_PTX_JIT=1)
+refused 6 "is not supported: libfox-graph-cuda.so has no code" "${other[@]}" "$build/fox-graph" \
+    train models/fox.c "${small[@]}" --device cuda --steps 1 --out "$work/other" -q
+"${other[@]}" "$build/fox-graph" info transformer-llama-125m | tail -n 2 >"$work/log"
+grep -q "^  cpu" "$work/log" && grep -q "is not supported" "$work/log" ||
+    { fail "info of a card that is not supported"; cat "$work/log"; }
+"${other[@]}" "$build/fox-graph" train models/fox.c "${small[@]}" --steps 1 --out "$work/other" \
+    -q || fail "the CPU is not taken where the card is not supported"
 refused 7 "is not finite\|is nan\|is inf" env FG_CHECK=1 "$build/fox-graph" train \
     tests/golden/cli/nan.c --data "$work/text" --steps 3 --out "$work/nan"
 
@@ -126,32 +147,46 @@ grep "^step 1/" "$work/first" || fail "no first step: $(tail -n 1 "$work/first")
 echo "$begin $end" | awk '{ printf "fox-pro-760m: %.2f s\n", $2 - $1 }'
 kill -TERM $child 2>/dev/null
 wait $child
-# The examples of every JOBS-th op under a tool.  One draw is too few for the test's own yardstick:
-# what counts is the tool's verdict.
+# watched TOOL NAME COMMAND...: under the tool, whose verdict is all that counts; one draw of the
+# inputs is too few for the test's own yardstick.
+watched() {
+    local tool=$1 name=$2 status=0
+    shift 2
+    FG_TEST_DRAWS=1 FG_NEED_GPU=1 OMP_NUM_THREADS=2 timeout "${LIMIT:-500}" compute-sanitizer \
+        --tool "$tool" --error-exitcode 9 --kernel-regex-exclude kns=cutlass \
+        --kernel-regex-exclude kns=cublas "$@" >"$work/$tool.$name" 2>&1 || status=$?
+    [ $status -le 1 ] && grep -q "SUMMARY: 0 \(errors\|hazards\)" "$work/$tool.$name" && return
+    echo "FAILED: $tool of $name: status $status"
+    grep '^=====' "$work/$tool.$name" | head -20
+}
+# The examples of every SHARES-th op.
 examined() {
-    local status=0
-    FG_TEST_OP=$(awk -v n="$JOBS" -v k="$2" 'NR % n == k' "$work/ops" | paste -sd,) \
-        FG_TEST_DRAWS=1 timeout "${LIMIT:-500}" compute-sanitizer --tool "$1" --error-exitcode 9 \
-        --kernel-regex-exclude kns=cutlass --kernel-regex-exclude kns=cublas \
-        "$build/test_f64_cuda_ops" >"$work/$1.$2" 2>&1 || status=$?
-    [ $status -le 1 ] && grep -q "ERROR SUMMARY: 0 errors" "$work/$1.$2" && return
-    echo "FAILED: $1, every $JOBS-th op from $2: status $status"
-    grep '^=====' "$work/$1.$2" | head -20
+    FG_TEST_OP=$(awk -v n="$SHARES" -v k="$2" 'NR % n == k' "$work/ops" | paste -sd,) \
+        watched "$1" "ops$2" "$build/test_f64_cuda_ops"
 }
 if [ -z "${QUICK:-}" ] && ! command -v compute-sanitizer >/dev/null; then
     fail "compute-sanitizer is not here"
 elif [ -z "${QUICK:-}" ]; then
-    JOBS=$(nproc)
-    export -f examined
-    export build work JOBS
+    SHARES=$(nproc)
+    export -f watched examined
+    export SHARES
     sed -n 's/^FG_OP(\([a-z0-9_]*\).*/\1/p' ops/ops.def >"$work/ops"
-    for tool in memcheck initcheck synccheck; do
+    for tool in memcheck initcheck synccheck racecheck; do
         say "compute-sanitizer $tool"
-        seq 0 $((JOBS - 1)) | xargs -P "$JOBS" -I{} bash -c "examined $tool {}" >"$work/log"
+        [ $tool = racecheck ] && export SHARES=$((2 * SHARES)) FG_TEST_RUNS=1    # slow ops apart
+        seq 0 $((SHARES - 1)) | xargs -P "$(nproc)" -I{} bash -c "examined $tool {}" >"$work/log"
         cat "$work/log"
         [ -s "$work/log" ] && bad=1
-        cat "$work/$tool".* | awk '/examples have a kernel/ { n += $1 } END { print n, "examples" }'
+        cat "$work/$tool".ops* |
+            awk '/examples have a kernel/ { n += $1 } END { print n, "examples" }'
     done
+    say "compute-sanitizer memcheck, sequences of 130 tokens at most"
+    for t in attention linear_attention ssd_scan forget_decode; do
+        echo "$t"
+    done | FG_TEST_LENGTH=130 xargs -P 4 -I{} \
+        bash -c 'watched memcheck {} "$build/test_f64_cuda_{}"' >"$work/log"
+    cat "$work/log"
+    [ -s "$work/log" ] && bad=1
 fi
 
 say "$([ $bad = 0 ] && echo "all passed" || echo "something FAILED")"

@@ -5,9 +5,14 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#include <condition_variable>
+#include <deque>
 #include <functional>
 #include <list>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 #include "kernel.cuh"
 
@@ -177,6 +182,7 @@ struct job {
     const entry *op;
     const void *attr;
     std::vector<tensor> in, out;
+    std::shared_ptr<const void> kept = nullptr;  /* what attr points to, if the job outlives it */
 };
 
 /* Shapes of the outputs by the op's own rule; types: those given, or f32.  The rule sees f32, but
@@ -220,7 +226,7 @@ static void describe(const job &j, context *c)
         }
     c->e = {};
     c->e.attr = j.attr;
-    c->e.n_in = (int)j.in.size(), c->e.n_out = (int)j.out.size(), c->e.threads = 8;
+    c->e.n_in = (int)j.in.size(), c->e.n_out = (int)j.out.size(), c->e.threads = 1;
     c->e.in_shape = c->shape[0].data(), c->e.out_shape = c->shape[1].data();
     c->e.in_type = c->type[0].data(), c->e.out_type = c->type[1].data();
     c->e.in_rows = c->rows[0].data(), c->e.out_rows = c->rows[1].data();
@@ -244,7 +250,7 @@ static void run_cpu(job *j)
     context c;
     describe(*j, &c);
     const fg_infer f = inferred(*j);
-    const size_t bytes = j->op->code->scratch ? j->op->code->scratch(&f, 8) : 0;
+    const size_t bytes = j->op->code->scratch ? j->op->code->scratch(&f, 1) : 0;
     std::vector<double> scratch(bytes / 8 + 8);
     std::vector<int32_t> integers[FG_MAX_IN];
     const bool mutates = j->op->code->memory == FG_MUTATE;
@@ -275,6 +281,22 @@ static void run_cpu(job *j)
 
 struct images { std::vector<unsigned char> of[FG_MAX_OUT]; };
 
+/* Every thread of the host has a stream; freed memory is kept for the next case. */
+static const cudaStream_t stream = cudaStreamPerThread;
+static void *device_memory(size_t bytes)
+{
+    void *p;
+    need(cudaMallocAsync(&p, bytes, stream), "cudaMallocAsync");
+    return p;
+}
+static void keep_freed_memory()
+{
+    cudaMemPool_t pool;
+    uint64_t all = UINT64_MAX;
+    need(cudaDeviceGetDefaultMemPool(&pool, 0), "memory pool");
+    need(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all), "memory pool");
+}
+
 /* The job's tensors on the device; fill: what memory holds before.  in_place: output 0 takes input
  * 0's memory. */
 static void place(const job &j, int fill, bool in_place, context *c, std::vector<void *> *all)
@@ -285,23 +307,22 @@ static void place(const job &j, int fill, bool in_place, context *c, std::vector
     const bool mutates = j.op->code->memory == FG_MUTATE;
     for (size_t i = 0; i < j.in.size(); i++) {
         if (!j.in[i].there) continue;
-        void *p;
         const std::vector<unsigned char> b = packed(j.in[i]);
-        need(cudaMalloc(&p, b.size()), "cudaMalloc");
-        need(cudaMemcpy(p, b.data(), b.size(), cudaMemcpyHostToDevice), "copy");
+        void *p = device_memory(b.size());
+        need(cudaMemcpyAsync(p, b.data(), b.size(), cudaMemcpyHostToDevice, stream), "copy");
+        need(cudaStreamSynchronize(stream), "copy");
         all->push_back(p);
         c->e.in[i] = p;
     }
     for (size_t o = 0; o < j.out.size(); o++) {
-        void *p;
-        need(cudaMalloc(&p, j.out[o].bytes() + GUARD), "cudaMalloc");
-        need(cudaMemset(p, fill, j.out[o].bytes() + GUARD), "set");
+        void *p = device_memory(j.out[o].bytes() + GUARD);
+        need(cudaMemsetAsync(p, fill, j.out[o].bytes() + GUARD, stream), "set");
         all->push_back(p);
         c->e.out[o] = mutates || (o == 0 && in_place) ? (void *)(uintptr_t)c->e.in[o] : p;
     }
     if (!bytes) return;
-    need(cudaMalloc(&c->e.scratch, bytes), "cudaMalloc");
-    need(cudaMemset(c->e.scratch, fill, bytes), "set");
+    c->e.scratch = device_memory(bytes);
+    need(cudaMemsetAsync(c->e.scratch, fill, bytes, stream), "set");
     all->push_back(c->e.scratch);
 }
 
@@ -313,7 +334,9 @@ static images collect(const job &j, const context &c, int fill, bool in_place, b
     for (size_t o = 0; o < j.out.size(); o++) {
         const bool own = !mutates && !(o == 0 && in_place);
         std::vector<unsigned char> b(j.out[o].bytes() + (own ? GUARD : 0));
-        need(cudaMemcpy(b.data(), c.e.out[o], b.size(), cudaMemcpyDeviceToHost), "copy");
+        need(cudaMemcpyAsync(b.data(), c.e.out[o], b.size(), cudaMemcpyDeviceToHost, stream),
+             "copy");
+        need(cudaStreamSynchronize(stream), "copy");
         std::vector<char> used(b.size());
         for (int64_t i = 0; i < j.out[o].count(); i++)
             for (size_t k = 0; k < size_of(j.out[o].type); k++)
@@ -330,11 +353,11 @@ static images run_gpu(const job &j, int fill, bool in_place, bool *touched)
     context c;
     std::vector<void *> all;
     place(j, fill, in_place, &c, &all);
-    j.op->kernel->launch(&c.e, nullptr);
+    j.op->kernel->launch(&c.e, stream);
     need(cudaGetLastError(), j.op->name);
-    need(cudaDeviceSynchronize(), j.op->name);
+    need(cudaStreamSynchronize(stream), j.op->name);
     const images result = collect(j, c, fill, in_place, touched);
-    for (void *p : all) cudaFree(p);
+    for (void *p : all) cudaFreeAsync(p, stream);
     return result;
 }
 
@@ -369,8 +392,10 @@ static std::string words(const job &j)
     return s;
 }
 
+static std::mutex counting;                     /* failures and worst_of */
 static void complain(const job &j, const char *what)
 {
+    const std::lock_guard<std::mutex> hold(counting);
     failures++;
     if (failures < 60) printf("FAILS %s: %s\n", words(j).c_str(), what);
 }
@@ -400,27 +425,20 @@ static void compare(const job &j, const images &got, double limit, double floor)
             }
         }
     }
-    worst *w = &worst_of[j.op - entries];
-    w->n++;
-    if (error > w->error) w->error = error;
+    {
+        const std::lock_guard<std::mutex> hold(counting);
+        worst *w = &worst_of[j.op - entries];
+        w->n++;
+        if (error > w->error) w->error = error;
+    }
     if (error > limit) complain(j, text);
 }
 
-static void check(const char *name, const void *attr, std::vector<tensor> in, int n_out,
-                  std::vector<fg_dtype> types, double limit = 8,
-                  const int64_t *widths = nullptr, double floor = 0)
+/* The job on the CPU, on the GPU twice with other memory, and in place if the op may. */
+static void examine(job j, double limit, double floor)
 {
-    if (!asked(name)) return;
-    job j = { find(name), attr, in, {} };
-    infer(&j, n_out, types, widths);
-    const fg_infer f = inferred(j);
-    if (j.op->kernel->unfit && j.op->kernel->unfit(&f)) {
-        complain(j, j.op->kernel->unfit(&f));
-        return;
-    }
-    cases++;
     run_cpu(&j);
-    if (!strcmp(name, "adamw_bf16")) j.out[3].value = j.out[0].value;    /* not yet rounded */
+    if (!strcmp(j.op->name, "adamw_bf16")) j.out[3].value = j.out[0].value; /* not yet rounded */
     if (dry) return;
     bool touched = false;
     const auto a = run_gpu(j, 0xff, false, &touched), b = run_gpu(j, 0x11, false, &touched);
@@ -434,9 +452,91 @@ static void check(const char *name, const void *attr, std::vector<tensor> in, in
                 complain(j, "a second run gives other bits");
                 return;
             }
-    if ((j.op->code->reuse & 1) && in[0].there && j.out[0].count() == in[0].count()
-        && in[0].type == j.out[0].type && in[0].width == j.out[0].width)
+    if ((j.op->code->reuse & 1) && j.in[0].there && j.out[0].count() == j.in[0].count()
+        && j.in[0].type == j.out[0].type && j.in[0].width == j.out[0].width)
         compare(j, run_gpu(j, 0xff, true, &touched), limit, floor);
+}
+
+/* Most of the work is the host's: all its processors take jobs as they come, while the next are
+ * drawn.  Jobs that wait hold so many elements at most. */
+class workers {
+    enum : int64_t { MOST = 1 << 26 };
+    struct task { std::function<void()> f; int64_t elements; };
+    std::mutex lock;
+    std::condition_variable changed;
+    std::deque<task> tasks;
+    int64_t elements = 0;                        /* of jobs that wait or run */
+    bool ended = false;
+    std::vector<std::thread> threads;
+
+    void work()
+    {
+        std::unique_lock<std::mutex> hold(lock);
+        for (;;) {
+            changed.wait(hold, [&] { return ended || !tasks.empty(); });
+            if (tasks.empty()) return;
+            const task t = std::move(tasks.front());
+            tasks.pop_front();
+            hold.unlock();
+            t.f();
+            hold.lock();
+            elements -= t.elements;
+            changed.notify_all();
+        }
+    }
+public:
+    void add(std::function<void()> f, int64_t n)
+    {
+        std::unique_lock<std::mutex> hold(lock);
+        const unsigned all = std::thread::hardware_concurrency();
+        while (threads.size() < (all ? all : 1)) threads.emplace_back([&] { work(); });
+        changed.wait(hold, [&] { return elements < MOST; });
+        tasks.push_back({ std::move(f), n });
+        elements += n;
+        changed.notify_all();
+    }
+    void finish()
+    {
+        {
+            const std::lock_guard<std::mutex> hold(lock);
+            ended = true;
+            changed.notify_all();
+        }
+        for (std::thread &t : threads) t.join();
+    }
+};
+static workers processors;
+
+static void check_kept(const char *name, std::shared_ptr<const void> attr, std::vector<tensor> in,
+                       int n_out, const std::vector<fg_dtype> &types, double limit,
+                       const int64_t *widths, double floor)
+{
+    if (!asked(name)) return;
+    job j = { find(name), attr.get(), std::move(in), {}, attr };
+    infer(&j, n_out, types, widths);
+    const fg_infer f = inferred(j);
+    if (j.op->kernel->unfit && j.op->kernel->unfit(&f)) {
+        complain(j, j.op->kernel->unfit(&f));
+        return;
+    }
+    cases++;
+    int64_t n = 0;
+    for (const tensor &x : j.in) n += x.there ? x.count() : 0;
+    processors.add([j = std::move(j), limit, floor] { examine(j, limit, floor); }, n);
+}
+
+template <class A>
+static void check(const char *name, const A *attr, std::vector<tensor> in, int n_out,
+                  std::vector<fg_dtype> types, double limit = 8,
+                  const int64_t *widths = nullptr, double floor = 0)
+{
+    check_kept(name, std::make_shared<A>(*attr), std::move(in), n_out, types, limit, widths, floor);
+}
+static void check(const char *name, std::nullptr_t, std::vector<tensor> in, int n_out,
+                  std::vector<fg_dtype> types, double limit = 8,
+                  const int64_t *widths = nullptr, double floor = 0)
+{
+    check_kept(name, nullptr, std::move(in), n_out, types, limit, widths, floor);
 }
 
 /* Nodes launched together give the bits that each gives alone.  shared: so many last inputs are
@@ -458,9 +558,9 @@ static void check_together(const std::vector<job> &jobs, int shared)
             e->in[e->n_in - i] = contexts.front().e.in[contexts.front().e.n_in - i];
         nodes.push_back(e);
     }
-    jobs[0].op->kernel->launch_many(nodes.data(), (int)nodes.size(), nullptr);
+    jobs[0].op->kernel->launch_many(nodes.data(), (int)nodes.size(), stream);
     need(cudaGetLastError(), "launch_many");
-    need(cudaDeviceSynchronize(), "launch_many");
+    need(cudaStreamSynchronize(stream), "launch_many");
     auto c = contexts.begin();
     for (const job &j : jobs) {
         const images got = collect(j, *c++, 0xff, false, &touched);
@@ -469,6 +569,6 @@ static void check_together(const std::vector<job> &jobs, int shared)
             if (got.of[o] != alone.of[o]) complain(j, "gives other bits together with others");
     }
     if (touched) complain(jobs[0], "writes outside its outputs");
-    for (void *p : all) cudaFree(p);
+    for (void *p : all) cudaFreeAsync(p, stream);
 }
 #endif

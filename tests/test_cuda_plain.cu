@@ -428,6 +428,7 @@ int main(int argc, char **argv)
         time_rest();
         return 0;
     }
+    if (!dry) keep_freed_memory();
     check_unary();
     check_binary();
     check_reduce();
@@ -438,6 +439,7 @@ int main(int argc, char **argv)
     check_sequence();
     check_optimizer();
     check_heads();
+    processors.finish();
     for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++)
         if (asked(entries[i].name))
             printf("%-20s %5d comparisons, worst error %.3g units\n", entries[i].name,

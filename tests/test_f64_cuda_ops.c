@@ -6,7 +6,7 @@
  * Over a few draws of the inputs, a kernel may be twice as far from the exact result as that is,
  * plus four units in the last place of an f32 at the greatest value: sums go in another order, and
  * exp, log and sin of a GPU are good to two.  Every kernel runs three times, alone and from a CUDA
- * graph, and must give the same bits. */
+ * graph, and must give the same bits.  FG_TEST_DRAWS and FG_TEST_RUNS take fewer of both. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include "device_cuda.h"
@@ -141,7 +141,8 @@ static void run_cuda(const trial *t, fg_backend *gpu, uint64_t seed, float **y)
     fg_store_precision(s, t->precision);
     cr_assert_eq(fg_store_init(s, t->g, seed), FG_OK, "%s", fg_store_message(s));
     fg_plan *p = fg_plan_new(t->g, s);
-    for (int run = 0; run < 3; run++) {
+    const char *fewer = getenv("FG_TEST_RUNS");
+    for (int run = 0; run < (fewer ? atoi(fewer) : 3); run++) {
         cr_assert_eq(fg_run(p), FG_OK, "%s: %s", t->what, fg_plan_message(p));
         for (int o = 0; o < t->n_out; o++) {
             const size_t bytes = (size_t)fg_count(t->out[o]) * sizeof(float);
