@@ -1,6 +1,6 @@
 /* delta_rule.cu - ops/delta_rule.c on a GPU: in chunks on tensor cores (delta_rule.cuh) or row by
  * row (linear_attention_rows.cuh). */
-#include "delta_rule.cuh"
+#include "delta_rule_grad.cuh"
 #include "linear_attention_rows.cuh"
 
 static bool in_chunks(const fg_shape *shape, const fg_dtype *type, const fg_dtype *out)

@@ -1,13 +1,14 @@
 /* delta_rule.cuh - the delta rule in chunks on tensor cores, for delta_rule.cu and
- * unit_delta_rule.cu.
+ * unit_delta_rule.cu; delta_rule_grad.cuh has its gradient.
  *
  *     e_t = v_t - S_(t-1)^T k_t,   S_t = S_(t-1) + beta_t k_t e_t^T,   o_t = scale S_t^T q_t
  *
  * bf16, K = V = 128, 64 rows or more: chunks of 64 rows (linear_attention.cuh).  With N the part of
  * K K^T below the diagonal, e of a chunk solves (I + N diag(beta)) e = V - K S, so
  *     M = (I + N diag(beta))^-1,  W = M K,  U = M V,  A = Q K^T on and below the diagonal
- * M in f32: substitution in blocks of 16 x 16, then [X11 0; -X22 L21 X11  X22] twice.  (A series
- * for the inverse fails for identical keys.)  In the gradient, gu from the chain:
+ * M, in blocks of 16 x 16: substitution in f32 on the diagonal, then column by column of blocks
+ * X_ij = -X_ii sum_(j<=k<i) L_ik X_kj, factors split in two bf16 each.  (A series for the inverse
+ * fails for identical keys.)  In the gradient, gu from the chain:
  *     ge = (diag(beta) M)^T gu,   y = gu - N^T ge = ge / beta,   gbeta_t = y_t.e_t,   gv = ge
  *     P_ts = go_t.u_s (s <= t),   X_ts = ge_t.u_s (s < t),   u = diag(beta) e
  *     gq = scale (go S^T + P K),  gk = u R^T - ge S^T + scale P^T Q - X K - X^T K
@@ -19,7 +20,7 @@
 #define FG_DELTA_RULE_CUH
 #include "linear_attention_chain.cuh"
 
-#define LANE 68                                  /* floats from row to row of L and M */
+#define DIAGONAL 18                              /* floats from row to row of prepared.D */
 
 struct operands {                                /* of all chunks, what prepare writes */
     bf16 *w, *u;                                 /* [B,H,chunks*64,128] */
@@ -63,206 +64,283 @@ struct inputs {                                  /* row t of head h: t row + 128
     float eps;                                   /* of UNIT */
 };
 
-/* ---- preparing a chunk ----------------------------------------------------------------------- */
-
-struct prepared {                                /* small enough for three blocks at a time */
-    bf16 k[LA_ROWS * LA_WIDTH], v[LA_ROWS * LA_WIDTH];
-    union alignas(1024) {
+struct alignas(1024) prepared {                  /* small enough for three blocks at a time */
+    bf16 k[LA_ROWS * LA_WIDTH], v[LA_ROWS * LA_WIDTH];       /* in the end W, U */
+    union {
         bf16 q[LA_ROWS * LA_WIDTH];              /* until A is there */
-        float X[LA_ROWS * LANE];                 /* M; above the diagonal: products on the way */
+        struct { bf16 M[LA_ROWS * LA_ROWS], beta_M[LA_ROWS * LA_ROWS]; };
     };
-    union alignas(1024) {
-        float L[LA_ROWS * LANE];                 /* N diag(beta) */
-        bf16 M[LA_ROWS * LA_ROWS];               /* when L has been used */
-    };
+    bf16 high[LA_ROWS * LA_ROWS], low[LA_ROWS * LA_ROWS];    /* N diag(beta) below the diagonal's */
+    float D[LA_ROWS * DIAGONAL];                 /* blocks, these, and, in high, low: inverses */
     float beta[LA_ROWS];
     int start[LA_ROWS];
     uint32_t marks[2];
 };
 
-/* Rows of x to unit length, in place, and by: what they were scaled by; four threads a row. */
-static __device__ __forceinline__ void scale_rows(bf16 *x, float *by, int n, float eps)
+/* ---- products of matrices in panels (wgmma.cuh), 64 x 64 of them by a warpgroup -------------- */
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+/* What a thread has of a warpgroup's 64 x 64: rows `row` and row + 8, two columns of every 8. */
+static __device__ __forceinline__ int own_row()
 {
-    const int r = threadIdx.x / 4, c = threadIdx.x % 4;
-    float v[4][8], sum = 0;
+    return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+}
+static __device__ __forceinline__ int own_column() { return threadIdx.x % 4 * 2; }
+
+/* d = x y^T over 128 columns of both */
+static __device__ __forceinline__ void by_columns(float (&d)[8][4], const bf16 *x, const bf16 *y)
+{
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        fg_unpack(*(const uint4 *)((const char *)x + fg_swizzle<LA_WIDTH>(r, c + 4 * i)), v[i]);
-#pragma unroll
-        for (int e = 0; e < 8; e++) sum = fmaf(v[i][e], v[i][e], sum);
+    for (int k = 0; k < 8; k++) {
+        const int at = k / 4 * LA_PANEL + k % 4 * 32;
+        product(d, matrix_at(fg_shared(x) + at, 16), matrix_at(fg_shared(y) + at, 16), k);
     }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    const float scale = r < n ? rsqrtf(sum + eps) : 0;
-    if (c == 0) by[r] = scale;
+}
+/* d += a x, or a^T x, over 64 rows of 64 columns of x */
+template <bool TURNED>
+static __device__ __forceinline__ void by_rows(float (&d)[8][4], const bf16 *a, const bf16 *x,
+                                               bool add)
+{
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-#pragma unroll
-        for (int e = 0; e < 8; e++) v[i][e] *= scale;
-        *(uint4 *)((char *)x + fg_swizzle<LA_WIDTH>(r, c + 4 * i)) =
-            make_uint4(fg_pack2(v[i][0], v[i][1]), fg_pack2(v[i][2], v[i][3]),
-                       fg_pack2(v[i][4], v[i][5]), fg_pack2(v[i][6], v[i][7]));
+    for (int k = 0; k < 4; k++) {
+        const uint32_t at = fg_shared(a) + k * (TURNED ? 2048 : 32);
+        product_rows<TURNED>(d, matrix_at(at, TURNED ? LA_PANEL : 16),
+                             matrix_at(fg_shared(x) + k * 2048, LA_PANEL), add || k);
     }
 }
 
-/* A 16 x 16 block of x y^T. */
-static __device__ __forceinline__ void products(float acc[2][4], const bf16 *x, int m,
-                                                const bf16 *y, int n)
+/* ---- preparing a chunk ----------------------------------------------------------------------- */
+
+/* Rows of x to unit length, in place and to memory, and by: what they were scaled by. */
+static __device__ __forceinline__ void scale_rows(bf16 *x, float *by, bf16 *to, int n, float eps)
 {
-    la_zero<2>(acc);
+    const int c = threadIdx.x % 8;
 #pragma unroll
-    for (int k = 0; k < LA_WIDTH; k += 16) {
-        uint32_t a[4], b[4];
-        la_a<LA_WIDTH>(a, fg_shared(x), m, k);
-        la_b<LA_WIDTH>(b, fg_shared(y), k, n);
-        la_mma2(acc, a, b);
+    for (int p = 0; p < 2; p++) {
+        const int r = threadIdx.x / 8 + 32 * p;
+        float v[2][8], sum = 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            fg_unpack(*(const uint4 *)((const char *)x + la_panel(r, c + 8 * i)), v[i]);
+#pragma unroll
+            for (int e = 0; e < 8; e++) sum = fmaf(v[i][e], v[i][e], sum);
+        }
+        sum = fg_warp_sum<8>(sum);
+        const float scale = r < n ? rsqrtf(sum + eps) : 0;
+        if (c == 0) by[r] = scale;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) v[i][e] *= scale;
+            const uint4 y = make_uint4(fg_pack2(v[i][0], v[i][1]), fg_pack2(v[i][2], v[i][3]),
+                                       fg_pack2(v[i][4], v[i][5]), fg_pack2(v[i][6], v[i][7]));
+            *(uint4 *)((char *)x + la_panel(r, c + 8 * i)) = y;
+            *(uint4 *)(to + r * LA_WIDTH + 8 * (c + 8 * i)) = y;
+        }
     }
 }
 
-/* L and A, ten blocks of 16 x 16 each, by eight warps. */
-static __device__ __forceinline__ void pairs(prepared *sm, bf16 *A)
+/* 0 where s > t - gap or not both are of one document */
+static __device__ __forceinline__ void mask_pairs(float (&d)[8][4], const int *start, int gap)
 {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    for (int p = threadIdx.x / 32; p < 20; p += 8) {
-        const int block = p % 10, i = block < 4 ? 3 : block < 7 ? 2 : block < 9 ? 1 : 0;
-        const int j = block < 4 ? block : block < 7 ? block - 4 : block < 9 ? block - 7 : 0;
-        float acc[2][4];
-        products(acc, p < 10 ? sm->k : sm->q, 16 * i, sm->k, 16 * j);
 #pragma unroll
-        for (int y = 0; y < 2; y++)
+    for (int i = 0; i < 2; i++) {
+        const int t = own_row() + 8 * i, from = start[t];
 #pragma unroll
-            for (int x = 0; x < 2; x++) {
-                const int t = 16 * i + g + 8 * x, s = 16 * j + 8 * y + c, from = sm->start[t];
-                const float u = acc[y][2 * x], v = acc[y][2 * x + 1];
-                if (p < 10) {
-                    sm->L[t * LANE + s] = s < t && s >= from ? u * sm->beta[s] : 0;
-                    sm->L[t * LANE + s + 1] = s + 1 < t && s + 1 >= from ? v * sm->beta[s + 1] : 0;
-                } else {
-                    *(uint32_t *)(A + t * LA_ROWS + s) =
-                        fg_pack2(s <= t && s >= from ? u : 0.0f,
-                                 s + 1 <= t && s + 1 >= from ? v : 0.0f);
-                }
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int s = 8 * j + own_column() + c;
+                if (s > t - gap || s < from) d[j][2 * i + c] = 0;
             }
     }
 }
 
-/* X = (I + L)^-1 of every block on the diagonal: a warp a block, a lane a column. */
-static __device__ __forceinline__ void invert_blocks(prepared *sm)
+/* a = high + low, in two bf16 each */
+static __device__ __forceinline__ void split_up(uint32_t (&high)[4], uint32_t (&low)[4],
+                                                const float (&x)[2][4])
 {
-    const int at = threadIdx.x / 32 * 16, c = threadIdx.x % 32;
-    if (threadIdx.x >= 128 || c >= 16) return;
-    float x[16];
+    la_operand(high, x[0], x[1]);
 #pragma unroll
-    for (int r = 0; r < 16; r++) {
-        float sum = r == c ? 1.0f : 0.0f;
+    for (int i = 0; i < 4; i++) low[i] = la_rest(&x[i / 2][i % 2 * 2], high[i]);
+}
+/* acc += a b of such, all but what is smaller than either's rounding; b a block of high and low
+ * that stands turned */
+static __device__ __forceinline__ void split_product(float (&acc)[2][4], const uint32_t (&high)[4],
+                                                     const uint32_t (&low)[4], const prepared *sm,
+                                                     int k, int n)
+{
+    uint32_t b[4], rest[4];
+    la_b<LA_ROWS>(b, fg_shared(sm->high), k, n);
+    la_b<LA_ROWS>(rest, fg_shared(sm->low), k, n);
+    la_mma2(acc, high, b);
+    la_mma2(acc, low, b);
+    la_mma2(acc, high, rest);
+}
+
+/* N diag(beta), of what is left of K K^T: below the diagonal's blocks in two bf16, these in f32. */
+static __device__ __forceinline__ void keep_L(prepared *sm, float (&d)[8][4])
+{
+    const int w = threadIdx.x / 32, c = own_column();
 #pragma unroll
-        for (int s = 0; s < 16; s++)
-            if (s < r) sum = fmaf(-sm->L[(at + r) * LANE + at + s], x[s], sum);
-        x[r] = sum;
-        sm->X[(at + r) * LANE + at + c] = sum;
-    }
-}
-
-/* Four neighbours of a product of N x N blocks: sign sum_(k0<=k<k1) a_rk b_k(c..c+3) */
-static __device__ __forceinline__ float4 four(const float *a, const float *b, int k0, int k1,
-                                              float sign)
-{
-    float4 sum = make_float4(0, 0, 0, 0);
-    for (int k = k0; k < k1; k++) {
-        const float x = sign * a[k];
-        const float4 y = *(const float4 *)&b[k * LANE];
-        sum.x = fmaf(x, y.x, sum.x);
-        sum.y = fmaf(x, y.y, sum.y);
-        sum.z = fmaf(x, y.z, sum.z);
-        sum.w = fmaf(x, y.w, sum.w);
-    }
-    return sum;
-}
-
-/* Joins inverses of N x N blocks to such of 2N x 2N: X21 = -X22 (L21 X11).  The product in the
- * middle stands where X12 would. */
-template <int N> static __device__ __forceinline__ void join_blocks(prepared *sm)
-{
-    const int pairs = LA_ROWS / (2 * N), each = N * N / 4, i = threadIdx.x / each;
-    const int r = threadIdx.x % each / (N / 4), c = threadIdx.x % (N / 4) * 4;
-    const int one = 2 * N * i, two = one + N;
-    if (i < pairs)
-        *(float4 *)&sm->X[(one + r) * LANE + two + c] =
-            four(&sm->L[(two + r) * LANE + one], &sm->X[one * LANE + one + c], c / 16 * 16, N, 1);
-    __syncthreads();
-    if (i < pairs)
-        *(float4 *)&sm->X[(two + r) * LANE + one + c] =
-            four(&sm->X[(two + r) * LANE + two], &sm->X[one * LANE + two + c], 0, r / 16 * 16 + 16,
-                 -1);
-    __syncthreads();
-}
-
-/* M to bf16, for the products here and, times beta, for the gradient; above the diagonal 0. */
-static __device__ __forceinline__ void round_inverse(prepared *sm, bf16 *M)
-{
-    for (int p = threadIdx.x; p < LA_ROWS * LA_ROWS / 2; p += 256) {
-        const int t = p / 32, s = p % 32 * 2;
-        const float u = s <= t ? sm->X[t * LANE + s] : 0;
-        const float v = s + 1 <= t ? sm->X[t * LANE + s + 1] : 0;
-        const float beta = sm->beta[t];
-        *la_pair<LA_ROWS>(sm->M, t, s) = fg_pack2(u, v);
-        if (M) *(uint32_t *)(M + t * LA_ROWS + s) = fg_pack2(beta * u, beta * v);
-    }
-}
-
-/* M x for 16 rows and 64 columns of one warp, to memory; rows not reached are 0 if asked. */
-static __device__ __forceinline__ void solve(const prepared *sm, const bf16 *x, bf16 *to,
-                                             bool reached)
-{
-    const int warp = threadIdx.x / 32, m = warp % 4 * 16, n0 = warp / 4 * 64;
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    float acc[8][4];
-    la_zero<8>(acc);
-    for (int k = 0; k <= m; k += 16) {
-        uint32_t a[4], b[4];
-        la_a<LA_ROWS>(a, fg_shared(sm->M), m, k);
+    for (int j = 0; j < 8; j++)
 #pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            la_b_turned<LA_WIDTH>(b, fg_shared(x), k, n0 + 8 * j);
-            la_mma2(acc + j, a, b);
+        for (int i = 0; i < 4; i++) d[j][i] *= sm->beta[8 * j + c + i % 2];
+#pragma unroll
+    for (int b = 0; b < 4; b++) {
+        if (b < w) {
+            const float x[2][4] = { { d[2 * b][0], d[2 * b][1], d[2 * b][2], d[2 * b][3] },
+                                    { d[2 * b + 1][0], d[2 * b + 1][1], d[2 * b + 1][2],
+                                      d[2 * b + 1][3] } };
+            uint32_t high[4], low[4];
+            split_up(high, low, x);
+            la_share<LA_ROWS>(high, sm->high, 16 * w, 16 * b);
+            la_share<LA_ROWS>(low, sm->low, 16 * w, 16 * b);
+        } else if (b == w) {
+#pragma unroll
+            for (int i = 0; i < 8; i += 2)
+                *(float2 *)&sm->D[(own_row() + i / 2 % 2 * 8) * DIAGONAL + i / 4 * 8 + c] =
+                    make_float2(d[2 * b + i / 4][i % 4], d[2 * b + i / 4][i % 4 + 1]);
         }
     }
+}
+
+/* (I + L)^-1 of a warp's block on the diagonal, a lane a column. */
+static __device__ __forceinline__ void invert_block(prepared *sm)
+{
+    const int at = threadIdx.x / 32 * 16, c = threadIdx.x % 16;
+    float x[16];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int r = m + g + 8 * i;
-        const bool real = !reached || sm->start[r] == -1;
+    for (int r = 0; r < 16; r++) x[r] = r == c ? 1.0f : 0.0f;
 #pragma unroll
-        for (int j = 0; j < 8; j++)
-            *(uint32_t *)(to + r * LA_WIDTH + n0 + 8 * j + c) =
-                real ? fg_pack2(acc[j][2 * i], acc[j][2 * i + 1]) : 0;
+    for (int s = 0; s < 15; s++)                 /* when x[s] is known it goes to all below */
+#pragma unroll
+        for (int r = s + 1; r < 16; r++)
+            x[r] = fmaf(-sm->D[(at + r) * DIAGONAL + s], x[s], x[r]);
+    if (threadIdx.x % 32 >= 16) return;
+#pragma unroll
+    for (int r = 0; r < 16; r++) {
+        const uint32_t to = fg_swizzle<LA_ROWS>(at + r, (at + c) / 8) + c % 8 * 2;
+        const bf16 high = __float2bfloat16_rn(x[r]);
+        *(bf16 *)((char *)sm->high + to) = high;
+        *(bf16 *)((char *)sm->low + to) = __float2bfloat16_rn(x[r] - __bfloat162float(high));
     }
 }
 
-/* A tile in shared memory to rows of 128 in memory. */
+/* A turned 16 x 16 block of M, rows t of it, to shared memory, and times beta. */
+static __device__ __forceinline__ void keep_M(prepared *sm, const float (&x)[2][4], int t, int s)
+{
+    const int c = t + own_column();
+    const float b[4] = { sm->beta[c], sm->beta[c + 1], sm->beta[c + 8], sm->beta[c + 9] };
+    const float y[2][4] = { { b[0] * x[0][0], b[1] * x[0][1], b[0] * x[0][2], b[1] * x[0][3] },
+                            { b[2] * x[1][0], b[3] * x[1][1], b[2] * x[1][2], b[3] * x[1][3] } };
+    uint32_t a[4];
+    la_operand(a, x[0], x[1]);
+    la_share_turned<LA_ROWS>(a, sm->M, s, t);
+    la_operand(a, y[0], y[1]);
+    la_share_turned<LA_ROWS>(a, sm->beta_M, s, t);
+}
+
+/* A warp's column j of blocks of M = X:  X_ij = -X_ii (L_ij X_jj + ... + L_i(i-1) X_(i-1)j),
+ * turned: what has been found stands in registers as the operand of what follows. */
+static __device__ __forceinline__ void invert_column(prepared *sm)
+{
+    const int j = threadIdx.x / 32;
+    uint32_t high[3][4], low[3][4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float x[2][4] = {};
+        if (i == j) {
+            uint32_t a[4], rest[4];
+            la_a_turned<LA_ROWS>(a, fg_shared(sm->high), 16 * i, 16 * i);
+            la_a_turned<LA_ROWS>(rest, fg_shared(sm->low), 16 * i, 16 * i);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                x[e / 2][e % 2 * 2] = la_low_half(a[e]) + la_low_half(rest[e]);
+                x[e / 2][e % 2 * 2 + 1] = la_high_half(a[e]) + la_high_half(rest[e]);
+            }
+        } else if (i > j) {
+            float sum[2][4] = {};
+            uint32_t a[4], rest[4];
+#pragma unroll
+            for (int k = 0; k < i; k++)
+                if (k >= j) split_product(sum, high[k], low[k], sm, 16 * k, 16 * i);
+            split_up(a, rest, sum);
+            split_product(x, a, rest, sm, 16 * i, 16 * i);
+#pragma unroll
+            for (int e = 0; e < 8; e++) x[e / 4][e % 4] = -x[e / 4][e % 4];
+        }
+        if (i < 3) split_up(high[i], low[i], x);
+        keep_M(sm, x, 16 * i, 16 * j);
+    }
+}
+
+/* M x in the place of x, by a warpgroup; rows not reached are 0 if asked. */
+static __device__ __forceinline__ void solve(const prepared *sm, bf16 *x, bool reached)
+{
+    const int group = threadIdx.x / 128;
+#pragma unroll 1
+    for (int half = 0; half < 2; half++, x += LA_PANEL / 2) {
+        float d[8][4];
+        wgmma_begin();
+        by_rows<false>(d, sm->M, x, false);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(d);
+        asm volatile("bar.sync %0, 128;" :: "r"(1 + group) : "memory");
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (reached && sm->start[own_row() + 8 * i] != -1)
+#pragma unroll
+                for (int j = 0; j < 8; j++) d[j][2 * i] = d[j][2 * i + 1] = 0;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            uint32_t a[4];
+            la_operand(a, d[2 * k], d[2 * k + 1]);
+            la_share<64>(a, x, threadIdx.x % 128 / 32 * 16, 16 * k);
+        }
+    }
+}
+/* Such a tile, rows of WIDTH, to memory; by THREADS threads. */
+template <int WIDTH, int THREADS>
 static __device__ __forceinline__ void put_tile(const bf16 *x, bf16 *to)
 {
-    for (int i = threadIdx.x; i < LA_ROWS * LA_WIDTH / 8; i += 256)
-        *(uint4 *)(to + i * 8) =
-            *(const uint4 *)((const char *)x + fg_swizzle<LA_WIDTH>(i / 16, i % 16));
+#pragma unroll
+    for (int k = 0; k < LA_ROWS * WIDTH / 8 / THREADS; k++) {
+        const int i = threadIdx.x % THREADS + k * THREADS;
+        const int r = i / (WIDTH / 8), c = i % (WIDTH / 8);
+        *(uint4 *)(to + i * 8) = *(const uint4 *)((const char *)x + la_panel(r, c));
+    }
+}
+
+/* A = Q K^T to memory, by a warpgroup. */
+static __device__ __forceinline__ void put_A(const float (&d)[8][4], bf16 *A)
+{
+    A += own_row() * LA_ROWS + own_column();
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        *(uint32_t *)(A + 8 * j) = fg_pack2(d[j][0], d[j][1]);
+        *(uint32_t *)(A + 8 * LA_ROWS + 8 * j) = fg_pack2(d[j][2], d[j][3]);
+    }
 }
 
 template <bool UNIT>
-static __global__ void __launch_bounds__(256, 3)
-prepare(const __grid_constant__ la_task z, const __grid_constant__ inputs x,
-        const __grid_constant__ operands s)
+static __device__ __forceinline__ void prepare_chunk(prepared *sm, const la_task &z,
+                                                     const inputs &x, const operands &s)
 {
-    extern __shared__ __align__(1024) char memory[];
-    prepared *sm = (prepared *)memory;
     const int64_t chunk = blockIdx.x, bh = blockIdx.y, b = bh / z.H, h = bh % z.H;
     const int64_t token = b * z.T + chunk * LA_ROWS, tile = bh * z.chunks + chunk;
-    const int64_t mine = (b * z.chunks + chunk) * LA_ROWS;
-    const int n = la_rows(z, chunk), r = threadIdx.x;
-    la_load<LA_WIDTH, 256>(sm->k, x.k + token * x.k_row + h * LA_WIDTH, x.k_row, n, threadIdx.x);
-    la_load<LA_WIDTH, 256>(sm->q, x.q + token * x.q_row + h * LA_WIDTH, x.q_row, n, threadIdx.x);
+    const int64_t mine = (b * z.chunks + chunk) * LA_ROWS, own = tile * LA_ROWS * LA_WIDTH;
+    const int n = la_rows(z, chunk), r = threadIdx.x, at = (int)h * LA_WIDTH;
+    const bool first = r < 128;
+    la_load<LA_WIDTH, 256, true>(sm->k, x.k + token * x.k_row + at, x.k_row, n, r);
+    la_load<LA_WIDTH, 256, true>(sm->q, x.q + token * x.q_row + at, x.q_row, n, r);
+    la_load<LA_WIDTH, 256, true>(sm->v, x.v + token * x.v_row + at, x.v_row, n, r);
     fg_copy_commit();
-    la_load<LA_WIDTH, 256>(sm->v, x.v + token * x.v_row + h * LA_WIDTH, x.v_row, n, threadIdx.x);
-    fg_copy_commit();
-    if (r < LA_ROWS) sm->beta[r] = r < n ? x.beta[(token + r) * z.H + h] : 0;
+    if (r < LA_ROWS) {
+        sm->beta[r] = r < n ? x.beta[(token + r) * z.H + h] : 0;
+        s.beta[tile * LA_ROWS + r] = sm->beta[r];
+    }
     la_starts(z, b, chunk, sm->start, sm->marks);
     if (r < LA_ROWS && h == 0) {
         const int last = sm->start[n - 1];
@@ -270,27 +348,49 @@ prepare(const __grid_constant__ la_task z, const __grid_constant__ inputs x,
                                       | (la_passes(r, n, last) ? LA_PASSES : 0));
         if (r == 0) s.keep[b * z.chunks + chunk] = last == -1 ? 1 : 0;
     }
-    fg_copy_wait<1>();
-    __syncthreads();
-    if (r < LA_ROWS) s.beta[tile * LA_ROWS + r] = sm->beta[r];
-    if (UNIT) {
-        scale_rows(sm->k, s.k_scale + tile * LA_ROWS, n, x.eps);
-        scale_rows(sm->q, s.q_scale + tile * LA_ROWS, n, x.eps);
-        __syncthreads();
-        put_tile(sm->k, s.k + tile * LA_ROWS * LA_WIDTH);
-        put_tile(sm->q, s.q + tile * LA_ROWS * LA_WIDTH);
-    }
-    pairs(sm, s.A + tile * LA_ROWS * LA_ROWS);
     fg_copy_wait<0>();
+    if (UNIT) {
+        __syncthreads();
+        scale_rows(sm->k, s.k_scale + tile * LA_ROWS, s.k + own, n, x.eps);
+        scale_rows(sm->q, s.q_scale + tile * LA_ROWS, s.q + own, n, x.eps);
+    }
+    proxy_fence();
     __syncthreads();
-    invert_blocks(sm);
+    float d[8][4];
+    wgmma_begin();
+    by_columns(d, first ? sm->k : sm->q, sm->k);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(d);
+    __syncthreads();                             /* q has been used */
+    mask_pairs(d, sm->start, first ? 1 : 0);
+    if (first) {
+        keep_L(sm, d);
+        __syncwarp();
+        invert_block(sm);
+        asm volatile("bar.sync 1, 128;" ::: "memory");
+        invert_column(sm);
+    } else {
+        put_A(d, s.A + tile * LA_ROWS * LA_ROWS);
+    }
+    proxy_fence();
     __syncthreads();
-    join_blocks<16>(sm);
-    join_blocks<32>(sm);
-    round_inverse(sm, s.M ? s.M + tile * LA_ROWS * LA_ROWS : nullptr);
-    __syncthreads();
-    solve(sm, sm->k, s.w + tile * LA_ROWS * LA_WIDTH, true);
-    solve(sm, sm->v, s.u + tile * LA_ROWS * LA_WIDTH, false);
+    solve(sm, first ? sm->k : sm->v, first);
+    if (s.M) put_tile<LA_ROWS, 256>(sm->beta_M, s.M + tile * LA_ROWS * LA_ROWS);
+    asm volatile("bar.sync %0, 128;" :: "r"(first ? 1 : 2) : "memory");
+    put_tile<LA_WIDTH, 128>(first ? sm->k : sm->v, (first ? s.w : s.u) + own);
+}
+#endif
+
+template <bool UNIT>
+static __global__ void __launch_bounds__(256, 3)
+prepare(const __grid_constant__ la_task z, const __grid_constant__ inputs x,
+        const __grid_constant__ operands s)
+{
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    extern __shared__ __align__(1024) char memory[];
+    prepare_chunk<UNIT>((prepared *)memory, z, x, s);
+#endif
 }
 
 template <bool UNIT>
@@ -331,311 +431,6 @@ static void launch_forward(const la_task &z, const inputs &x, const operands &s,
     la_chain c = chain_of(z, s, x);
     c.o = { o, z.T * row, LA_WIDTH, row };
     c.to = last;
-    la_run_forward<la_delta>(c, stream);
-}
-
-/* ---- gradient -------------------------------------------------------------------------------- */
-
-struct way_back {
-    operands s;
-    bf16 *e, *gu;                                /* [B,H,chunks*64,128] */
-    bf16 *S, *R;                                 /* [B,H,chunks,128,128] */
-};
-
-/* All but what prepare writes. */
-static way_back cut_way_back(char *base, size_t *used, const la_task &z)
-{
-    const size_t tiles = (size_t)(z.B * z.H * z.chunks);
-    way_back w = {};
-    w.e = (bf16 *)la_cut(base, used, tiles * LA_ROWS * LA_WIDTH * sizeof(bf16));
-    w.gu = (bf16 *)la_cut(base, used, tiles * LA_ROWS * LA_WIDTH * sizeof(bf16));
-    w.S = (bf16 *)la_cut(base, used, tiles * LA_WIDTH * LA_WIDTH * sizeof(bf16));
-    w.R = (bf16 *)la_cut(base, used, tiles * LA_WIDTH * LA_WIDTH * sizeof(bf16));
-    return w;
-}
-
-struct gradients {                               /* rows as those of inputs */
-    bf16 *q, *k, *v;
-    int64_t q_row, k_row, v_row;
-    fg_out beta;
-};
-
-struct joined {
-    bf16 q[LA_ROWS * LA_WIDTH], k[LA_ROWS * LA_WIDTH], go[LA_ROWS * LA_WIDTH];
-    bf16 e[LA_ROWS * LA_WIDTH], gu[LA_ROWS * LA_WIDTH], ge[LA_ROWS * LA_WIDTH];
-    bf16 S[LA_WIDTH * LA_WIDTH], R[LA_WIDTH * LA_WIDTH];
-    bf16 M[LA_ROWS * LA_ROWS], N[LA_ROWS * LA_ROWS];         /* diag(beta) M */
-    bf16 P[LA_ROWS * LA_ROWS], X[LA_ROWS * LA_ROWS];         /* X with a minus */
-    float beta[LA_ROWS], part[4][LA_ROWS], along[2][4][LA_ROWS];
-    int start[LA_ROWS];
-    uint32_t marks[2];
-};
-
-/* acc += a x over k0 <= k < k1, 16 rows by 32 columns from n; a: [64,64], turned or not */
-template <bool TURNED>
-static __device__ __forceinline__ void by_rows(float acc[4][4], const bf16 *a, int m, const bf16 *x,
-                                               int n, int k0, int k1)
-{
-    for (int k = k0; k < k1; k += 16) {
-        uint32_t u[4], b[4];
-        if (TURNED) la_a_turned<LA_ROWS>(u, fg_shared(a), m, k);
-        else la_a<LA_ROWS>(u, fg_shared(a), m, k);
-        la_b_turned<LA_WIDTH>(b, fg_shared(x), k, n);
-        la_mma2(acc, u, b);
-        la_b_turned<LA_WIDTH>(b, fg_shared(x), k, n + 16);
-        la_mma2(acc + 2, u, b);
-    }
-}
-/* acc = x M, M: [value][key] */
-static __device__ __forceinline__ void by_state(float acc[4][4], const bf16 *x, int m,
-                                                const bf16 *M, int n)
-{
-    la_zero<4>(acc);
-#pragma unroll
-    for (int k = 0; k < LA_WIDTH; k += 16) {
-        uint32_t a[4], b[4];
-        la_a<LA_WIDTH>(a, fg_shared(x), m, k);
-        la_b_turned<LA_WIDTH>(b, fg_shared(M), k, n);
-        la_mma2(acc, a, b);
-        la_b_turned<LA_WIDTH>(b, fg_shared(M), k, n + 16);
-        la_mma2(acc + 2, a, b);
-    }
-}
-static __device__ __forceinline__ void put_rows(bf16 *to, int64_t row, int m, int n, int rows,
-                                                const float acc[4][4])
-{
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (m + g + 8 * i < rows)
-                *(uint32_t *)(to + (m + g + 8 * i) * row + n + 8 * j + c) =
-                    fg_pack2(acc[j][2 * i], acc[j][2 * i + 1]);
-}
-
-/* A block of x y^T, columns times factor[s], where s <= t - gap and both are of one document. */
-static __device__ __forceinline__ void pair_block(const joined *sm, const bf16 *x, int m,
-                                                  const bf16 *y, int n, int gap,
-                                                  const float *factor, float sign, bf16 *to)
-{
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    float acc[2][4];
-    products(acc, x, m, y, n);
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int t = m + g + 8 * i, s = n + 8 * j + c, from = sm->start[t];
-            float u = acc[j][2 * i] * sign, v = acc[j][2 * i + 1] * sign;
-            if (factor) u *= factor[s], v *= factor[s + 1];
-            *la_pair<LA_ROWS>(to, t, s) = fg_pack2(s <= t - gap && s >= from ? u : 0.0f,
-                                                   s + 1 <= t - gap && s + 1 >= from ? v : 0.0f);
-        }
-}
-
-/* The products y.e, 32 columns of them, to part.  y = ge / beta, but where beta is almost 0: the
- * difference would cancel where keys are alike. */
-static __device__ __forceinline__ void errors(joined *sm, int m, int n)
-{
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-    float acc[4][4], sum[2] = { 0, 0 };
-    la_zero<4>(acc);
-    by_rows<true>(acc, sm->N, m, sm->ge, n, m, LA_ROWS);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int r = m + g + 8 * i;
-        const float beta = sm->beta[r];
-        const bool divides = fabsf(beta) > 1 / 64.0f;
-        const float over = divides ? 1 / beta : 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const uint32_t ge = *la_pair<LA_WIDTH>(sm->ge, r, n + 8 * j + c);
-            const uint32_t gu = *la_pair<LA_WIDTH>(sm->gu, r, n + 8 * j + c);
-            const uint32_t e = *la_pair<LA_WIDTH>(sm->e, r, n + 8 * j + c);
-            const float y = divides ? over * la_low_half(ge) : la_low_half(gu) - acc[j][2 * i];
-            const float z = divides ? over * la_high_half(ge)
-                                    : la_high_half(gu) - acc[j][2 * i + 1];
-            sum[i] = fmaf(y, la_low_half(e), sum[i]);
-            sum[i] = fmaf(z, la_high_half(e), sum[i]);
-        }
-        sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
-        sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
-        if (threadIdx.x % 4 == 0) sm->part[n / 32][r] = sum[i];
-    }
-}
-
-static __device__ __forceinline__ void load_matrix(bf16 *to, const bf16 *from)
-{
-    const uint32_t x = fg_shared(to);
-    for (int i = threadIdx.x; i < LA_WIDTH * LA_WIDTH / 8; i += 512)
-        fg_copy_async(x + fg_swizzle<LA_WIDTH>(i / 16, i % 16), from + i * 8, true);
-}
-
-/* What 32 columns add to the products x.g of 16 rows. */
-static __device__ __forceinline__ void along_rows(const bf16 *x, int m, int n,
-                                                  const float g[4][4], float to[4][LA_ROWS])
-{
-    const int r = m + threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float sum = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const uint32_t y = *la_pair<LA_WIDTH>((void *)x, r + 8 * i, n + 8 * j + c);
-            sum = fmaf(la_low_half(y), g[j][2 * i], sum);
-            sum = fmaf(la_high_half(y), g[j][2 * i + 1], sum);
-        }
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (threadIdx.x % 4 == 0) to[n / 32][r + 8 * i] = sum;
-    }
-}
-/* g = by (g - x (x.g)): from the gradient by rows of unit length to that by what was scaled. */
-static __device__ __forceinline__ void unscale(const bf16 *x, int m, int n, float g[4][4],
-                                               const float along[4][LA_ROWS], const float *by,
-                                               int rows)
-{
-    const int r = m + threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int t = r + 8 * i;
-        const float sum = (along[0][t] + along[1][t]) + (along[2][t] + along[3][t]);
-        const float scale = t < rows ? by[t] : 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const uint32_t y = *la_pair<LA_WIDTH>((void *)x, t, n + 8 * j + c);
-            g[j][2 * i] = scale * fmaf(-sum, la_low_half(y), g[j][2 * i]);
-            g[j][2 * i + 1] = scale * fmaf(-sum, la_high_half(y), g[j][2 * i + 1]);
-        }
-    }
-}
-
-template <bool UNIT>
-static __global__ void __launch_bounds__(512, 1)
-join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const bf16 *go,
-     const __grid_constant__ way_back w, const __grid_constant__ gradients to)
-{
-    extern __shared__ __align__(1024) char memory[];
-    joined *sm = (joined *)memory;
-    const int64_t chunk = blockIdx.x, bh = blockIdx.y, b = bh / z.H, h = bh % z.H;
-    const int64_t token = b * z.T + chunk * LA_ROWS, row = z.H * LA_WIDTH, at = h * LA_WIDTH;
-    const int64_t tile = bh * z.chunks + chunk, own = tile * LA_ROWS * LA_WIDTH;
-    const int n = la_rows(z, chunk), warp = threadIdx.x / 32, m = warp % 4 * 16;
-    const int wide = warp / 4 * 32, narrow = warp / 4 * 16, g = threadIdx.x % 32 / 4;
-    la_load<LA_WIDTH, 512>(sm->k, UNIT ? w.s.k + own : x.k + token * x.k_row + at,
-                           UNIT ? LA_WIDTH : x.k_row, n, threadIdx.x);
-    la_load<LA_WIDTH, 512>(sm->gu, w.gu + own, LA_WIDTH, n, threadIdx.x);
-    la_load<LA_ROWS, 512>(sm->M, w.s.M + tile * LA_ROWS * LA_ROWS, LA_ROWS, LA_ROWS, threadIdx.x);
-    fg_copy_commit();
-    la_load<LA_WIDTH, 512>(sm->e, w.e + own, LA_WIDTH, n, threadIdx.x);
-    la_load<LA_WIDTH, 512>(sm->go, go + token * row + at, row, n, threadIdx.x);
-    fg_copy_commit();
-    la_load<LA_WIDTH, 512>(sm->q, UNIT ? w.s.q + own : x.q + token * x.q_row + at,
-                           UNIT ? LA_WIDTH : x.q_row, n, threadIdx.x);
-    load_matrix(sm->S, w.S + tile * LA_WIDTH * LA_WIDTH);
-    load_matrix(sm->R, w.R + tile * LA_WIDTH * LA_WIDTH);
-    fg_copy_commit();
-    if (threadIdx.x < LA_ROWS) sm->beta[threadIdx.x] = w.s.beta[tile * LA_ROWS + threadIdx.x];
-    la_starts(z, b, chunk, sm->start, sm->marks);
-    fg_copy_wait<2>();
-    __syncthreads();
-
-    float gk[4][4], gq[4][4];
-    if (narrow <= m) pair_block(sm, sm->k, m, sm->k, narrow, 1, nullptr, 1, sm->N);
-    la_zero<4>(gk);
-    by_rows<true>(gk, sm->M, m, sm->gu, wide, m, LA_ROWS);          /* ge */
-    put_rows(to.v + token * to.v_row + at, to.v_row, m, wide, n, gk);
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            *la_pair<LA_WIDTH>(sm->ge, m + g + 8 * i, wide + 8 * j + threadIdx.x % 4 * 2) =
-                fg_pack2(gk[j][2 * i], gk[j][2 * i + 1]);
-    fg_copy_wait<1>();
-    __syncthreads();
-    errors(sm, m, wide);
-    if (narrow <= m) {
-        pair_block(sm, sm->go, m, sm->e, narrow, 0, sm->beta, 1, sm->P);
-        pair_block(sm, sm->ge, m, sm->e, narrow, 1, sm->beta, -1, sm->X);
-    }
-    fg_copy_wait<0>();
-    __syncthreads();
-    if (threadIdx.x < n) {
-        const int r = threadIdx.x;
-        to.beta.put((token + r) * z.H + h,
-                    (sm->part[0][r] + sm->part[1][r]) + (sm->part[2][r] + sm->part[3][r]));
-    }
-    const int last = sm->start[n - 1];
-    bool reached[2];
-    float passes[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int r = m + g + 8 * i;
-        reached[i] = sm->start[r] == -1;
-        passes[i] = la_passes(r, n, last) ? z.scale * sm->beta[r] : 0;
-    }
-    by_state(gq, sm->go, m, sm->S, wide);
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int f = 0; f < 4; f++) gq[j][f] = reached[f / 2] ? gq[j][f] : 0;
-    by_rows<false>(gq, sm->P, m, sm->k, wide, 0, m + 16);
-    la_zero<4>(gk);
-    by_rows<true>(gk, sm->P, m, sm->q, wide, m, LA_ROWS);
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int f = 0; f < 4; f++) {
-            gq[j][f] *= z.scale;
-            gk[j][f] *= z.scale;
-        }
-    if (UNIT) {
-        along_rows(sm->q, m, wide, gq, sm->along[0]);
-        __syncthreads();
-        unscale(sm->q, m, wide, gq, sm->along[0], w.s.q_scale + tile * LA_ROWS, n);
-    }
-    put_rows(to.q + token * to.q_row + at, to.q_row, m, wide, n, gq);
-    by_rows<false>(gk, sm->X, m, sm->k, wide, 0, m + 16);
-    by_rows<true>(gk, sm->X, m, sm->k, wide, m, LA_ROWS);
-    by_state(gq, sm->ge, m, sm->S, wide);
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int f = 0; f < 4; f++) gk[j][f] -= reached[f / 2] ? gq[j][f] : 0;
-    by_state(gq, sm->e, m, sm->R, wide);
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int f = 0; f < 4; f++)
-            gk[j][f] += passes[f / 2] != 0 ? passes[f / 2] * gq[j][f] : 0;
-    if (UNIT) {
-        along_rows(sm->k, m, wide, gk, sm->along[1]);
-        __syncthreads();
-        unscale(sm->k, m, wide, gk, sm->along[1], w.s.k_scale + tile * LA_ROWS, n);
-    }
-    put_rows(to.k + token * to.k_row + at, to.k_row, m, wide, n, gk);
-}
-
-/* Of what prepare has written.  last: gradient of the last state, or NULL; to_first: of the
- * first. */
-template <bool UNIT>
-static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, const float *last,
-                            const way_back &w, const gradients &to, float *to_first,
-                            cudaStream_t stream)
-{
-    const int64_t own = z.chunks * LA_ROWS * LA_WIDTH, row = z.H * LA_WIDTH;
-    const int bytes = (int)sizeof(joined);
-    la_chain forth = chain_of(z, w.s, x), back = forth;
-    forth.kept = w.S;
-    forth.o = { w.e, z.H * own, own, LA_WIDTH };
-    back.kept = w.R;
-    back.u = { go, z.T * row, LA_WIDTH, row };
-    back.o = { w.gu, z.H * own, own, LA_WIDTH };
-    back.from = last, back.to = to_first;
-    la_run_both_ways<la_delta_back>(forth, back, stream);
-    cudaFuncSetAttribute(join<UNIT>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    join<UNIT><<<dim3((unsigned)z.chunks, (unsigned)(z.B * z.H)), 512, bytes, stream>>>(
-        z, x, go, w, to);
+    la_run_forward<true>(c, stream);
 }
 #endif

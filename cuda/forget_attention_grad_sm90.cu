@@ -387,15 +387,13 @@ template <class S>
 static __device__ __forceinline__ void ds_put(const worker<S> &s, unsigned to,
                                               const unsigned (&ds)[S::ZN / 2])
 {
-    /* lane l gives the address of row l % 8 of matrix l / 8: rows, rows + 8, the next columns */
+    /* matrices: rows, rows + 8, the next columns */
     const int row = s.group * 64 + s.warp * 16 + s.lane % 16, right = s.lane / 16;
 #pragma unroll
     for (int n = 0; n < S::QT / 8; n += 2) {
         const unsigned at = to + n / 8 * KEYS * 128 + row * 128
                           + ((((n & 7) + right) ^ (row & 7)) << 4);
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
-                     :: "r"(at), "r"(ds[2 * n]), "r"(ds[2 * n + 1]), "r"(ds[2 * n + 2]),
-                        "r"(ds[2 * n + 3]) : "memory");
+        store_matrices(at, ds[2 * n], ds[2 * n + 1], ds[2 * n + 2], ds[2 * n + 3]);
     }
 }
 

@@ -278,6 +278,11 @@ prepare(const __grid_constant__ la_task z, const __grid_constant__ inputs x, ope
         if (i == j && !is_tame(&sm->z, i, 0, LA_WIDTH)) pairs_exactly(sm, i, A);
         else pairs_block(sm, i, j, A);
     }
+    if (warp >= 2) {                             /* six blocks above the diagonal */
+        const int i = warp < 5 ? 0 : warp < 7 ? 1 : 2, j = warp < 5 ? warp - 1 : warp < 7
+                    ? warp - 3 : 3, r = threadIdx.x % 32 / 2, d = threadIdx.x % 2 * 8;
+        *(uint4 *)(A + (16 * i + r) * LA_ROWS + 16 * j + d) = make_uint4(0, 0, 0, 0);
+    }
     const int last = sm->start[n - 1];
     for (int p = threadIdx.x; p < LA_ROWS * LA_WIDTH / 8; p += 256) {
         const int r = p / 16, d = p % 16 * 8, i = r / 16;
@@ -338,7 +343,7 @@ static void launch_forward(const la_task &z, const inputs &x, const operands &s,
     la_chain c = chain_of(z, s, x.v, x.v_row, false);
     c.o = { o, z.T * row, LA_WIDTH, row };
     c.to = last;
-    la_run_forward<la_gated>(c, stream);
+    la_run_forward<false>(c, stream);
 }
 
 /* ---- gradient -------------------------------------------------------------------------------- */
@@ -750,7 +755,7 @@ static void launch_backward(const la_task &z, const inputs &x, const bf16 *go, c
     back.kept = w.R;
     back.o = { to.v, z.T * to.v_row, LA_WIDTH, to.v_row };
     back.from = last, back.to = to_first;
-    la_run_both_ways<la_gated>(forth, back, stream);
+    la_run_both_ways<false>(forth, back, stream);
     cudaFuncSetAttribute(join<RAW>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     join<RAW><<<dim3(2 * (unsigned)z.chunks, (unsigned)(z.B * z.H)), 256, bytes, stream>>>(
         z, x, go, w.S, w.R, to);

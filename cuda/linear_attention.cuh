@@ -2,13 +2,14 @@
  * which rows belong together, and fragments of matrices in shared memory.
  *
  * Heads of 128 x 128, rows in chunks of 64.  Everything that does not need the state is prepared
- * chunk by chunk, all chunks at once; what is left is linear_attention_chain.cuh.
+ * chunk by chunk, all chunks at once; what is left is linear_attention_step.cuh.
  * Rows that a document's start cuts off from the state are 0 in Q and W, rows that do not reach the
  * next chunk are 0 in K, and decay is 0 where a document starts within the chunk. */
 #ifndef FG_LINEAR_ATTENTION_CUH
 #define FG_LINEAR_ATTENTION_CUH
 #include <math.h>
 #include "attention.cuh"
+#include "tensor_map.cuh"
 
 #define LA_ROWS    64                            /* of a chunk */
 #define LA_WIDTH   128                           /* of keys and of values */
@@ -39,7 +40,7 @@ static inline bool la_is_hopper()
     int device = 0, major = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    return major == 9;
+    return major == 9 && fg_encoder();
 }
 /* What works in chunks: q, k, v from input i on, and o. */
 static inline bool la_in_chunks(const fg_shape *k, const fg_shape *v, const fg_dtype *type, int i)
@@ -160,20 +161,27 @@ static __device__ __forceinline__ uint32_t *la_pair(void *x, int r, int c)
     return (uint32_t *)((char *)x + fg_swizzle<WIDTH>(r, c / 8) + c % 8 * 2);
 }
 
-/* 64 rows of WIDTH, `row` elements apart, on their way to shared memory, by THREADS threads; this
- * is number `thread`.  0 from row n on, and for rows whose flag has not the bit. */
-template <int WIDTH, int THREADS>
-static __device__ __forceinline__ void la_load(void *to, const bf16 *from, int64_t row, int n,
-                                               int thread, const uint8_t *flags = nullptr,
-                                               int bit = 0)
+/* wgmma's layout: panels of 64 columns of 64 rows.  Byte offset of 16-byte chunk c of row r: */
+#define LA_PANEL (LA_ROWS * 64 * 2)
+static __device__ __forceinline__ uint32_t la_panel(int r, int c)
 {
-    constexpr int ROW = WIDTH / 8, STEP = THREADS / ROW, BYTES = STEP * WIDTH * 2;
+    return (uint32_t)(c / 8 * LA_PANEL) + fg_swizzle<64>(r, c % 8);
+}
+
+/* 64 rows of WIDTH, `row` elements apart, on their way to shared memory, by THREADS threads; this
+ * is number `thread`.  0 from row n on. */
+template <int WIDTH, int THREADS, bool PANELS = false>
+static __device__ __forceinline__ void la_load(void *to, const bf16 *from, int64_t row, int n,
+                                               int thread)
+{
+    constexpr int ROW = WIDTH / 8, STEP = THREADS / ROW, BYTES = STEP * (PANELS ? 64 : WIDTH) * 2;
     static_assert(THREADS % ROW == 0 && LA_ROWS % STEP == 0 && STEP % 4 == 0, "");
     const int r0 = thread / ROW, c = thread % ROW;
     const uint32_t x = fg_shared(to);            /* the swizzle comes again every 8 rows */
-    const uint32_t even = x + fg_swizzle<WIDTH>(r0, c), odd = x + fg_swizzle<WIDTH>(r0 + STEP, c);
+    const uint32_t even = x + (PANELS ? la_panel(r0, c) : fg_swizzle<WIDTH>(r0, c));
+    const uint32_t odd = x + (PANELS ? la_panel(r0 + STEP, c) : fg_swizzle<WIDTH>(r0 + STEP, c));
     const bf16 *p = from + r0 * row + c * 8;
-    if (n == LA_ROWS && !flags) {
+    if (n == LA_ROWS) {
 #pragma unroll
         for (int k = 0; k < LA_ROWS / STEP; k++, p += STEP * row)
             fg_copy_async((k % 2 ? odd - BYTES : even) + k * BYTES, p, true);
@@ -181,8 +189,7 @@ static __device__ __forceinline__ void la_load(void *to, const bf16 *from, int64
     }
     for (int k = 0; k < LA_ROWS / STEP; k++, p += STEP * row) {
         const int r = r0 + k * STEP;
-        const bool real = r < n && (!flags || (flags[r] & bit));
-        fg_copy_async((k % 2 ? odd - BYTES : even) + k * BYTES, real ? p : from, real);
+        fg_copy_async((k % 2 ? odd - BYTES : even) + k * BYTES, r < n ? p : from, r < n);
     }
 }
 #endif

@@ -46,10 +46,22 @@ static inline void *fg_ssd_cut(void *base, size_t *used, int64_t count, size_t s
 
 /* ---- decays --------------------------------------------------------------------------------- */
 
+/* dt, with `row` elements between tokens, and a: [H].  With a bias, [H], softplus(dt + bias) stands
+ * for dt and -e^a for a. */
+struct fg_ssd_steps { fg_in dt; int64_t row; const float *a, *bias; };
+
+/* softplus(x), and its slope by its value */
+static __device__ __forceinline__ float fg_step_of(float x)
+{
+    return fmaxf(x, 0) + log1pf(expf(-fabsf(x)));
+}
+static __device__ __forceinline__ float fg_step_slope(float step) { return -expm1f(-step); }
+
 /* Per sequence and head, of tokens padded to whole chunks.  push = left dt. */
 struct fg_decays {
     float2 *sum;                                 /* high and low part, log2 */
     float *dt, *tail, *keep, *left, *push, *whole;         /* whole: [B,H,chunks] */
+    float *rate;                                 /* [H] */
     int32_t *segment;                            /* [B,padded]; below 0: padding */
     int64_t chunks, padded;
 };
@@ -68,6 +80,7 @@ static inline fg_decays fg_decays_cut(void *base, size_t *used, const fg_ssd &z,
     d.left = (float *)fg_ssd_cut(base, used, n, sizeof(float));
     d.push = (float *)fg_ssd_cut(base, used, n, sizeof(float));
     d.whole = (float *)fg_ssd_cut(base, used, z.B * z.H * d.chunks, sizeof(float));
+    d.rate = (float *)fg_ssd_cut(base, used, z.H, sizeof(float));
     d.segment = (int32_t *)fg_ssd_cut(base, used, z.B * d.padded, sizeof(int32_t));
     return d;
 }
@@ -82,96 +95,106 @@ static __device__ __forceinline__ float2 fg_two(double x)
     return make_float2(high, (float)(x - (double)high));
 }
 
-/* N floats, 2 or a multiple of 4. */
-template <int N> static __device__ __forceinline__ void fg_put_floats(float *to, const float *x)
+static __device__ __forceinline__ void fg_put4(float *to, const float *x)
 {
-    if (N == 2) *(float2 *)to = make_float2(x[0], x[1]);
-#pragma unroll
-    for (int i = 0; i + 4 <= N; i += 4)
-        *(float4 *)(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+    *(float4 *)to = make_float4(x[0], x[1], x[2], x[3]);
 }
 
-/* A block per chunk of a sequence and eight heads, a warp each; a lane has R / 32 neighbouring
- * tokens, `final` the last token of its block of 16. */
-template <int R>
-static __global__ void __launch_bounds__(256)
-fg_decays_fill(fg_ssd z, const float *dt, const float *a, fg_decays d)
+/* The sum of x over this lane and the lower ones of its LANES neighbours. */
+template <int LANES, typename T> static __device__ __forceinline__ T fg_sum_upto(T x)
 {
-    constexpr int E = R / 32;
-    const int final = (int)threadIdx.x % 32 | (16 / E - 1);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t b = blockIdx.x / d.chunks, chunk = blockIdx.x % d.chunks, t0 = chunk * R;
-    const int64_t past = z.past ? *z.past : 0;
-    int count[E], total = 0;
-    bool pad[E];
 #pragma unroll
-    for (int e = 0; e < E; e++) {
-        const int64_t t = t0 + E * lane + e;
-        const int64_t low = t < z.T ? fg_ssd_low(z, b, t) : -1;
-        pad[e] = t < z.T && low > past + t;
+    for (int k = 1; k < LANES; k *= 2) {
+        const T y = __shfl_up_sync(~0u, x, k, LANES);
+        if ((int)threadIdx.x % LANES >= k) x += y;
+    }
+    return x;
+}
+
+/* A block per 128 tokens of a sequence and eight heads, a warp each; a lane has four neighbouring
+ * tokens, R / 4 lanes a chunk, `final` the last token of its block of 16. */
+template <int R>
+static __global__ void __launch_bounds__(256, 5)
+fg_decays_fill(fg_ssd z, fg_ssd_steps steps, fg_decays d)
+{
+    constexpr int LANES = R / 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, final = lane | 3;
+    const unsigned blocks = (unsigned)(d.padded + 127) / 128;
+    const int b = blockIdx.x / blocks, t0 = blockIdx.x % blocks * 128 + 4 * lane, chunk = t0 / R;
+    const int past = z.past ? *z.past : 0;
+    const int h = blockIdx.y * 8 + warp;
+    const bool there = h < z.H && chunk < d.chunks;
+    alignas(16) int segment[4];
+    int total = 0;
+    float step[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        step[e] = there && t0 + e < z.T ? steps.dt[(b * z.T + t0 + e) * steps.row + h] : 0.0f;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int t = t0 + e;
+        const int low = t < z.T ? (int)fg_ssd_low(z, b, t) : -1;
         total += t < z.T && low >= past + t;
-        count[e] = total;
+        segment[e] = t < z.T && low > past + t ? -1 - total : total;
     }
-    int before = total;
+    const int upto = fg_sum_upto<LANES>(total), last = __shfl_sync(~0u, upto, LANES - 1, LANES);
 #pragma unroll
-    for (int k = 1; k < 32; k *= 2) {
-        const int y = __shfl_up_sync(~0u, before, k);
-        if (lane >= k) before += y;
+    for (int e = 0; e < 4; e++) segment[e] += segment[e] < 0 ? total - upto : upto - total;
+    if (warp == 0 && blockIdx.y == 0 && chunk < d.chunks)
+        *(int4 *)(d.segment + b * d.padded + t0) = *(const int4 *)segment;
+    const int block = __shfl_sync(~0u, segment[3], final);
+    const float a = h >= z.H ? 0.0f : steps.bias ? -expf(steps.a[h]) : steps.a[h];
+    const float bias = steps.bias && h < z.H ? steps.bias[h] : 0.0f;
+    const double rate = (double)a * FG_LOG2_E, floor = -1e4 * FG_LOG2_E;
+    double all = 0;
+    const auto log_of = [&](float x) {
+        const double l = (double)x * rate;
+        return l < floor ? floor : l;
+    };
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        if (t0 + e >= z.T || segment[e] < 0) step[e] = 0;
+        else if (steps.bias) step[e] = fg_step_of(step[e] + bias);
+        all += log_of(step[e]);
     }
-    const int last = __shfl_sync(~0u, before, 31);
-    before -= total;
+    const double here = fg_sum_upto<LANES>(all);
+    const float2 whole = fg_two(__shfl_sync(~0u, here, LANES - 1, LANES));
+    const float2 to = fg_two(__shfl_sync(~0u, here, final));
+    if (!there) return;
+    const int64_t row = b * z.H + h, at = row * d.padded + t0;
+    double sum = here - all;
+    float2 s[4];
+    float x[4];
 #pragma unroll
-    for (int e = 0; e < E; e++) {
-        count[e] += before;
-        if (warp == 0 && blockIdx.y == 0)
-            d.segment[b * d.padded + t0 + E * lane + e] = pad[e] ? -1 - count[e] : count[e];
-    }
-    const int block = __shfl_sync(~0u, pad[E - 1] ? -1 - count[E - 1] : count[E - 1], final);
-    const int64_t h = blockIdx.y * 8 + warp;
-    if (h < z.H) {
-        const double rate = (double)a[h] * FG_LOG2_E;
-        const int64_t at = (b * z.H + h) * d.padded + t0 + E * lane;
-        double sum[E], all = 0;
-        float step[E];
+    for (int e = 0; e < 4; e++) s[e] = fg_two(sum += log_of(step[e]));
+    fg_put4((float *)(d.sum + at), (const float *)s);
+    fg_put4((float *)(d.sum + at + 2), (const float *)(s + 2));
+    fg_put4(d.dt + at, step);
 #pragma unroll
-        for (int e = 0; e < E; e++) {
-            const int64_t t = t0 + E * lane + e;
-            const float v = t < z.T && !pad[e] ? dt[(b * z.T + t) * z.H + h] : 0.0f;
-            const double l = (double)v * rate, floor = -1e4 * FG_LOG2_E;
-            sum[e] = all += l < floor ? floor : l;
-            step[e] = v;
-        }
-        const double upto = fg_warp_prefix(all), whole = __shfl_sync(~0u, upto, 31);
-        const double to = __shfl_sync(~0u, upto, final);
-        float keep[E], left[E], tail[E], push[E];
-        float2 two[E];
+    for (int e = 0; e < 4; e++) x[e] = segment[e] == 0 ? fg_exp2(s[e].x) : 0.0f;
+    fg_put4(d.keep + at, x);
 #pragma unroll
-        for (int e = 0; e < E; e++) {
-            const double s = upto - all + sum[e];
-            const bool leaves = count[e] == last && !pad[e], ends = count[e] == block && !pad[e];
-            two[e] = fg_two(s);
-            keep[e] = count[e] == 0 ? fg_exp2((float)s) : 0.0f;
-            left[e] = leaves ? fg_exp2((float)(whole - s)) : 0.0f;
-            tail[e] = ends ? fg_exp2((float)(to - s)) : 0.0f;
-            push[e] = left[e] * step[e];
-        }
-        fg_put_floats<2 * E>((float *)(d.sum + at), (const float *)two);
-        fg_put_floats<E>(d.dt + at, step);
-        fg_put_floats<E>(d.tail + at, tail);
-        fg_put_floats<E>(d.keep + at, keep);
-        fg_put_floats<E>(d.left + at, left);
-        fg_put_floats<E>(d.push + at, push);
-        if (lane == 0)
-            d.whole[(b * z.H + h) * d.chunks + chunk] = last == 0 ? fg_exp2((float)whole) : 0.0f;
-    }
+    for (int e = 0; e < 4; e++)
+        x[e] = segment[e] == block && block >= 0 ? fg_exp2(fg_two_diff(to, s[e])) : 0.0f;
+    fg_put4(d.tail + at, x);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        x[e] = segment[e] == last ? fg_exp2(fg_two_diff(whole, s[e])) : 0.0f;
+    fg_put4(d.left + at, x);
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[e] *= step[e];
+    fg_put4(d.push + at, x);
+    if (lane == 0 && blockIdx.x == 0) d.rate[h] = a;
+    if (lane % LANES == 0)
+        d.whole[row * d.chunks + chunk] = last == 0 ? fg_exp2(whole.x) : 0.0f;
 }
 
 template <int R>
-static void fg_decays_launch(const fg_ssd &z, const float *dt, const float *a, const fg_decays &d,
+static void fg_decays_launch(const fg_ssd &z, const fg_ssd_steps &steps, const fg_decays &d,
                              cudaStream_t stream)
 {
-    const dim3 blocks((unsigned)(z.B * d.chunks), (unsigned)((z.H + 7) / 8));
-    fg_decays_fill<R><<<blocks, 256, 0, stream>>>(z, dt, a, d);
+    const dim3 blocks(fg_blocks(d.padded, 128) * (unsigned)z.B, (unsigned)((z.H + 7) / 8));
+    fg_decays_fill<R><<<blocks, 256, 0, stream>>>(z, steps, d);
 }
 
 /* ---- fragments of matrices in shared memory, WIDTH bf16 a row, swizzled ---------------------- */
@@ -533,10 +556,33 @@ static inline int64_t fg_ssd_parts(const fg_ssd &z, int64_t chunks, int64_t bloc
     return parts < M ? parts : M;
 }
 
-/* Whether the tensor core kernels take these shapes and dtypes. */
-static inline bool fg_ssd_fits(const fg_infer *c, int x, int b)
+/* ---- ssd_scan and mamba2_scan, on tensor cores ----------------------------------------------- */
+
+enum { FG_SSD_X, FG_SSD_DT, FG_SSD_A, FG_SSD_B, FG_SSD_C, FG_SSD_D, FG_SSD_STATE, FG_SSD_FIRST,
+       FG_SSD_PAST };                            /* inputs; of the gradients from FG_SSD_BACK on */
+#define FG_SSD_BACK 2
+
+/* Whether they take these shapes and dtypes, of the inputs from x on. */
+static inline bool fg_ssd_fits(const fg_infer *c, int x)
 {
-    return c->in[x].dim[3] == FG_STATE_P && (c->in[b].dim[3] == 64 || c->in[b].dim[3] == 128)
-           && c->in_type[x] == FG_BF16 && c->in_type[b] == FG_BF16 && c->in_type[b + 1] == FG_BF16;
+    const fg_dtype *type = c->in_type + x;
+    const int64_t N = c->in[x + FG_SSD_B].dim[3];
+    return c->in[x].dim[1] > 16 && c->in[x].dim[3] == FG_STATE_P && (N == 64 || N == 128)
+           && type[FG_SSD_X] == FG_BF16 && type[FG_SSD_B] == FG_BF16 && type[FG_SSD_C] == FG_BF16
+           && type[FG_SSD_A] == FG_F32 && (!c->given[x + FG_SSD_D] || type[FG_SSD_D] == FG_F32);
 }
+static inline fg_ssd_steps fg_steps_of(const fg_exec *e, int x, int bias)
+{
+    return { fg_input_of(e, x + FG_SSD_DT),
+             fg_pitch_of(&e->in_rows[x + FG_SSD_DT], e->in_shape[x].dim[2]),
+             (const float *)e->in[x + FG_SSD_A], bias ? (const float *)e->in[bias] : nullptr };
+}
+
+/* kept: the states before every 128 tokens, for the gradient; else in e->scratch. */
+void fg_ssd_forward(const fg_exec *e, const fg_ssd_steps &steps, bf16 *kept, cudaStream_t stream);
+size_t fg_ssd_forward_scratch(const fg_infer *c, bool kept);
+/* gbias: with steps.bias. */
+void fg_ssd_backward(const fg_exec *e, const fg_ssd_steps &steps, const bf16 *kept,
+                     const fg_out &gbias, cudaStream_t stream);
+size_t fg_ssd_backward_scratch(const fg_infer *c, bool kept);
 #endif

@@ -14,11 +14,10 @@
  * Bytes of the chunks: x twice, y, and the states, N/R of x's size, written and read. */
 #include "ssd.cuh"
 
-enum { X, DT, A, B_IN, C_IN, D, STATE, FIRST, PAST };
+enum { X = FG_SSD_X, DT, A, B_IN, C_IN, D, STATE, FIRST, PAST };
 
 /* Chosen on an H100 80GB HBM3, 2026-11-26: 0.27 ms on wgmma and 0.34 ms by the chunks below, for
  * 16384 tokens, 48 heads of 64, N = 128. */
-#define FEW    16                                /* tokens up to which the recurrence is followed */
 #define CHUNK  128
 #define BLOCKS 512                               /* of the last kernel, about */
 #define BLOCKS_SM90 120                          /* at least, where there are as many heads */
@@ -299,17 +298,28 @@ template <int N> static void run_chunks_launch(const chunks &k, cudaStream_t str
     run_chunks<N><<<blocks, 256, bytes, stream>>>(k);
 }
 
-static bf16 *cut(const fg_ssd &z, void *base, size_t *used, fg_decays *d)
+static bf16 *cut(const fg_ssd &z, bool kept, void *base, size_t *used, fg_decays *d)
 {
     *d = fg_decays_cut(base, used, z, CHUNK, 1);
+    if (kept) return nullptr;
     return (bf16 *)fg_ssd_cut(base, used, z.B * z.H * d->chunks * z.P * z.N, sizeof(bf16));
 }
 
-static void chunks_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream)
+static fg_ssd task_of(const fg_exec *e)
 {
+    fg_ssd z = fg_ssd_of(&e->in_shape[X], &e->in_shape[B_IN]);
+    z.first = (const int32_t *)e->in[FIRST];
+    z.past = (const int32_t *)e->in[PAST];
+    z.resets = z.first || z.past;
+    return z;
+}
+
+void fg_ssd_forward(const fg_exec *e, const fg_ssd_steps &steps, bf16 *kept, cudaStream_t stream)
+{
+    const fg_ssd z = task_of(e);
     chunks k = {};
     size_t used = 0;
-    bf16 *states = cut(z, e->scratch, &used, &k.d);
+    bf16 *own = cut(z, kept, e->scratch, &used, &k.d), *states = kept ? kept : own;
     k.z = z;
     k.x = (const bf16 *)e->in[X], k.b = (const bf16 *)e->in[B_IN], k.c = (const bf16 *)e->in[C_IN];
     k.x_row = fg_pitch_of(&e->in_rows[X], z.H * z.P);
@@ -320,7 +330,7 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream
     k.y = (bf16 *)e->out[0];
     const bool sm90 = fg_ssd_scan_has_sm90();
     k.parts = fg_ssd_parts(z, k.d.chunks, sm90 ? BLOCKS_SM90 : BLOCKS);
-    fg_decays_launch<CHUNK>(z, (const float *)e->in[DT], (const float *)e->in[A], k.d, stream);
+    fg_decays_launch<CHUNK>(z, steps, k.d, stream);
     const fg_states s = { k.x, k.b, k.x_row, k.b_row, k.d.push, (const float *)e->in[STATE],
                           (float *)e->out[1], states, 1, false };
     fg_states_launch<CHUNK>(z, k.d, { { s, s } }, 1, stream);
@@ -329,13 +339,19 @@ static void chunks_launch(const fg_exec *e, const fg_ssd &z, cudaStream_t stream
     else run_chunks_launch<64>(k, stream);
 }
 
+size_t fg_ssd_forward_scratch(const fg_infer *c, bool kept)
+{
+    fg_decays d;
+    size_t used = 0;
+    cut(fg_ssd_of(&c->in[X], &c->in[B_IN]), kept, NULL, &used, &d);
+    return used;
+}
+
 /* ---- which ---------------------------------------------------------------------------------- */
 
 static bool in_chunks(const fg_infer *c)
 {
-    return c->in[X].dim[1] > FEW && fg_ssd_fits(c, X, B_IN) && c->out_type[0] == FG_BF16
-           && c->in_type[DT] == FG_F32 && c->in_type[A] == FG_F32
-           && (!c->given[D] || c->in_type[D] == FG_F32);
+    return fg_ssd_fits(c, X) && c->out_type[0] == FG_BF16 && c->in_type[DT] == FG_F32;
 }
 
 static fg_infer infer_of(const fg_exec *e)
@@ -352,22 +368,14 @@ static fg_infer infer_of(const fg_exec *e)
 
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
-    fg_ssd z = fg_ssd_of(&e->in_shape[X], &e->in_shape[B_IN]);
     const fg_infer c = infer_of(e);
-    z.first = (const int32_t *)e->in[FIRST];
-    z.past = (const int32_t *)e->in[PAST];
-    z.resets = z.first || z.past;
-    if (in_chunks(&c)) chunks_launch(e, z, stream);
-    else follow_launch(e, z, stream);
+    if (in_chunks(&c)) fg_ssd_forward(e, fg_steps_of(e, X, 0), nullptr, stream);
+    else follow_launch(e, task_of(e), stream);
 }
 
 static size_t scratch(const fg_infer *c)
 {
-    const fg_ssd z = fg_ssd_of(&c->in[X], &c->in[B_IN]);
-    fg_decays d;
-    size_t used = 0;
-    if (in_chunks(c)) cut(z, NULL, &used, &d);
-    return used;
+    return in_chunks(c) ? fg_ssd_forward_scratch(c, false) : 0;
 }
 
 static const char *unfit(const fg_infer *c)

@@ -19,7 +19,7 @@
  * and in. */
 #include "ssd_scan_grad.cuh"
 
-enum { GY, GEND, X, DT, A, B_IN, C_IN, D, STATE, FIRST };
+enum { GY, GEND, X = FG_SSD_BACK, DT, A, B_IN, C_IN, D, STATE, FIRST };
 enum { GX, GDT, GA, GB, GC, GD, GSTATE };
 
 /* Chosen on an H100 80GB HBM3, 2026-11-26: 0.50 ms on wgmma for 16384 tokens, 48 heads of 64,
@@ -420,9 +420,10 @@ run_chunks(const __grid_constant__ chunks k)
         __syncthreads();
         if (warp == h % WARPS) {
             const int at = (b * chunks + chunk) * H + h;
-            settle(m->t, nullptr, own->dt, m->segment, k.rate[h],
-                   k.d.whole[((int64_t)b * H + h) * chunks + chunk], real, k.gdt + token * H + h,
-                   H, k.s.ga + at, k.s.gd + at);
+            settle(m->t, nullptr, own->dt, m->segment, k.d.rate[h],
+                   k.d.whole[((int64_t)b * H + h) * chunks + chunk], real,
+                   { k.gdt, token * k.gdt_row + h, k.gdt_row, k.s.ga + at, k.s.gd + at,
+                     k.s.gbias + at, k.bias });
         }
     }
     __syncthreads();
@@ -651,8 +652,9 @@ static __device__ __forceinline__ void plain_head(const plain &k, view v, const 
         const int64_t at = (v.b * k.d.chunks + v.chunk) * z.H + v.h;
         if (threadIdx.x < 32)
             settle(t, crossing, k.d.dt + v.at, segment, k.a[v.h],
-                   k.d.whole[row * k.d.chunks + v.chunk],
-                   v.real, k.gdt + v.token * z.H + v.h, z.H, k.s.ga + at, k.s.gd + at);
+                   k.d.whole[row * k.d.chunks + v.chunk], v.real,
+                   { { k.gdt, false }, v.token * z.H + v.h, z.H, k.s.ga + at, k.s.gd + at,
+                     k.s.gbias + at, false });
         advance(k, v, k.gy, k.c, k.d.keep, m.r);
     }
     for (int64_t i = threadIdx.x; i < size; i += blockDim.x) k.gstate[row * size + i] = m.r[i];
@@ -689,31 +691,35 @@ add_parts(const float *parts, int64_t n_parts, int64_t all, int64_t n, int64_t r
     for (int64_t k = 0; k < n_parts; k++) sum += parts[k * all + i];
     to.put(i / n * row + i % n, sum);
 }
-/* A warp per head. */
+/* A warp per head.  With gbias, a is -e^a_log, and ga the gradient of a_log. */
 static __global__ void __launch_bounds__(32)
-add_chunks(sums s, int64_t rows, int64_t H, fg_out ga, fg_out gd)
+add_chunks(sums s, int64_t rows, int64_t H, const float *rate, fg_out ga, fg_out gd, fg_out gbias)
 {
     const int64_t h = blockIdx.x;
-    double a = 0, d = 0;
-    for (int64_t i = threadIdx.x; i < rows; i += 32) a += s.ga[i * H + h], d += s.gd[i * H + h];
+    double a = 0, d = 0, bias = 0;
+    for (int64_t i = threadIdx.x; i < rows; i += 32)
+        a += s.ga[i * H + h], d += s.gd[i * H + h], bias += s.gbias[i * H + h];
     a = warp_sum(a);
     d = warp_sum(d);
-    if (threadIdx.x == 0) ga.put(h, (float)a), gd.put(h, (float)d);
+    bias = warp_sum(bias);
+    if (threadIdx.x > 0) return;
+    ga.put(h, (float)(gbias.p ? a * rate[h] : a));
+    gd.put(h, (float)d);
+    if (gbias.p) gbias.put(h, (float)bias);
 }
 
 /* ---- which ----------------------------------------------------------------------------------- */
 
 static bool in_chunks(const fg_infer *c)
 {
-    return c->in[X].dim[1] > 16 && fg_ssd_fits(c, X, B_IN) && c->given[GY]
-           && c->in_type[GY] == FG_BF16 && c->out_type[GX] == FG_BF16
-           && c->in_type[DT] == FG_F32 && c->in_type[A] == FG_F32
-           && (!c->given[D] || c->in_type[D] == FG_F32);
+    return fg_ssd_fits(c, X) && c->given[GY] && c->in_type[GY] == FG_BF16
+           && c->out_type[GX] == FG_BF16 && c->in_type[DT] == FG_F32;
 }
 
 struct layout { bool sm90; fg_decays d; sums s; bf16 *states, *pulls; float *own; };
 
-static layout cut(const fg_ssd &z, bool tensor, void *base, size_t *used)
+/* kept: states of the forward pass are there. */
+static layout cut(const fg_ssd &z, bool tensor, bool kept, void *base, size_t *used)
 {
     layout m = {};
     m.sm90 = tensor && fg_ssd_scan_grad_has_sm90();
@@ -726,7 +732,7 @@ static layout cut(const fg_ssd &z, bool tensor, void *base, size_t *used)
     m.s = sums_cut(base, used, z, m.d.chunks, parts);
     const int64_t states = z.B * z.H * (m.d.chunks / each) * z.P * z.N;
     if (tensor) {
-        m.states = (bf16 *)fg_ssd_cut(base, used, states, sizeof(bf16));
+        if (!kept || !m.sm90) m.states = (bf16 *)fg_ssd_cut(base, used, states, sizeof(bf16));
         m.pulls = (bf16 *)fg_ssd_cut(base, used, states, sizeof(bf16));
     } else {
         m.own = (float *)fg_ssd_cut(base, used, z.B * z.G * parts * plain_floats(z, m.d.chunks),
@@ -735,32 +741,73 @@ static layout cut(const fg_ssd &z, bool tensor, void *base, size_t *used)
     return m;
 }
 
-static void chunks_launch(const fg_exec *e, const fg_ssd &z, const layout &m, cudaStream_t stream)
+static fg_ssd task_of(const fg_exec *e)
+{
+    fg_ssd z = fg_ssd_of(&e->in_shape[X], &e->in_shape[B_IN]);
+    z.first = (const int32_t *)e->in[FIRST];
+    z.resets = z.first != NULL;
+    return z;
+}
+
+static void chunks_launch(const fg_exec *e, const fg_ssd &z, const layout &m, bool bias,
+                          const bf16 *kept, cudaStream_t stream)
 {
     chunks k = {};
-    k.z = z, k.d = m.d, k.s = m.s, k.states = m.states, k.pulls = m.pulls;
+    k.z = z, k.d = m.d, k.s = m.s, k.states = m.states ? m.states : kept, k.pulls = m.pulls;
     k.x = (const bf16 *)e->in[X], k.gy = (const bf16 *)e->in[GY];
     k.b = (const bf16 *)e->in[B_IN], k.c = (const bf16 *)e->in[C_IN];
     k.x_row = fg_pitch_of(&e->in_rows[X], z.H * z.P);
     k.gy_row = fg_pitch_of(&e->in_rows[GY], z.H * z.P);
     k.b_row = fg_pitch_of(&e->in_rows[B_IN], z.G * z.N);
     k.c_row = fg_pitch_of(&e->in_rows[C_IN], z.G * z.N);
-    k.skip = (const float *)e->in[D], k.rate = (const float *)e->in[A];
-    k.gx = (bf16 *)e->out[GX], k.gdt = (float *)e->out[GDT];
+    k.skip = (const float *)e->in[D], k.bias = bias;
+    k.gx = (bf16 *)e->out[GX], k.gdt = fg_output_of(e, GDT);
     k.gb = fg_output_of(e, GB), k.gc = fg_output_of(e, GC);
     k.gx_row = fg_pitch_of(&e->out_rows[GX], z.H * z.P);
+    k.gdt_row = fg_pitch_of(&e->out_rows[GDT], z.H);
     k.gb_row = fg_pitch_of(&e->out_rows[GB], z.G * z.N);
     k.gc_row = fg_pitch_of(&e->out_rows[GC], z.G * z.N);
     k.each = m.sm90 ? 2 : 1;
-    const fg_both_states s = { {
-        { k.x, k.b, k.x_row, k.b_row, m.d.push, (const float *)e->in[STATE], NULL, m.states, k.each,
-          false },
-        { k.gy, k.c, k.gy_row, k.c_row, m.d.keep, (const float *)e->in[GEND],
-          (float *)e->out[GSTATE], m.pulls, k.each, true } } };
-    fg_states_launch<CHUNK>(z, m.d, s, 2, stream);
+    const fg_states back = { k.gy, k.c, k.gy_row, k.c_row, m.d.keep, (const float *)e->in[GEND],
+                             (float *)e->out[GSTATE], m.pulls, k.each, true };
+    const fg_states on = { k.x, k.b, k.x_row, k.b_row, m.d.push, (const float *)e->in[STATE], NULL,
+                           m.states, k.each, false };
+    fg_states_launch<CHUNK>(z, m.d, { { back, on } }, m.states ? 2 : 1, stream);
     if (m.sm90) fg_ssd_scan_grad_sm90(k, stream);
     else if (z.N == 128) run_chunks_launch<128>(k, stream);
     else run_chunks_launch<64>(k, stream);
+}
+
+/* The sums of parts: gb and gc, if there are several or they are not in place; those of heads. */
+static void add_up(const fg_exec *e, const fg_ssd &z, const layout &m, bool apart,
+                   const fg_out &gbias, cudaStream_t stream)
+{
+    const int64_t n = z.G * z.N, all = z.B * z.T * n;
+    for (int c = 0; c < 2 && (apart || m.s.parts > 1); c++) {
+        const int64_t row = fg_pitch_of(&e->out_rows[GB + c], n);
+        add_parts<<<fg_blocks(all, 256), 256, 0, stream>>>(c ? m.s.gc : m.s.gb, m.s.parts, all, n,
+                                                           row, fg_output_of(e, GB + c));
+    }
+    add_chunks<<<(unsigned)z.H, 32, 0, stream>>>(m.s, z.B * m.d.chunks, z.H, m.d.rate,
+                                                 fg_output_of(e, GA), fg_output_of(e, GD), gbias);
+}
+
+void fg_ssd_backward(const fg_exec *e, const fg_ssd_steps &steps, const bf16 *kept,
+                     const fg_out &gbias, cudaStream_t stream)
+{
+    const fg_ssd z = task_of(e);
+    size_t used = 0;
+    const layout m = cut(z, true, kept, e->scratch, &used);
+    fg_decays_launch<CHUNK>(z, steps, m.d, stream);
+    chunks_launch(e, z, m, steps.bias, kept, stream);
+    add_up(e, z, m, false, gbias, stream);
+}
+
+size_t fg_ssd_backward_scratch(const fg_infer *c, bool kept)
+{
+    size_t used = 0;
+    cut(fg_ssd_of(&c->in[X], &c->in[B_IN]), true, kept, NULL, &used);
+    return used;
 }
 
 static rows_of rows_at(const fg_exec *e, int i, int64_t n)
@@ -781,7 +828,6 @@ static void plain_launch(const fg_exec *e, const fg_ssd &z, const layout &m, cud
 
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
-    fg_ssd z = fg_ssd_of(&e->in_shape[X], &e->in_shape[B_IN]);
     fg_infer c = {};
     for (int i = 0; i < e->n_in; i++) {
         c.given[i] = e->in[i] != NULL;
@@ -789,28 +835,23 @@ static void launch(const fg_exec *e, cudaStream_t stream)
         c.in_type[i] = e->in_type[i];
     }
     c.out_type[GX] = e->out_type[GX];
-    z.first = (const int32_t *)e->in[FIRST];
-    z.resets = z.first != NULL;
-    const bool tensor = in_chunks(&c);
-    size_t used = 0;
-    const layout m = cut(z, tensor, e->scratch, &used);
-    fg_decays_launch<CHUNK>(z, (const float *)e->in[DT], (const float *)e->in[A], m.d, stream);
-    if (tensor) chunks_launch(e, z, m, stream);
-    else plain_launch(e, z, m, stream);
-    const int64_t n = z.G * z.N, all = z.B * z.T * n;
-    for (int c = 0; c < 2 && (!tensor || m.s.parts > 1); c++) {
-        const int64_t row = fg_pitch_of(&e->out_rows[GB + c], n);
-        add_parts<<<fg_blocks(all, 256), 256, 0, stream>>>(c ? m.s.gc : m.s.gb, m.s.parts, all, n,
-                                                           row, fg_output_of(e, GB + c));
+    const fg_ssd_steps steps = fg_steps_of(e, X, 0);
+    if (in_chunks(&c)) {
+        fg_ssd_backward(e, steps, nullptr, {}, stream);
+        return;
     }
-    add_chunks<<<(unsigned)z.H, 32, 0, stream>>>(m.s, z.B * m.d.chunks, z.H, fg_output_of(e, GA),
-                                                  fg_output_of(e, GD));
+    const fg_ssd z = task_of(e);
+    size_t used = 0;
+    const layout m = cut(z, false, false, e->scratch, &used);
+    fg_decays_launch<CHUNK>(z, steps, m.d, stream);
+    plain_launch(e, z, m, stream);
+    add_up(e, z, m, true, {}, stream);
 }
 
 static size_t scratch(const fg_infer *c)
 {
     size_t used = 0;
-    cut(fg_ssd_of(&c->in[X], &c->in[B_IN]), in_chunks(c), NULL, &used);
+    cut(fg_ssd_of(&c->in[X], &c->in[B_IN]), in_chunks(c), false, NULL, &used);
     return used;
 }
 

@@ -6,8 +6,8 @@
 #define CHUNK 64
 #define HEADS_SM90 64                            /* of a block on wgmma, at most */
 
-/* Parts of sums: gb, gc: [parts][B,T,G,N]; ga, gd: [B*chunks][H]. */
-struct sums { float *gb, *gc; double *ga, *gd; int64_t parts; };
+/* Parts of sums: gb, gc: [parts][B,T,G,N]; ga, gd, gbias: [B*chunks][H]. */
+struct sums { float *gb, *gc; double *ga, *gd, *gbias; int64_t parts; };
 
 static inline sums sums_cut(void *base, size_t *used, const fg_ssd &z, int64_t chunks,
                             int64_t parts)
@@ -19,6 +19,7 @@ static inline sums sums_cut(void *base, size_t *used, const fg_ssd &z, int64_t c
     s.gc = (float *)fg_ssd_cut(base, used, n, sizeof(float));
     s.ga = (double *)fg_ssd_cut(base, used, z.B * chunks * z.H, sizeof(double));
     s.gd = (double *)fg_ssd_cut(base, used, z.B * chunks * z.H, sizeof(double));
+    s.gbias = (double *)fg_ssd_cut(base, used, z.B * chunks * z.H, sizeof(double));
     return s;
 }
 
@@ -57,15 +58,18 @@ static __device__ __forceinline__ double warp_sum(double x)
     return x;
 }
 
-/* gdt, ga and gd of one head and chunk by one warp; a lane has two tokens.  crossing: column sums
- * less row sums of z, if they are not those of m. */
+/* Where gradients of one head and chunk go: that of its first token's dt to gdt[at], others `row`
+ * elements apart.  bias: its dt is softplus(dt + bias). */
+struct settled { fg_out gdt; int64_t at, row; double *ga, *gd, *gbias; bool bias; };
+
+/* gdt, ga, gd and gbias by one warp; a lane has two tokens.  crossing: column sums less row sums of
+ * z, if they are not those of m. */
 static __device__ __noinline__ void settle(const totals &m, const double *crossing, const float *dt,
                                            const int32_t *segment, float rate, float whole,
-                                           int64_t real, float *gdt, int64_t row, double *ga,
-                                           double *gd)
+                                           int64_t real, const settled &to)
 {
     const int lane = threadIdx.x % 32;
-    double gl, step[2], u[2], both = 0, a = 0, d = 0;
+    double gl, step[2], u[2], both = 0, a = 0, d = 0, bias = 0;
 #pragma unroll
     for (int e = 0; e < 2; e++) {
         const int t = 2 * lane + e;
@@ -82,14 +86,18 @@ static __device__ __noinline__ void settle(const totals &m, const double *crossi
     for (int e = 0; e < 2; e++) {
         const int t = 2 * lane + e;
         const bool counts = t < real && segment[t] >= 0;
-        if (t < real) gdt[t * row] = counts ? (float)(rate * gl + part_sum(m.gu, t)) : 0.0f;
+        float g = counts ? (float)(rate * gl + part_sum(m.gu, t)) : 0.0f;
+        if (to.bias) g *= fg_step_slope(dt[t]);
+        if (t < real) to.gdt.put(to.at + t * to.row, g);
+        bias += g;
         a += counts ? dt[t] * gl : 0.0;
         d += counts ? part_sum(m.gy, t) : 0.0f;
         gl += step[e];
     }
     a = warp_sum(a);
     d = warp_sum(d);
-    if (lane == 0) *ga = a, *gd = d;
+    bias = warp_sum(bias);
+    if (lane == 0) *to.ga = a, *to.gd = d, *to.gbias = bias;
 }
 
 struct chunks {
@@ -99,11 +107,11 @@ struct chunks {
     const bf16 *x, *gy, *b, *c;
     const bf16 *states, *pulls;                  /* S and R around every `each` chunks */
     int each;
-    const float *skip, *rate;
+    const float *skip;
     bf16 *gx;
-    float *gdt;
-    fg_out gb, gc;
-    int64_t x_row, gy_row, b_row, c_row, gx_row, gb_row, gc_row;
+    fg_out gdt, gb, gc;
+    int64_t x_row, gy_row, b_row, c_row, gx_row, gdt_row, gb_row, gc_row;
+    bool bias;                                   /* dt is softplus(dt + bias) */
 };
 
 /* On wgmma, for bf16, P = 64, N = 64 or 128, with S and R around every two chunks; whether this

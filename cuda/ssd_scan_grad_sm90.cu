@@ -253,7 +253,7 @@ static __device__ __forceinline__ void put_gx(const chunks &k, const spot &o, co
     }
 }
 
-/* gdt, ga and gd of a head by one warp; a lane has two tokens.  gl in one running sum. */
+/* gdt, ga, gd and gbias of a head by one warp; a lane has two tokens.  gl in one running sum. */
 template <int N>
 static __device__ __forceinline__ void settle_head(const chunks &k, const spot &o,
                                                    const memory<N> *m, int h)
@@ -275,13 +275,16 @@ static __device__ __forceinline__ void settle_head(const chunks &k, const spot &
     const int2 segment = *(const int2 *)(m->segment + t);
     const bool one = t < o.real && segment.x >= 0, other = t + 1 < o.real && segment.y >= 0;
     const float rate = m->n.rate[h - o.h0];
-    float *to = k.gdt + (o.b * k.z.T + o.t0 + t) * k.z.H + h;
-    if (t < o.real) to[0] = one ? fmaf(rate, gl, gu.x) : 0.0f;
-    if (t + 1 < o.real) to[k.z.H] = other ? fmaf(rate, next, gu.y) : 0.0f;
+    float g = one ? fmaf(rate, gl, gu.x) : 0.0f, also = other ? fmaf(rate, next, gu.y) : 0.0f;
+    if (k.bias) g *= fg_step_slope(dt.x), also *= fg_step_slope(dt.y);
+    const int64_t to = (o.b * k.z.T + o.t0 + t) * k.gdt_row + h;
+    if (t < o.real) k.gdt.put(to, g);
+    if (t + 1 < o.real) k.gdt.put(to + k.gdt_row, also);
     const float a = fg_warp_sum((one ? dt.x * gl : 0) + (other ? dt.y * next : 0));
     const float d = fg_warp_sum((one ? gy.x : 0) + (other ? gy.y : 0));
+    const float bias = fg_warp_sum(g + also);
     const int64_t at = ((int64_t)o.b * k.d.chunks + o.chunk) * k.z.H + h;
-    if (t == 0) k.s.ga[at] = a, k.s.gd[at] = d;
+    if (t == 0) k.s.ga[at] = a, k.s.gd[at] = d, k.s.gbias[at] = bias;
 }
 
 template <int N>
@@ -319,11 +322,13 @@ static __device__ __forceinline__ void pairs_of_head(const chunks &k, const spot
     put_columns(t->row[warp], z.row);
     wgmma_wait<0>();
     pin(e), pin(w);
+    const float left[2] = { v.left[r], v.left[r + 8] };
     barrier_sync<PART_READY, 256>();
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         const float4 u = m->part[n * 128 + threadIdx.x];
-        e[n][0] += u.x, e[n][1] += u.y, e[n][2] += u.z, e[n][3] += u.w;
+        e[n][0] = fmaf(left[0], u.x, e[n][0]), e[n][1] = fmaf(left[0], u.y, e[n][1]);
+        e[n][2] = fmaf(left[1], u.z, e[n][2]), e[n][3] = fmaf(left[1], u.w, e[n][3]);
     }
     put_gx(k, o, v, tile->x, tile->gy, m->segment, h, m->n.skip[h - o.h0], e, on_x);
     put_rows(t->gu, r, on_x);
@@ -336,8 +341,7 @@ template <int N>
 static __device__ __forceinline__ void other_half(const spot &o, memory<N> *m, head<N> *tile,
                                                   const vectors &v, float whole, sums_of_head *t)
 {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, c = 2 * (lane % 4);
-    const int r = 16 * warp + lane / 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     bf16 *mine = o.late ? tile->state : tile->pull, *its = o.late ? tile->pull : tile->state;
     uint32_t a[4][4];
     float both = 0;
@@ -373,18 +377,16 @@ static __device__ __forceinline__ void other_half(const spot &o, memory<N> *m, h
 #pragma unroll
             for (int low = 0; low < 2; low++) {
                 const float2 s = pair_of(old, i, low);
-                const float u = sum[n][i][2 * low], w = sum[n][i][2 * low + 1];
-                both = fmaf(u, s.x, fmaf(w, s.y, both));
-                *(uint32_t *)((char *)(mine + n * PANEL) + fg_swizzle<64>(r + 8 * low, i) + 2 * c)
-                    = fg_pack2(u, w);
+                both = fmaf(sum[n][i][2 * low], s.x, fmaf(sum[n][i][2 * low + 1], s.y, both));
             }
+        put_tile(mine + n * PANEL, 16 * warp, sum[n]);
     }
     pin(a);
     both = fg_warp_sum(both);
     if (lane == 0) t->both[warp] = both;
 }
 
-/* The part of gu that comes through the state; it is in `sum` when the first group is done. */
+/* The part of gu that comes through the state, but for the factor left, and what it says of it. */
 template <int N>
 static __device__ __forceinline__ void put_part(memory<N> *m, const bf16 *x, const vectors &v,
                                                 float (&sum)[8][4],
@@ -400,17 +402,16 @@ static __device__ __forceinline__ void put_part(memory<N> *m, const bf16 *x, con
 #pragma unroll
         for (int low = 0; low < 2; low++) {
             const float2 x = pair_of(xs, n, low);
-            sum[n][2 * low] *= left[low];
-            sum[n][2 * low + 1] *= left[low];
             w[low] = fmaf(sum[n][2 * low], x.x, fmaf(sum[n][2 * low + 1], x.y, w[low]));
         }
         m->part[n * 128 + own] = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
     }
     barrier_pass<PART_READY, 256>();
+    w[0] *= left[0], w[1] *= left[1];
     put_rows(t->w, r, w);
 }
 
-/* gc += keep v of 64 columns, and v.c. */
+/* gc += keep v of 64 columns; on_c += v.c. */
 static __device__ __forceinline__ void add_to_c(const float (&v)[8][4], const bf16 *c,
                                                 const float *keep, float (*gc)[4], float *on_c)
 {
@@ -421,10 +422,10 @@ static __device__ __forceinline__ void add_to_c(const float (&v)[8][4], const bf
 #pragma unroll
         for (int low = 0; low < 2; low++) {
             const float2 y = pair_of(cs, n, low);
-            const float v0 = keep[low] * v[n][2 * low], v1 = keep[low] * v[n][2 * low + 1];
+            const float v0 = v[n][2 * low], v1 = v[n][2 * low + 1];
             on_c[low] = fmaf(v0, y.x, fmaf(v1, y.y, on_c[low]));
-            gc[n][2 * low] += v0;
-            gc[n][2 * low + 1] += v1;
+            gc[n][2 * low] = fmaf(keep[low], v0, gc[n][2 * low]);
+            gc[n][2 * low + 1] = fmaf(keep[low], v1, gc[n][2 * low + 1]);
         }
 }
 
@@ -486,6 +487,7 @@ static __device__ __forceinline__ void states_of_head(const spot &o, memory<N> *
     wgmma_wait<0>();
     pin(gb), pin(a), pin(sum);
     if (N > 64) add_to_c(sum, m->c + PANEL, keep, gc + 8, on_c);
+    on_c[0] *= keep[0], on_c[1] *= keep[1];
     put_rows(t->u, r, on_c);
 }
 
@@ -540,18 +542,6 @@ static __device__ __forceinline__ void put_sums(const chunks &k, const spot &o, 
 
 /* ---- blocks --------------------------------------------------------------------------------- */
 
-/* q to shared memory, where the parts of gu were. */
-static __device__ __forceinline__ void put_q(bf16 *to, const float (*q)[4])
-{
-    const int lane = threadIdx.x % 32, r = threadIdx.x / 32 * 16 + lane / 4;
-#pragma unroll
-    for (int n = 0; n < 8; n++)
-#pragma unroll
-        for (int low = 0; low < 2; low++)
-            *(uint32_t *)((char *)to + fg_swizzle<64>(r + 8 * low, n) + 4 * (lane % 4))
-                = fg_pack2(q[n][2 * low], q[n][2 * low + 1]);
-}
-
 /* Everybody, before each head: nobody is at the one before.  The two warpgroups wait for its
  * tiles. */
 template <int N>
@@ -591,7 +581,7 @@ static __device__ __forceinline__ void pairs_walk(const chunks &k, const spot &o
 #pragma unroll
         for (int e = 0; e < 4; e++) if (n / 2 == warp) q.far[n][e] = q.near[n % 2][e];
     barrier_sync<NEXT, WALKERS>();
-    put_q((bf16 *)m->part, q.far);
+    put_tile((bf16 *)m->part, 16 * warp, q.far);      /* where the parts of gu were */
     barrier_sync<LAST, 256>();
 }
 
@@ -652,7 +642,7 @@ static __device__ __forceinline__ void open(const chunks &k, const maps *maps, c
         m->n.whole[i] = k.d.whole[row + o.chunk];
         m->n.other_whole[i] = k.d.whole[row + other];
         m->n.skip[i] = k.skip ? k.skip[h] : 0.0f;
-        m->n.rate[i] = k.rate[h];
+        m->n.rate[i] = k.d.rate[h];
     }
     fg_copy_wait<0>();
     proxy_fence();

@@ -8,25 +8,6 @@
 #define PANEL_BYTES (PANEL * 2)
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-/* a 64 x 64 part over 16 of both */
-static __device__ __forceinline__ void product(float (&d)[8][4], uint64_t a, uint64_t b, int add)
-{
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, "
-                 "1, 1, 0, 0;\n}"
-                 : F32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
-/* The same: b with its 16 as rows. */
-static __device__ __forceinline__ void product_rows(float (&d)[8][4], uint64_t a, uint64_t b,
-                                                    int add)
-{
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, "
-                 "1, 1, 0, 1;\n}"
-                 : F32(d, 0) : "l"(a), "l"(b), "r"(add));
-}
-
 template <int ID, int COUNT> static __device__ __forceinline__ void barrier_sync()
 {
     asm volatile("bar.sync %0, %1;" :: "n"(ID), "n"(COUNT) : "memory");
@@ -36,14 +17,6 @@ template <int ID, int COUNT> static __device__ __forceinline__ void barrier_pass
     asm volatile("bar.arrive %0, %1;" :: "n"(ID), "n"(COUNT) : "memory");
 }
 
-template <int REGISTERS> static __device__ __forceinline__ void registers_up()
-{
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
-}
-template <int REGISTERS> static __device__ __forceinline__ void registers_down()
-{
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
-}
 /* A matrix `bytes` behind the one of the descriptor. */
 static __device__ __forceinline__ uint64_t behind(uint64_t matrix, int bytes)
 {
@@ -66,6 +39,17 @@ static __device__ __forceinline__ void rows_of_tile(uint32_t (*a)[4], const bf16
 {
 #pragma unroll
     for (int k = 0; k < 4; k++) fg_a<64>(a[k], fg_shared(m), r, 16 * k);
+}
+
+/* A warp's 16 rows of a tile, from row r on. */
+static __device__ __forceinline__ void put_tile(bf16 *m, int r, const float (&x)[8][4])
+{
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < 8; n += 2)
+        store_matrices(fg_shared(m) + fg_swizzle<64>(r + lane % 16, n + lane / 16),
+                       fg_pack2(x[n][0], x[n][1]), fg_pack2(x[n][2], x[n][3]),
+                       fg_pack2(x[n + 1][0], x[n + 1][1]), fg_pack2(x[n + 1][2], x[n + 1][3]));
 }
 
 /* Columns 8n + 2(lane % 4), + 1 of row lane / 4, or that + 8, of such fragments. */

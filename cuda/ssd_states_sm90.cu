@@ -1,71 +1,99 @@
 /* ssd_states_sm90.cu - the states between chunks of ssd.cuh on Hopper's wgmma.
  *
  * A block has a head and 64 columns of its state, in registers, and walks all tokens, 64 a step, in
- * either direction: state = whole state + u^T weight v.  A step's fragments of u^T weight are made
- * while the step before is multiplied; the copy engine is some steps ahead. */
-#include "ssd.cuh"
-#include "tensor_map.cuh"
+ * either direction: state = whole state + u^T weight v.  One warpgroup multiplies and stores
+ * states, another weighs the rows of u in shared memory, some steps ahead, and the copy engine is
+ * ahead of that. */
+#include <stddef.h>
+#include "ssd_sm90.cuh"
 
 #define STEP    64                               /* tokens */
-#define STAGES  5
-#define THREADS 160                              /* four warps, and one that loads */
+#define STAGES  11                               /* at most */
+#define THREADS 288                              /* two warpgroups, and a warp that loads */
 
 struct slot {
     alignas(1024) bf16 u[STEP * 64], v[STEP * 64];
     alignas(1024) float weight[STEP];
+    float decay;                                 /* of the state before it is added to */
 };
 struct memory {
-    slot slots[STAGES];
     alignas(1024) bf16 out[2][64 * 64];
-    uint64_t full[STAGES], empty[STAGES];
+    uint64_t full[STAGES], weighed[STAGES], empty[STAGES];
+    slot slots[1];                               /* as many as there is room for */
 };
+static size_t bytes_of(int stages)
+{
+    return offsetof(memory, slots) + (size_t)stages * sizeof(slot);
+}
 struct maps { CUtensorMap u[2], v[2]; };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 /* What a block walks: steps from `from` on, by +1 or -1. */
-struct place { int b, h, g, n0, steps, from, by; };
+struct place { int b, h, g, n0, steps, from, by, stages; };
 
+/* Decay of step i, 1 inside a chunk of STEPS. */
+template <int STEPS>
+static __device__ __forceinline__ float decay_of(const place &o, const float *whole, int i)
+{
+    if (i >= o.steps) return 0;
+    return STEPS == 1 || i % STEPS == 0 ? whole[(o.from + i * o.by) / STEPS] : 1.0f;
+}
+
+/* One warp; its lanes have the decays of 32 steps, and those of 32 more on their way. */
+template <int STEPS>
 static __device__ __forceinline__ void load_all(memory *m, const CUtensorMap *u,
                                                 const CUtensorMap *v, const place &o,
-                                                const float *weight)
+                                                const float *weight, const float *whole)
 {
+    const int lane = threadIdx.x % 32;
     int stage = 0, phase = 1;
+    float decay = 0, later = decay_of<STEPS>(o, whole, lane);
 #pragma unroll 1
     for (int i = 0; i < o.steps; i++) {
-        slot *to = &m->slots[stage];
-        const uint32_t bar = fg_shared(&m->full[stage]);
-        const int t = (o.from + i * o.by) * STEP;
-        barrier_wait(fg_shared(&m->empty[stage]), phase);
-        fg_expect(bar, 2 * STEP * 128 + STEP * 4);
-        fg_box_load(fg_shared(to->u), u, 0, o.h, t, o.b, bar);
-        fg_box_load(fg_shared(to->v), v, o.n0, o.g, t, o.b, bar);
-        fg_bulk_load(fg_shared(to->weight), weight + t, STEP * 4, bar);
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+        if (i % 32 == 0) decay = later, later = decay_of<STEPS>(o, whole, i + 32 + lane);
+        const float own = __shfl_sync(~0u, decay, i % 32);
+        if (lane == 0) {
+            slot *to = &m->slots[stage];
+            const uint32_t bar = fg_shared(&m->full[stage]);
+            const int t = (o.from + i * o.by) * STEP;
+            barrier_wait(fg_shared(&m->empty[stage]), phase);
+            to->decay = own;
+            fg_expect(bar, 2 * STEP * 128 + STEP * 4);
+            fg_box_load(fg_shared(to->u), u, 0, o.h, t, o.b, bar);
+            fg_box_load(fg_shared(to->v), v, o.n0, o.g, t, o.b, bar);
+            fg_bulk_load(fg_shared(to->weight), weight + t, STEP * 4, bar);
+        }
+        __syncwarp();
+        if (++stage == o.stages) stage = 0, phase ^= 1;
     }
 }
 
-static __device__ __forceinline__ void store_matrices(uint32_t at, const uint32_t *v)
-{
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
-                 :: "r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
-}
 static __device__ __forceinline__ void walkers_sync()
 {
     asm volatile("bar.sync 1, 128;" ::: "memory");
 }
 
-/* The state, through shared memory, by the copy engine.  `out` was last used two states ago: then
- * came a barrier, before which that copy had been read. */
-static __device__ __forceinline__ void keep(bf16 *out, bf16 *to, const float (*sum)[4])
+/* sum += u^T v over 64 tokens, which are rows of both. */
+static __device__ __forceinline__ void add_step(float (&sum)[8][4], const slot *m)
+{
+    const uint64_t u = matrix_at(fg_shared(m->u), 0), v = matrix_at(fg_shared(m->v), 0);
+    pin(sum);
+    wgmma_begin();
+#pragma unroll
+    for (int j = 0; j < STEP / 16; j++)
+        product_rows<true>(sum, behind(u, 2048 * j), behind(v, 2048 * j), 1);
+    wgmma_commit();
+}
+
+/* A state to shared memory, and from there by the copy engine.  `out` was last used two states ago:
+ * then came a barrier, before which that copy had been read. */
+static __device__ __forceinline__ void keep(bf16 *out, bf16 *to, const uint32_t (*state)[4])
 {
     const int lane = threadIdx.x % 32, r = threadIdx.x / 32 * 16 + lane % 16;
 #pragma unroll
-    for (int n = 0; n < 8; n += 2) {
-        const uint32_t v[4] = { fg_pack2(sum[n][0], sum[n][1]), fg_pack2(sum[n][2], sum[n][3]),
-                                fg_pack2(sum[n + 1][0], sum[n + 1][1]),
-                                fg_pack2(sum[n + 1][2], sum[n + 1][3]) };
-        store_matrices(fg_shared(out) + fg_swizzle<64>(r, n + lane / 16), v);
-    }
+    for (int n = 0; n < 4; n++)
+        store_matrices(fg_shared(out) + fg_swizzle<64>(r, 2 * n + lane / 16), state[n][0],
+                       state[n][1], state[n][2], state[n][3]);
     proxy_fence();
     if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     walkers_sync();
@@ -75,42 +103,59 @@ static __device__ __forceinline__ void keep(bf16 *out, bf16 *to, const float (*s
                      :: "l"(to), "r"(fg_shared(out)), "r"(64 * 128) : "memory");
 }
 
-/* The sums over all steps.  STEPS: of a chunk. */
-template <int STEPS>
-static __device__ __forceinline__ void walk_all(memory *m, const place &o, const float *whole,
-                                                bf16 *kept, int64_t size, float (&sum)[8][4])
+/* Rows of u by their weights, in place; the second warpgroup. */
+static __device__ __forceinline__ void weigh_all(memory *m, const place &o)
 {
-    const int p = threadIdx.x / 32 * 16;
-    uint32_t a[4][4], next[4][4];
-    float decay = whole[o.from / STEPS], later = whole[(o.from + o.by * (o.steps > 1)) / STEPS];
+    const int own = threadIdx.x % 128;
     int stage = 0, phase = 0;
-    barrier_wait(fg_shared(&m->full[0]), 0);
-    fg_weigh_rows<STEP>(a, m->slots[0].u, m->slots[0].weight, p);
+#pragma unroll 1
+    for (int i = 0; i < o.steps; i++) {
+        slot *tile = &m->slots[stage];
+        barrier_wait(fg_shared(&m->full[stage]), phase);
+        uint4 *u = (uint4 *)tile->u + own;
+        uint4 x[4];
+        float w[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) x[k] = u[128 * k], w[k] = tile->weight[own / 8 + 16 * k];
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            u[128 * k] = make_uint4(fg_scale2(x[k].x, w[k], w[k]), fg_scale2(x[k].y, w[k], w[k]),
+                                    fg_scale2(x[k].z, w[k], w[k]), fg_scale2(x[k].w, w[k], w[k]));
+        proxy_fence();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(fg_shared(&m->weighed[stage]));
+        if (++stage == o.stages) stage = 0, phase ^= 1;
+    }
+}
+
+/* The sums over all steps. */
+template <int STEPS>
+static __device__ __forceinline__ void walk_all(memory *m, const place &o, bf16 *kept, int64_t size,
+                                                float (&sum)[8][4])
+{
+    int stage = 0, phase = 0;
 #pragma unroll 1
     for (int i = 0, at = o.from; i < o.steps; i++, at += o.by) {
-        const int following = stage + 1 < STAGES ? stage + 1 : 0;
-        if (i % 2 == 0) keep(m->out[i / 2 % 2], kept + at / 2 * size, sum);
-        if (STEPS == 1 || i % 2 == 0)
+        uint32_t state[4][4];
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                state[n][k] = fg_pack2(sum[2 * n + k / 2][k % 2 * 2],
+                                       sum[2 * n + k / 2][k % 2 * 2 + 1]);
+        barrier_wait(fg_shared(&m->weighed[stage]), phase);
+        const float decay = m->slots[stage].decay;
+        if (STEPS == 1 || i % STEPS == 0)
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) sum[n][e] *= decay;
-        fg_states_add<STEP>(a, m->slots[stage].v, sum);
-        decay = later;
-        if (i + 2 < o.steps) later = whole[(at + 2 * o.by) / STEPS];
-        if (i + 1 < o.steps) {
-            barrier_wait(fg_shared(&m->full[following]), following ? phase : phase ^ 1);
-            fg_weigh_rows<STEP>(next, m->slots[following].u, m->slots[following].weight, p);
-        }
-        fg_states_done<STEP>(a, sum);
-        __syncwarp();
+        add_step(sum, &m->slots[stage]);
+        if (i % 2 == 0) keep(m->out[i / 2 % 2], kept + at / 2 * size, state);
+        wgmma_wait<0>();
+        pin(sum);
         if (threadIdx.x % 32 == 0) barrier_arrive(fg_shared(&m->empty[stage]));
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) a[j][e] = next[j][e];
-        stage = following;
-        phase ^= !following;
+        if (++stage == o.stages) stage = 0, phase ^= 1;
     }
     if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
@@ -119,7 +164,7 @@ static __device__ __forceinline__ void walk_all(memory *m, const place &o, const
 /* STEPS: of a chunk.  A state is kept for every two steps. */
 template <int STEPS>
 static __global__ void __launch_bounds__(THREADS, 2)
-walk(fg_ssd z, fg_decays d, fg_both_states both, const __grid_constant__ maps maps)
+walk(fg_ssd z, fg_decays d, fg_both_states both, int stages, const __grid_constant__ maps maps)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char bytes[];
@@ -131,18 +176,21 @@ walk(fg_ssd z, fg_decays d, fg_both_states both, const __grid_constant__ maps ma
     place o;
     o.b = row / (int)z.H, o.h = row % (int)z.H, o.g = o.h / (int)(z.H / z.G);
     o.n0 = blockIdx.x % parts * 64, o.steps = (int)(d.padded / STEP);
-    o.from = s.back ? o.steps - 1 : 0, o.by = s.back ? -1 : 1;
+    o.from = s.back ? o.steps - 1 : 0, o.by = s.back ? -1 : 1, o.stages = stages;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
+        for (int i = 0; i < stages; i++) {
             barrier_init(fg_shared(&m->full[i]), 1);
+            barrier_init(fg_shared(&m->weighed[i]), 4);
             barrier_init(fg_shared(&m->empty[i]), 4);
         }
         fg_barriers_ready();
     }
     __syncthreads();
     if (threadIdx.x >= 128) {
-        if (threadIdx.x == 128)
-            load_all(m, &maps.u[way], &maps.v[way], o, s.weight + row * d.padded);
+        if (threadIdx.x < 256) weigh_all(m, o);
+        else
+            load_all<STEPS>(m, &maps.u[way], &maps.v[way], o, s.weight + row * d.padded,
+                            d.whole + row * d.chunks);
         return;
     }
     float sum[8][4] = {};
@@ -152,8 +200,7 @@ walk(fg_ssd z, fg_decays d, fg_both_states both, const __grid_constant__ maps ma
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 sum[n][e] = s.from[row * size + o.n0 + fg_state_at(p, n, e, z.N)];
-    walk_all<STEPS>(m, o, d.whole + row * d.chunks,
-                    s.kept + row * (o.steps / 2) * size + o.n0 * 64, size, sum);
+    walk_all<STEPS>(m, o, s.kept + row * (o.steps / 2) * size + o.n0 * 64, size, sum);
     if (!s.to) return;
 #pragma unroll
     for (int n = 0; n < 8; n++)
@@ -174,9 +221,10 @@ static void run(const fg_ssd &z, const fg_decays &d, const fg_both_states &s, in
         m.v[i] = fg_map_of(encode, s.s[i].v, z.B, z.T, z.G, z.N, s.s[i].v_row, STEP);
     }
     const dim3 blocks((unsigned)(z.B * z.H * z.N / 64), (unsigned)directions);
-    cudaFuncSetAttribute(walk<STEPS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         (int)sizeof(memory));
-    walk<STEPS><<<blocks, THREADS, sizeof(memory), stream>>>(z, d, s, m);
+    const int stages = (int)(blocks.x * blocks.y) > fg_processors() ? STAGES / 2 : STAGES;
+    const size_t bytes = bytes_of(stages);       /* two blocks a multiprocessor, or one */
+    cudaFuncSetAttribute(walk<STEPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    walk<STEPS><<<blocks, THREADS, bytes, stream>>>(z, d, s, stages, m);
 }
 
 void fg_states_sm90(const fg_ssd &z, const fg_decays &d, const fg_both_states &s, int directions,

@@ -54,6 +54,19 @@ static __device__ __forceinline__ void fg_box_load(uint32_t to, const CUtensorMa
                  "[%0], [%1, {%2, %3, %4, %5}], [%6];"
                  :: "r"(to), "l"(map), "r"(d), "r"(head), "r"(t), "r"(b), "r"(bar) : "memory");
 }
+/* Such a box from shared memory; of what lies behind the last token nothing is written. */
+static __device__ __forceinline__ void fg_box_store(const CUtensorMap *map, int d, int head, int t,
+                                                    int b, uint32_t from)
+{
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group "
+                 "[%0, {%1, %2, %3, %4}], [%5];"
+                 :: "l"(map), "r"(d), "r"(head), "r"(t), "r"(b), "r"(from) : "memory");
+}
+/* What this thread stored has been read from shared memory. */
+static __device__ __forceinline__ void fg_boxes_read()
+{
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 static __device__ __forceinline__ void fg_bulk_load(uint32_t to, const void *from, int bytes,
                                                     uint32_t bar)
 {

@@ -1,7 +1,7 @@
 /* unit_delta_rule.cu - ops/unit_delta_rule.c on a GPU: the delta rule in chunks that scales q and k
  * by itself (delta_rule.cuh).  Rows of q, k, v and of their gradients may be pitched.  Other shapes
  * run as the definition. */
-#include "delta_rule.cuh"
+#include "delta_rule_grad.cuh"
 
 static int64_t row_of(const fg_rows *r, const la_task &z) { return fg_pitch_of(r, z.H * LA_WIDTH); }
 

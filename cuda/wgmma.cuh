@@ -49,6 +49,14 @@ static __device__ __forceinline__ double shared_double(uint32_t at)
     return x;
 }
 
+/* Four 8 x 8 matrices to shared memory: lane l gives the address of row l % 8 of matrix l / 8. */
+static __device__ __forceinline__ void store_matrices(uint32_t at, uint32_t v0, uint32_t v1,
+                                                      uint32_t v2, uint32_t v3)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+                 :: "r"(at), "r"(v0), "r"(v1), "r"(v2), "r"(v3) : "memory");
+}
+
 /* Descriptor: address; bytes from 64 columns to the next 64, where its 16 of the product are rows;
  * 1024 bytes from 8 rows to the next. */
 static __device__ __forceinline__ uint64_t matrix_at(uint32_t at, uint32_t panel)
@@ -68,6 +76,15 @@ template <int PENDING> static __device__ __forceinline__ void wgmma_wait()
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
 }
+template <int REGISTERS> static __device__ __forceinline__ void registers_up()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
+}
+template <int REGISTERS> static __device__ __forceinline__ void registers_down()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
+}
+
 /* The compiler must not move uses of x to before here. */
 template <int N> static __device__ __forceinline__ void pin(float (&x)[N][4])
 {
@@ -99,6 +116,40 @@ static __device__ __forceinline__ void product(float (&d)[16][4], uint64_t a, ui
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, %64, %65, p, "
                  "1, 1, 0, 0;\n}"
                  : F32(d, 0), F32(d, 8) : "l"(a), "l"(b), "r"(add));
+}
+/* a 64 x 64 part over 16 of both */
+static __device__ __forceinline__ void product(float (&d)[8][4], uint64_t a, uint64_t b, int add)
+{
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, "
+                 "1, 1, 0, 0;\n}"
+                 : F32(d, 0) : "l"(a), "l"(b), "r"(add));
+}
+/* The same of a b: b with its 16 as rows; of a^T b where A_ROWS: a too. */
+template <bool A_ROWS = false>
+static __device__ __forceinline__ void product_rows(float (&d)[8][4], uint64_t a, uint64_t b,
+                                                    int add)
+{
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, %32, %33, p, "
+                 "1, 1, %35, 1;\n}"
+                 : F32(d, 0) : "l"(a), "l"(b), "r"(add), "n"(A_ROWS));
+}
+static __device__ __forceinline__ void product_rows(float (&d)[16][4], uint64_t a, uint64_t b,
+                                                    int add)
+{
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" N64 "}, %64, %65, p, "
+                 "1, 1, 0, 1;\n}"
+                 : F32(d, 0), F32(d, 8) : "l"(a), "l"(b), "r"(add));
+}
+/* d += a b^T: a in registers */
+static __device__ __forceinline__ void product_turned(float (&d)[8][4], const uint32_t *a,
+                                                      uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" N32 "}, "
+                 "{%32,%33,%34,%35}, %36, 1, 1, 1, 0;\n"
+                 : F32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 /* d += a b: a in registers, b in shared memory with its 16 as rows */
 static __device__ __forceinline__ void product(float (&d)[8][4], const uint32_t *a, uint64_t b)

@@ -36,13 +36,20 @@ static fg_tensor convolve(fg_tensor x, const mamba2_config *c)
     return fg_causal_conv(x, w, bias, true);
 }
 
-/* dt = softplus(raw + dt_bias), in [time_step_low, time_step_high] */
-static fg_tensor time_step(fg_tensor raw, const mamba2_config *c)
+/* The scan; dt = softplus(raw + dt_bias), in [time_step_low, time_step_high]. */
+static fg_tensor scan(fg_tensor x, fg_tensor raw, fg_tensor b, fg_tensor k, const mamba2_config *c)
 {
     fg_graph *g = raw.graph;
-    const fg_init init = { FG_INV_SOFTPLUS, c->time_step_min, c->time_step_max, c->time_step_floor,
-                           .no_decay = true };
-    fg_tensor bias = fg_param(g, "dt_bias", FG_DIMS(fg_dim(raw, -1)), init);
+    const fg_shape heads = FG_DIMS(fg_dim(raw, -1));
+    const fg_tensor none = { 0 };
+    const fg_init steps = { FG_INV_SOFTPLUS, c->time_step_min, c->time_step_max,
+                            c->time_step_floor, .no_decay = true };
+    const fg_init rates = { FG_LOG_RANGE, .no_decay = true }, ones = { FG_ONES, .no_decay = true };
+    fg_tensor bias = fg_param(g, "dt_bias", heads, steps);
+    fg_tensor a_log = fg_param(g, "A_log", heads, rates);
+    fg_tensor d = fg_param(g, "D", heads, ones);
+    if (c->time_step_low <= 0 && c->time_step_high <= 0)
+        return fg_mamba2_scan(x, raw, bias, a_log, b, k, d, none);
     fg_tensor dt = fg_softplus(fg_add(raw, bias));
     if (c->time_step_low > 0) {
         fg_tensor low = fg_fill(g, FG_DIMS(1), c->time_step_low);
@@ -52,7 +59,7 @@ static fg_tensor time_step(fg_tensor raw, const mamba2_config *c)
         fg_tensor high = fg_fill(g, FG_DIMS(1), -c->time_step_high);
         dt = fg_neg(fg_max(fg_neg(dt), high));
     }
-    return dt;
+    return fg_ssd_scan(x, dt, fg_neg(fg_exp(a_log)), b, k, d, none);
 }
 
 /* y = W_out norm(scan(x) * silu(z)),   [z | xbc | dt] = W_in u,   [x | b | c] = silu(conv(xbc)) */
@@ -62,18 +69,16 @@ static fg_tensor mixer(fg_tensor u, const mamba2_config *c)
     const int64_t B = fg_dim(u, 0), T = fg_dim(u, 1), h = fg_dim(u, 2);
     const int64_t E = c->expand * h, H = c->num_heads, G = c->n_groups, N = c->state_size;
     const int64_t C = E + 2 * G * N, b0 = E, c0 = E + G * N;
-    const fg_init rates = { FG_LOG_RANGE, .no_decay = true }, ones = { FG_ONES, .no_decay = true };
+    const fg_init ones = { FG_ONES, .no_decay = true };
 
     fg_tensor all = project(u, "in_proj", E + C + H, 1 / sqrt((double)h));          /* all      */
     fg_tensor z = fg_slice(all, -1, 0, E);                                          /* [B,T,E]   */
     fg_tensor xbc = convolve(fg_slice(all, -1, E, E + C), c);                       /* [B,T,C]   */
-    fg_tensor dt = time_step(fg_slice(all, -1, E + C, E + C + H), c);               /* [B,T,H]   */
-    fg_tensor a = fg_neg(fg_exp(fg_param(g, "A_log", FG_DIMS(H), rates)));          /* [H]       */
-    fg_tensor d = fg_param(g, "D", FG_DIMS(H), ones);                               /* [H]       */
+    fg_tensor dt = fg_slice(all, -1, E + C, E + C + H);                             /* [B,T,H]   */
     fg_tensor x = fg_reshape(fg_slice(xbc, -1, 0, E), FG_DIMS(B, T, H, E / H));     /* [B,T,H,P] */
     fg_tensor b = fg_reshape(fg_slice(xbc, -1, b0, c0), FG_DIMS(B, T, G, N));       /* [B,T,G,N] */
     fg_tensor k = fg_reshape(fg_slice(xbc, -1, c0, C), FG_DIMS(B, T, G, N));
-    fg_tensor y = fg_nn_merge(fg_ssd_scan(x, dt, a, b, k, d, (fg_tensor){ 0 }));    /* [B,T,E]   */
+    fg_tensor y = fg_nn_merge(scan(x, dt, b, k, c));                                /* [B,T,E]   */
     fg_scope_push(g, "norm");
     fg_tensor gain = fg_param(g, "weight", FG_DIMS(E), ones);
     fg_scope_pop(g);

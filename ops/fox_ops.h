@@ -103,6 +103,11 @@ FG_API fg_tensor (fg_causal_conv)(fg_loc at, fg_tensor x, fg_tensor w, fg_tensor
  * Caches (past) hold the state themselves. */
 FG_API fg_tensor (fg_ssd_scan)(fg_loc at, fg_tensor x, fg_tensor dt, fg_tensor a, fg_tensor b,
                                fg_tensor c, fg_tensor d, fg_tensor state);
+/* The same with what Mamba-2 makes of its parameters: softplus(dt + bias) for dt, -e^a_log for a.
+ * bias, a_log: [H]. */
+FG_API fg_tensor (fg_mamba2_scan)(fg_loc at, fg_tensor x, fg_tensor dt, fg_tensor bias,
+                                  fg_tensor a_log, fg_tensor b, fg_tensor c, fg_tensor d,
+                                  fg_tensor state);
 /* Causal softmax attention with a forget gate (Lin et al. 2025, arXiv 2503.02130, eq. 4-6).
  * q: [B,T,H,D]; k, v: [B,T,Hkv,D], H a multiple of Hkv; log_f: f32[B,T,H], natural log of the gate,
  * <= 0, or absent ({0}): no gate.  window: keys that a query sees, itself included; 0: all.
@@ -195,6 +200,7 @@ FG_API fg_tensor   fg_op_example(fg_graph *g, int i, int k);
 #define fg_shift_mix(...)    fg_shift_mix(FG_HERE, __VA_ARGS__)
 #define fg_causal_conv(...)  fg_causal_conv(FG_HERE, __VA_ARGS__)
 #define fg_ssd_scan(...)     fg_ssd_scan(FG_HERE, __VA_ARGS__)
+#define fg_mamba2_scan(...)  fg_mamba2_scan(FG_HERE, __VA_ARGS__)
 #define fg_forget_attention(...) fg_forget_attention(FG_HERE, __VA_ARGS__)
 #define fg_gated_linear_attention(...) fg_gated_linear_attention(FG_HERE, __VA_ARGS__)
 #define fg_hgrn2_scan(...)   fg_hgrn2_scan(FG_HERE, __VA_ARGS__)

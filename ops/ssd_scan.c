@@ -23,59 +23,8 @@ enum { X, DT, A, B_IN, C_IN, D, STATE, FIRST, PAST };
 fg_tensor (fg_ssd_scan)(fg_loc at, fg_tensor x, fg_tensor dt, fg_tensor a, fg_tensor b, fg_tensor c,
                         fg_tensor d, fg_tensor state)
 {
-    const fg_sequence s = fg_sequence_of(x.graph);
-    const bool decoding = !fg_absent(s.past) && fg_ok(x) && fg_ok(b);
-    if (decoding && !fg_absent(state))
-        return (fg_fail)(at, x, FG_ERR_USAGE, "a state is given, but past too: caches hold it");
-    const fg_shape whole = FG_DIMS(fg_dim(x, 0), fg_dim(x, 2), fg_dim(x, 3), fg_dim(b, 3));
-    if (decoding) state = fg__cache_state(at, x.graph, "ssd", FG_F32, whole);
-    const fg_tensor in[] = { x, dt, a, b, c, d, state, s.first, s.past };
-    const fg_tensor y = FG_APPLY(ssd_scan, at, in, 0);
-    if (!decoding) return y;
-    const fg_tensor end = fg_result(y, 1);
-    const fg_tensor row =
-        (fg_reshape)(at, end, FG_DIMS(whole.dim[0], 1, whole.dim[1], whole.dim[2], whole.dim[3]));
-    fg__cache_last(at, state, row);
-    return y;
-}
-
-/* x, dt, a, b, c, d?, state? from input i on. */
-static fg_status check(fg_infer *c, int i)
-{
-    const fg_shape *x = &c->in[i], *b = &c->in[i + 3];
-    FG_REQUIRE(c, x->rank == 4, SHAPE, "x must be [B,T,H,P]");
-    const int64_t B = x->dim[0], T = x->dim[1], H = x->dim[2], P = x->dim[3];
-    FG_REQUIRE(c, fg_shape_equal(c->in[i + 1], FG_DIMS(B, T, H)), SHAPE,
-               "dt must be [B,T,H] = [%lld,%lld,%lld]", (long long)B, (long long)T, (long long)H);
-    FG_REQUIRE(c, fg_shape_equal(c->in[i + 2], FG_DIMS(H)), SHAPE,
-               "a must be [H] = [%lld], one rate per head", (long long)H);
-    FG_REQUIRE(c, b->rank == 4 && b->dim[0] == B && b->dim[1] == T && b->dim[2] > 0
-               && H % b->dim[2] == 0 && fg_shape_equal(*b, c->in[i + 4]), SHAPE,
-               "b and c must be [B,T,G,N] with B = %lld, T = %lld, and G dividing %lld heads",
-               (long long)B, (long long)T, (long long)H);
-    FG_REQUIRE(c, !c->given[i + 5] || fg_shape_equal(c->in[i + 5], FG_DIMS(H)), SHAPE,
-               "d must be [H] = [%lld]", (long long)H);
-    FG_REQUIRE(c, !c->given[i + 6]
-               || fg_shape_equal(c->in[i + 6], FG_DIMS(B, H, P, b->dim[3])), SHAPE,
-               "state must be [B,H,P,N] = [%lld,%lld,%lld,%lld]", (long long)B, (long long)H,
-               (long long)P, (long long)b->dim[3]);
-    for (int k = i; k < i + 6; k++)
-        FG_REQUIRE(c, !c->given[k] || fg__is_real(c->in_type[k]), DTYPE,
-                   "x, dt, a, b, c and d must be f32 or bf16");
-    FG_REQUIRE(c, !c->given[i + 6] || c->in_type[i + 6] == FG_F32, DTYPE, "state must be f32");
-    return FG_OK;
-}
-
-static fg_status infer(fg_infer *c)
-{
-    const fg_shape *x = &c->in[0];
-    const fg_status s = check(c, 0);
-    if (s) return s;
-    if (fg__check_sequence(c, FIRST, PAST)) return FG_ERR_SHAPE;
-    c->out[0] = *x;
-    c->out[1] = FG_DIMS(x->dim[0], x->dim[2], x->dim[3], c->in[B_IN].dim[3]);
-    c->out_type[1] = FG_F32;
-    return FG_OK;
+    fg_tensor in[] = { x, dt, a, b, c, d, state, { 0 }, { 0 } };
+    return fg__ssd_build(at, &fg_op_table[FG_OP_ssd_scan], 9, in);
 }
 
 /* ---- token by token ------------------------------------------------------------------------- */
@@ -260,15 +209,8 @@ static void cpu(const fg_exec *e)
 /* ssd_scan_grad.c has the formulas. */
 static void vjp(fg_vjp *v)
 {
-    if (!fg_absent(v->in[PAST])) {
-        v->gin[0] =
-            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
-        return;
-    }
-    const fg_tensor in[] = { v->gout[0], v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3],
-                             v->in[4], v->in[5], v->in[6], v->in[7] };
-    const fg_tensor g = FG_APPLY(ssd_scan_grad, FG_HERE, in, 0);
-    for (int i = 0; i < 7; i++) if (!fg_absent(v->in[i])) v->gin[i] = fg_result(g, i);
+    const fg_tensor none = { 0 };
+    fg__ssd_vjp(v, &fg_op_table[FG_OP_ssd_scan_grad], 10, none, none);
 }
 
 /* What the recurrence reads, [B,T,...] cut in heads of groups: M = H / G heads in a group. */
@@ -346,16 +288,6 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
     out[1] = fg_reshape(s, FG_DIMS(k.B, k.G * k.M, k.P, k.N));
 }
 
-/* Products inside chunks, with the state, and scores. */
-static fg_cost cost(const fg_infer *c)
-{
-    const fg__ssd z = fg__ssd_of(&c->in[X], &c->in[B_IN]);
-    const double P = (double)z.P, N = (double)z.N, R = FG_CHUNK, rows = (double)(z.B * z.T);
-    const double x = rows * (double)z.H * P, bc = rows * (double)z.G * N;
-    const double size = c->in_type[0] == FG_BF16 ? 2 : 4;
-    return (fg_cost){ .flops = x * (R + 4 * N) + bc * R, .bytes = size * (2 * x + 2 * bc) };
-}
-
 static fg_tensor example(fg_graph *g, int i)
 {
     static const int32_t first[40] = { 0, 0, 2, 2, 2, 5, 6, 6, 6, 6, 6, 11, 11, 11, 11, 11, 11, 11,
@@ -386,7 +318,7 @@ static fg_tensor example(fg_graph *g, int i)
 }
 
 const fg_op_code fg_code_ssd_scan = {
-    .infer = infer, .cpu = cpu, .vjp = vjp, .decompose = decompose, .cost = cost,
+    .infer = fg__ssd_infer, .cpu = cpu, .vjp = vjp, .decompose = decompose, .cost = fg__ssd_cost,
     .example = example, .scratch = scratch,
     .bf16 = { .narrow_in = 1u << X | 1u << B_IN | 1u << C_IN, .narrow_out = 1, .wide_out = 2,
               .wide_in = 1u << DT | 1u << A | 1u << D | 1u << STATE },

@@ -23,22 +23,6 @@
 enum { TASKS = 8 };                      /* of a group, at most */
 enum { GY, GEND, X, DT, A, B_IN, C_IN, D, STATE, FIRST };
 
-static fg_status infer(fg_infer *c)
-{
-    FG_REQUIRE(c, !c->given[GY] || fg_shape_equal(c->in[GY], c->in[X]), SHAPE,
-               "gy must have x's shape");
-    const fg_shape *x = &c->in[X];
-    for (int i = 0; i < 5; i++) {
-        c->out[i] = c->in[i + X];
-        c->out_type[i] = c->in_type[i + X];
-    }
-    c->out[5] = c->in[A];
-    c->out_type[5] = c->given[D] ? c->in_type[D] : FG_F32;
-    c->out[6] = FG_DIMS(x->dim[0], x->dim[2], x->dim[3], c->in[B_IN].dim[3]);
-    c->out_type[6] = FG_F32;
-    return FG_OK;
-}
-
 /* ---- memory --------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -424,19 +408,8 @@ static void cpu(const fg_exec *e)
     add_batch(&j, j.gd, e->out[5]);
 }
 
-/* The forward pass's states once more, then two products for each of its own. */
-static fg_cost cost(const fg_infer *c)
-{
-    const fg__ssd z = fg__ssd_of(&c->in[X], &c->in[B_IN]);
-    const double P = (double)z.P, N = (double)z.N, R = FG_CHUNK, rows = (double)(z.B * z.T);
-    const double x = rows * (double)z.H * P, bc = rows * (double)z.G * N;
-    const double size = c->in_type[X] == FG_BF16 ? 2 : 4;
-    return (fg_cost){ .flops = x * (2 * R + 10 * N) + rows * (double)z.H * N * 2 * R + bc * R,
-                      .bytes = size * (3 * x + 4 * bc) };
-}
-
 const fg_op_code fg_code_ssd_scan_grad = {
-    .infer = infer, .cpu = cpu, .cost = cost, .scratch = scratch,
+    .infer = fg__ssd_grad_infer, .cpu = cpu, .cost = fg__ssd_grad_cost, .scratch = scratch,
     .bf16 = { .narrow_in = 1u << GY | 1u << X | 1u << B_IN | 1u << C_IN,
               .wide_in = 1u << GEND | 1u << DT | 1u << A | 1u << D | 1u << STATE,
               .narrow_out = 1u << 0 | 1u << 3 | 1u << 4,

@@ -194,4 +194,117 @@ static inline void fg__ssd_advance(const fg__ssd *z, const fg__decay *w, const f
     for (int64_t i = 0; i < z->N * z->Pp; i += FG_LANES)
         fg_vstore(s + i, fg_vfma(fg_vload(s + i), fg_vset(w->whole), fg_vload(update + i)));
 }
+
+/* ---- the ops: ssd_scan and mamba2_scan, x dt a b c d? state? first? past?, and their gradients,
+ * gy? gend? x dt a b c d? state? first? -> gx gdt ga gb gc gd gstate --------------------------- */
+
+enum { FG_SSD_X, FG_SSD_DT, FG_SSD_A, FG_SSD_B, FG_SSD_C, FG_SSD_D, FG_SSD_STATE, FG_SSD_FIRST,
+       FG_SSD_PAST };
+#define FG_SSD_BACK 2                    /* where they begin among the gradient's inputs */
+
+/* in: the op's inputs, whose first and past are put here; while decoding, the caches hold the
+ * state. */
+static inline fg_tensor fg__ssd_build(fg_loc at, const fg_op *op, int n, fg_tensor *in)
+{
+    const fg_tensor x = in[FG_SSD_X], b = in[FG_SSD_B];
+    const fg_sequence s = fg_sequence_of(x.graph);
+    const bool decoding = !fg_absent(s.past) && fg_ok(x) && fg_ok(b);
+    if (decoding && !fg_absent(in[FG_SSD_STATE]))
+        return (fg_fail)(at, x, FG_ERR_USAGE, "a state is given, but past too: caches hold it");
+    const fg_shape whole = FG_DIMS(fg_dim(x, 0), fg_dim(x, 2), fg_dim(x, 3), fg_dim(b, 3));
+    if (decoding) in[FG_SSD_STATE] = fg__cache_state(at, x.graph, "ssd", FG_F32, whole);
+    in[FG_SSD_FIRST] = s.first, in[FG_SSD_PAST] = s.past;
+    const fg_tensor y = fg__apply(op, at, NULL, n, in, &(struct fg_attr_ssd_scan){ 0 });
+    if (!decoding) return y;
+    const fg_tensor end = fg_result(y, 1);
+    const fg_tensor row =
+        (fg_reshape)(at, end, FG_DIMS(whole.dim[0], 1, whole.dim[1], whole.dim[2], whole.dim[3]));
+    fg__cache_last(at, in[FG_SSD_STATE], row);
+    return y;
+}
+
+static inline fg_status fg__ssd_infer(fg_infer *c)
+{
+    const fg_shape *x = &c->in[FG_SSD_X], *b = &c->in[FG_SSD_B];
+    FG_REQUIRE(c, x->rank == 4, SHAPE, "x must be [B,T,H,P]");
+    const int64_t B = x->dim[0], T = x->dim[1], H = x->dim[2], P = x->dim[3];
+    FG_REQUIRE(c, fg_shape_equal(c->in[FG_SSD_DT], FG_DIMS(B, T, H)), SHAPE,
+               "dt must be [B,T,H] = [%lld,%lld,%lld]", (long long)B, (long long)T, (long long)H);
+    FG_REQUIRE(c, fg_shape_equal(c->in[FG_SSD_A], FG_DIMS(H)), SHAPE,
+               "a must be [H] = [%lld], one rate per head", (long long)H);
+    FG_REQUIRE(c, b->rank == 4 && b->dim[0] == B && b->dim[1] == T && b->dim[2] > 0
+               && H % b->dim[2] == 0 && fg_shape_equal(*b, c->in[FG_SSD_C]), SHAPE,
+               "b and c must be [B,T,G,N] with B = %lld, T = %lld, and G dividing %lld heads",
+               (long long)B, (long long)T, (long long)H);
+    const fg_shape state = FG_DIMS(B, H, P, b->dim[3]);
+    FG_REQUIRE(c, !c->given[FG_SSD_D] || fg_shape_equal(c->in[FG_SSD_D], FG_DIMS(H)), SHAPE,
+               "d must be [H] = [%lld]", (long long)H);
+    FG_REQUIRE(c, !c->given[FG_SSD_STATE] || fg_shape_equal(c->in[FG_SSD_STATE], state), SHAPE,
+               "state must be [B,H,P,N] = [%lld,%lld,%lld,%lld]", (long long)B, (long long)H,
+               (long long)P, (long long)b->dim[3]);
+    for (int k = 0; k < FG_SSD_STATE; k++)
+        FG_REQUIRE(c, !c->given[k] || fg__is_real(c->in_type[k]), DTYPE,
+                   "x, dt, a, b, c and d must be f32 or bf16");
+    FG_REQUIRE(c, !c->given[FG_SSD_STATE] || c->in_type[FG_SSD_STATE] == FG_F32, DTYPE,
+               "state must be f32");
+    if (fg__check_sequence(c, FG_SSD_FIRST, FG_SSD_PAST)) return FG_ERR_SHAPE;
+    c->out[0] = *x;
+    c->out[1] = state;
+    c->out_type[1] = FG_F32;
+    return FG_OK;
+}
+
+/* Applies the op `grad` with n inputs, the last two more and kept. */
+static inline void fg__ssd_vjp(fg_vjp *v, const fg_op *grad, int n, fg_tensor more, fg_tensor kept)
+{
+    if (!fg_absent(v->in[FG_SSD_PAST])) {
+        v->gin[0] =
+            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
+        return;
+    }
+    const fg_tensor in[] = { v->gout[0], v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3],
+                             v->in[4], v->in[5], v->in[6], v->in[7], more, kept };
+    const fg_tensor g = fg__apply(grad, FG_HERE, NULL, n, in, v->attr);
+    for (int i = 0; i < 7; i++) if (!fg_absent(v->in[i])) v->gin[i] = fg_result(g, i);
+    if (!fg_absent(more)) v->gin[FG_SSD_PAST + 1] = fg_result(g, 7);
+}
+
+static inline fg_status fg__ssd_grad_infer(fg_infer *c)
+{
+    const fg_shape *x = &c->in[FG_SSD_BACK + FG_SSD_X];
+    FG_REQUIRE(c, !c->given[0] || fg_shape_equal(c->in[0], *x), SHAPE, "gy must have x's shape");
+    for (int i = 0; i < 5; i++) {
+        c->out[i] = c->in[FG_SSD_BACK + i];
+        c->out_type[i] = c->in_type[FG_SSD_BACK + i];
+    }
+    c->out[5] = c->in[FG_SSD_BACK + FG_SSD_A];
+    c->out_type[5] =
+        c->given[FG_SSD_BACK + FG_SSD_D] ? c->in_type[FG_SSD_BACK + FG_SSD_D] : FG_F32;
+    c->out[6] =
+        FG_DIMS(x->dim[0], x->dim[2], x->dim[3], c->in[FG_SSD_BACK + FG_SSD_B].dim[3]);
+    c->out_type[6] = FG_F32;
+    return FG_OK;
+}
+
+/* Products inside chunks, with the state, and scores. */
+static inline fg_cost fg__ssd_cost(const fg_infer *c)
+{
+    const fg__ssd z = fg__ssd_of(&c->in[FG_SSD_X], &c->in[FG_SSD_B]);
+    const double P = (double)z.P, N = (double)z.N, R = FG_CHUNK, rows = (double)(z.B * z.T);
+    const double x = rows * (double)z.H * P, bc = rows * (double)z.G * N;
+    const double size = c->in_type[FG_SSD_X] == FG_BF16 ? 2 : 4;
+    return (fg_cost){ .flops = x * (R + 4 * N) + bc * R, .bytes = size * (2 * x + 2 * bc) };
+}
+
+/* The forward pass's states once more, then two products for each of its own. */
+static inline fg_cost fg__ssd_grad_cost(const fg_infer *c)
+{
+    const fg__ssd z =
+        fg__ssd_of(&c->in[FG_SSD_BACK + FG_SSD_X], &c->in[FG_SSD_BACK + FG_SSD_B]);
+    const double P = (double)z.P, N = (double)z.N, R = FG_CHUNK, rows = (double)(z.B * z.T);
+    const double x = rows * (double)z.H * P, bc = rows * (double)z.G * N;
+    const double size = c->in_type[FG_SSD_BACK + FG_SSD_X] == FG_BF16 ? 2 : 4;
+    return (fg_cost){ .flops = x * (2 * R + 10 * N) + rows * (double)z.H * N * 2 * R + bc * R,
+                      .bytes = size * (3 * x + 4 * bc) };
+}
 #endif

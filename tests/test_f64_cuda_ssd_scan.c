@@ -9,13 +9,17 @@
 #include "device_cuda.h"
 #include "scan_run.h"
 
-enum { X, DT, A, B, C, D, STATE, INPUTS };
+enum { X, DT, A, B, C, D, STATE, BIAS, INPUTS };
 enum { Y = INPUTS, END, RESULTS };
-static const char *const names[] = { "x", "dt", "a", "b", "c", "d", "state", "y", "end" };
-static const double bounds[] = { 8e-3, 1.5e-2, 1.5e-2, 8e-3, 8e-3, 1e-3, 8e-3, 4e-3, 4e-3 };
+static const char *const names[] = { "x", "dt", "a", "b", "c", "d", "state", "bias", "y",
+                                     "end" };
+static const double bounds[] = { 8e-3, 1.5e-2, 1.5e-2, 8e-3, 8e-3, 1e-3, 8e-3, 1.5e-2, 4e-3,
+                                 4e-3 };
 
 enum { AS_TRAINED, EXTREME };            /* dt and a */
-typedef struct { int64_t B, T, H, G, N; bool documents; int rates; } size;
+/* mamba: mamba2_scan, which makes dt and a itself; its x, dt, b and c are columns of one matrix, as
+ * behind a projection */
+typedef struct { int64_t B, T, H, G, N; bool documents; int rates; bool mamba; } size;
 
 static fg_shape shape_of(const size *s, int i)
 {
@@ -24,7 +28,7 @@ static fg_shape shape_of(const size *s, int i)
     case DT: return FG_DIMS(s->B, s->T, s->H);
     case B: case C: return FG_DIMS(s->B, s->T, s->G, s->N);
     case STATE: case END: return FG_DIMS(s->B, s->H, 64, s->N);
-    default: return FG_DIMS(s->H);
+    default: return FG_DIMS(s->H);               /* A, D, BIAS */
     }
 }
 
@@ -37,6 +41,8 @@ static float *draw(const size *s, int i, uint64_t *seed)
     for (int64_t k = 0; k < n; k++) {
         *seed = *seed * 6364136223846793005u + 1442695040888963407u;
         x[k] = (float)((int)(*seed >> 40) % 33 - 16) / 16;
+        if (s->mamba && (i == DT || i == A)) { x[k] *= 2; continue; }
+        if (s->mamba && i == BIAS) x[k] -= 4;
         if (i == DT) x[k] = expf(-4.5f + 2 * x[k]);
         if (i == A) x[k] = -expf(1.4f + 1.4f * x[k]);
         if (i == DT && s->rates == EXTREME) x[k] = *seed >> 63 ? 30 : expf(-30);
@@ -57,6 +63,32 @@ static void fill_first(const size *s, int32_t *first)
     }
 }
 
+/* What is read of [x | dt | b | c]: a part of it, with its own last two axes. */
+static fg_tensor part(const size *s, fg_tensor all, int i, int64_t *at)
+{
+    const fg_shape own = shape_of(s, i);
+    const int64_t n = fg_shape_count(own) / (s->B * s->T), from = *at;
+    *at += (n + 7) / 8 * 8;
+    return fg_reshape(fg_slice(all, 2, from, from + n), own);
+}
+
+static fg_tensor scan_of_columns(const size *s, const fg_tensor *in)
+{
+    static const int parts[] = { X, DT, B, C };
+    fg_tensor all = { 0 }, own[INPUTS];
+    int64_t at = 0;
+    for (int k = 0; k < 4; k++) {
+        const fg_shape of = shape_of(s, parts[k]);
+        const int64_t n = fg_shape_count(of) / (s->B * s->T), wide = (n + 7) / 8 * 8;
+        fg_tensor x = fg_reshape(in[parts[k]], FG_DIMS(s->B, s->T, n));
+        if (wide > n) x = fg_concat(x, fg_fill(x.graph, FG_DIMS(s->B, s->T, wide - n), 0), 2);
+        all = k ? fg_concat(all, x, 2) : x;
+    }
+    all = fg_cast(all, FG_BF16);
+    for (int k = 0; k < 4; k++) own[parts[k]] = part(s, all, parts[k], &at);
+    return fg_mamba2_scan(own[X], own[DT], in[BIAS], in[A], own[B], own[C], in[D], in[STATE]);
+}
+
 /* y, end and the gradients of all inputs, on a device. */
 static void run(const size *s, fg_backend *device, float **out)
 {
@@ -67,11 +99,13 @@ static void run(const size *s, fg_backend *device, float **out)
     fg_graph_sequence(g, (fg_sequence){ .first = first });
     for (int i = 0; i < INPUTS; i++)
         narrow[i] = i == X || i == B || i == C ? fg_cast(in[i], FG_BF16) : in[i];
-    to[Y] = fg_ssd_scan(narrow[X], narrow[DT], narrow[A], narrow[B], narrow[C], narrow[D],
+    to[Y] = s->mamba ? scan_of_columns(s, in)
+          : fg_ssd_scan(narrow[X], narrow[DT], narrow[A], narrow[B], narrow[C], narrow[D],
                         narrow[STATE]);
     to[END] = fg_result(to[Y], 1);
     const fg_tensor on_y = weighted(to[Y], in[Y]), on_end = weighted(to[END], in[END]);
-    const fg_tensor loss = fg_add(on_y, on_end);
+    fg_tensor loss = fg_add(on_y, on_end);
+    if (!s->mamba) loss = fg_add(loss, fg_sum(in[BIAS]));
     cr_assert_eq(fg_grad(loss, INPUTS, in, to), FG_OK, "%s", fg_graph_message(g));
     to[Y] = fg_cast(to[Y], FG_F32);
     float *values[RESULTS];
@@ -94,7 +128,8 @@ static void compare(const size *s, fg_backend *gpu, fg_backend *cpu)
     for (int i = 0; i < RESULTS; i++) {
         const int64_t n = fg_shape_count(shape_of(s, i));
         const double far = off(got[i], want[i], n);
-        cr_expect(far <= bounds[i], "T = %d, N = %d%s: %s%s is off by %.1e", (int)s->T, (int)s->N,
+        cr_expect(far <= bounds[i], "%sT = %d, N = %d%s: %s%s is off by %.1e",
+                  s->mamba ? "mamba2, " : "", (int)s->T, (int)s->N,
                   s->documents ? ", documents" : "", i < INPUTS ? "gradient of " : "", names[i],
                   far);
         cr_expect(!memcmp(got[i], again[i], (size_t)n * 4), "%s changed from run to run", names[i]);
@@ -110,10 +145,14 @@ Test(cuda_ssd_scan, chunks_on_tensor_cores_are_the_recurrence)
     fg_backend *gpu = fg__cuda_or_skip(true), *cpu = gpu ? fg_backend_open("cpu", 2) : NULL;
     for (int i = 0; gpu && i < 11; i++)
         for (int documents = 0; documents < 2; documents++) {
-            const size wide = { 2, lengths[i], 4, 2, 128, documents, AS_TRAINED };
-            const size small = { 2, lengths[i], 3, 1, 64, documents, AS_TRAINED };
+            const size wide = { 2, lengths[i], 4, 2, 128, documents, AS_TRAINED, false };
+            const size small = { 2, lengths[i], 3, 1, 64, documents, AS_TRAINED, false };
+            size mamba = wide, odd = small;
+            mamba.mamba = odd.mamba = true;
             compare(&wide, gpu, cpu);
             compare(&small, gpu, cpu);
+            compare(&mamba, gpu, cpu);
+            compare(&odd, gpu, cpu);
         }
     cr_expect_eq(fg__traps.broken, 0, "%d allocations were overrun", fg__traps.broken);
     fg_backend_close(gpu);
@@ -126,7 +165,7 @@ Test(cuda_ssd_scan, extreme_rates)
     static const int64_t lengths[] = { 64, 65, 300 };
     fg_backend *gpu = fg__cuda_or_skip(true), *cpu = gpu ? fg_backend_open("cpu", 2) : NULL;
     for (int i = 0; gpu && i < 3; i++) {
-        const size s = { 2, lengths[i], 4, 1, 128, i == 2, EXTREME };
+        const size s = { 2, lengths[i], 4, 1, 128, i == 2, EXTREME, false };
         compare(&s, gpu, cpu);
     }
     fg_backend_close(gpu);
@@ -137,8 +176,8 @@ Test(cuda_ssd_scan, extreme_rates)
 Test(cuda_ssd_scan, any_number_of_heads)
 {
     fg_backend *gpu = fg__cuda_or_skip(true), *cpu = gpu ? fg_backend_open("cpu", 2) : NULL;
-    const size many = { 1, 200, 131, 1, 64, false, AS_TRAINED };
-    const size one = { 3, 200, 1, 1, 128, true, AS_TRAINED };
+    const size many = { 1, 200, 131, 1, 64, false, AS_TRAINED, false };
+    const size one = { 3, 200, 1, 1, 128, true, AS_TRAINED, false };
     if (gpu) compare(&many, gpu, cpu), compare(&one, gpu, cpu);
     fg_backend_close(gpu);
     fg_backend_close(cpu);
