@@ -125,6 +125,7 @@ struct fg_rewrite;
 fg_tensor fg__cast(fg_tensor x, fg_dtype to);
 void      fg__fuse(struct fg_rewrite *r);
 void      fg__fuse_few(struct fg_rewrite *r);              /* ops/fuse_few.c, called by fg__fuse */
+void      fg__fuse_convs(struct fg_rewrite *r);            /* ops/fuse_conv.c, the same */
 
 /* Test inputs: parameters with N(0,1) entries, named random0, random1, ... in order of creation,
  * and integers drawn from [lo, hi).  Make them in statements of their own, one per line. */

@@ -41,6 +41,29 @@ uint32_t fg__uses(const fg_rewrite *r, uint32_t v)
     return v < r->cap ? r->uses[v] : 0;
 }
 
+bool fg__depends(const fg_rewrite *r, uint32_t v, uint32_t k)
+{
+    const fg_graph *g = r->g;
+    const size_t n = (size_t)g->n_nodes + 1;
+    uint8_t *seen = calloc(n, 1);
+    uint32_t *waiting = malloc(n * sizeof *waiting), count = 0;
+    bool found = !seen || !waiting;
+    const uint32_t last = g->values[fg__now(r, v)].node;
+    if (!found && last != FG_NO_NODE) seen[waiting[count++] = last] = 1;
+    while (count && !found) {
+        const fg_node *by = &g->nodes[waiting[--count]];
+        found = by == &g->nodes[k];
+        for (int i = 0; i < by->n_in; i++) {
+            const uint32_t in = by->in[i] ? g->values[fg__now(r, by->in[i])].node : FG_NO_NODE;
+            if (in != FG_NO_NODE && !seen[in]) seen[waiting[count++] = in] = 1;
+        }
+    }
+    if (!seen || !waiting) fg__out_of_memory(r->g);
+    free(seen);
+    free(waiting);
+    return found;
+}
+
 void fg__rewrite_close(fg_rewrite *r)
 {
     fg_graph *g = r->g;

@@ -19,6 +19,8 @@ bool     fg__rewrite_open(fg_rewrite *r, fg_graph *g);     /* false: out of memo
 void     fg__rewrite_close(fg_rewrite *r);
 uint32_t fg__now(const fg_rewrite *r, uint32_t v);         /* what stands in v's place */
 uint32_t fg__uses(const fg_rewrite *r, uint32_t v);        /* reading inputs and outputs of v */
+/* Does v depend on what node k makes?  True, too, if out of memory. */
+bool     fg__depends(const fg_rewrite *r, uint32_t v, uint32_t k);
 static inline fg_tensor fg__now_tensor(const fg_rewrite *r, uint32_t v)
 {
     return v ? (fg_tensor){ r->g, fg__now(r, v) } : (fg_tensor){ 0 };

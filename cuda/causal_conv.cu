@@ -4,19 +4,20 @@
  *     gx_s = sum_k w_(W-1-k) gu_(s+k),  gw_(W-1-k) = sum_t gu_t x_(t-k),  gbias = sum_t gu_t
  *
  * A thread has V channels of a strip of rows; a block has 32 threads of channels and GROUP strips.
- * Width 4 goes 8 or 16 bytes at a time and walks LONG rows, the next STAGE of them on their way;
- * others go a channel at a time, STRIP rows loaded at once.
- * Bytes: x, gy and y, gx once; the rows before and behind a strip again, from cache. */
+ * Width 4 goes 4 to 16 bytes at a time and walks its strip with AHEAD rows on their way: a row that
+ * is used makes room for the next.  Others go a channel at a time, STRIP rows loaded at once.
+ * Bytes: x, gy and y, gx once; the rows before a strip again, from cache. */
 #include "kernel.cuh"
 
-/* Chosen on an H100 80GB HBM3, 2026-11-26: 0.10 ms and 0.16 ms for [1,16384,3328] in bf16. */
 #define STRIP   16                               /* rows */
-#define LONG      48
-#define LONG_GRAD 40
-#define STAGE     8
+#define AHEAD   8
 #define GROUP   4
 #define THREADS (32 * GROUP)
 #define WIDEST  8
+/* Blocks of a processor, where rows see all their inputs, or perhaps less.  Chosen on an H100 80GB
+ * HBM3, 2026-11-26: 0.095 ms and 0.137 ms for [1,16384,3328] in bf16. */
+template <class E> constexpr int walk_blocks(bool cut) { return sizeof(E) == 2 ? 6 - cut : 4; }
+constexpr int grad_blocks(bool cut) { return 3 - cut; }
 
 struct geometry {
     const int32_t *first, *past;
@@ -73,9 +74,9 @@ static __device__ __forceinline__ int reach(const geometry &k, int64_t past, int
 
 /* A thread's sequence, first row and first channel. */
 struct spot { int64_t b, t, c; };
-template <int V, int ROWS> static __device__ __forceinline__ spot own()
+template <int V> static __device__ __forceinline__ spot own(int rows)
 {
-    return { blockIdx.z, ((int64_t)blockIdx.y * GROUP + threadIdx.x / 32) * ROWS,
+    return { blockIdx.z, ((int64_t)blockIdx.y * GROUP + threadIdx.x / 32) * rows,
              ((int64_t)blockIdx.x * 32 + threadIdx.x % 32) * V };
 }
 static dim3 blocks_of(const geometry &k, int V, int rows)
@@ -128,8 +129,14 @@ template <int V, int W> static __device__ __forceinline__ void shift(float (*x)[
         for (int j = 0; j < V; j++) x[r][j] = x[r - 1][j];
 }
 
-/* 1 / (1 + e^-u) */
-static __device__ __forceinline__ float sigmoid(float u) { return __fdividef(1, 1 + __expf(-u)); }
+/* 1 / (1 + e^-u); what is below 2^-126 counts as 0, which saves the scaling around both. */
+static __device__ __forceinline__ float sigmoid(float u)
+{
+    float e, s;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.4426950408889634f * u));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1 + e));
+    return s;
+}
 
 template <int V> static __device__ __forceinline__ void activate(float *v, bool silu)
 {
@@ -141,7 +148,7 @@ template <int V> static __device__ __forceinline__ void activate(float *v, bool 
 template <class E, int W>
 static __global__ void __launch_bounds__(THREADS, 3) convolve(geometry k, const E *x, E *y)
 {
-    const spot at = own<1, STRIP>();
+    const spot at = own<1>(STRIP);
     if (at.c >= k.C || at.t >= k.T) return;
     some<E, 1> raw[W - 1 + STRIP];
     float w[W][1], bias[1], in[W][1];
@@ -166,7 +173,25 @@ static __global__ void __launch_bounds__(THREADS, 3) convolve(geometry k, const 
     }
 }
 
-/* x[r % 4] becomes row r; mixes it with the three before. */
+/* ---- width 4 -------------------------------------------------------------------------------- */
+
+/* Rows of a strip: such that blocks come in few and full waves of those that an H100 holds at once.
+ * Set by the shape alone, on any card. */
+static int strip_of(const geometry &k, int V, int blocks)
+{
+    enum { LEAST = 32, MOST = 160, START = 16 }; /* rows that a strip's begin takes as long as */
+    int best = LEAST;
+    int64_t least = INT64_MAX;
+    for (int rows = LEAST; rows <= MOST; rows += AHEAD) {
+        const dim3 grid = blocks_of(k, V, rows);
+        const int64_t all = (int64_t)grid.x * grid.y * grid.z, held = 132 * blocks;
+        const int64_t time = (all + held - 1) / held * (rows + START);
+        if (time < least) least = time, best = rows;
+    }
+    return best;
+}
+
+/* x[r % 4] is row r; mixes it with the three before. */
 template <int V, bool CUT>
 static __device__ __forceinline__ void mix4(const float (*w)[V], const float *bias,
                                             const float (*x)[V], int r, int seen, float *u)
@@ -180,50 +205,56 @@ static __device__ __forceinline__ void mix4(const float (*w)[V], const float *bi
             u[j] = !CUT || i <= seen ? fmaf(w[i][j], x[(r - i) & 3][j], u[j]) : u[j];
 }
 
-/* STAGE rows, of which `n` are there. */
-template <class E, int V>
-static __device__ __forceinline__ void stage_load(some<E, V> *to, const E *x, int64_t row, int n)
+/* What a thread holds of the last four rows, row r of the strip in place r % 4. */
+template <int V> struct rows4 { float w[4][V], bias[V], in[4][V]; };
+
+template <class E, int V, bool CUT>
+static __device__ __forceinline__ some<E, V> row_forth(const geometry &k, rows4<V> &m, int r,
+                                                       int seen, const some<E, V> &x)
 {
+    some<E, V> out;
+    float v[V];
+    x.floats(m.in[r & 3]);
+    mix4<V, CUT>(m.w, m.bias, m.in, r, seen, v);
+    activate<V>(v, k.silu);
 #pragma unroll
-    for (int r = 0; r < STAGE; r++) to[r] = load<E, V>(x, r * row, r < n);
+    for (int j = 0; j < V; j++) v[j] = CUT && seen < 0 ? 0 : v[j];
+    out.set(v);
+    return out;
 }
 
-/* Width 4.  CUT: rows may see less than 4 inputs, as documents and caches have it. */
+/* CUT: rows may see less than 4 inputs, as documents and caches have it. */
 template <class E, int V, bool CUT>
-static __global__ void __launch_bounds__(THREADS, 3) walk(geometry k, const E *x, E *y)
+static __global__ void __launch_bounds__(THREADS, walk_blocks<E>(CUT))
+walk(geometry k, int strip, const E *x, E *y)
 {
-    const spot at = own<V, LONG>();
+    const spot at = own<V>(strip);
     if (at.c >= k.C || at.t >= k.T) return;
-    some<E, V> now[STAGE], next[STAGE];
-    float w[4][V], bias[V], in[4][V];
+    const int n = (int)min((int64_t)strip, k.T - at.t), whole = n / AHEAD * AHEAD;
+    const int x_step = (int)k.x_row, y_step = (int)k.y_row;
     const int64_t past = CUT && k.past ? *k.past : 0;
-    const int rows = (int)min((int64_t)LONG, k.T - at.t);
     const E *from = x + (at.b * k.T + at.t) * k.x_row + at.c;
     E *to = y + (at.b * k.T + at.t) * k.y_row + at.c;
-    stage_load<E, V>(next, from, k.x_row, rows);
+    some<E, V> raw[AHEAD];
+    rows4<V> m;
 #pragma unroll
-    for (int r = 1; r < 4; r++) input<E, V>(k, x, at, at.t + r - 4).floats(in[r]);
-    weights<V, 4>(k, at.c, w, bias);
-    for (int i = 0; i < rows; i += STAGE) {
+    for (int r = 1; r < 4; r++) input<E, V>(k, x, at, at.t + r - 4).floats(m.in[r]);
 #pragma unroll
-        for (int r = 0; r < STAGE; r++) now[r] = next[r];
-        from += STAGE * k.x_row;
-        stage_load<E, V>(next, from, k.x_row, rows - i - STAGE);
+    for (int r = 0; r < AHEAD; r++, from += x_step) raw[r] = load<E, V>(from, 0, r < n);
+    weights<V, 4>(k, at.c, m.w, m.bias);
+    for (int i = 0; i < whole; i += AHEAD)
 #pragma unroll
-        for (int r = 0; r < STAGE; r++) {
-            if (i + r >= rows) break;
+        for (int r = 0; r < AHEAD; r++, from += x_step, to += y_step) {
             const int seen = CUT ? reach(k, past, at.b, at.t + i + r) : 3;
-            float v[V];
-            now[r].floats(in[r & 3]);
-            mix4<V, CUT>(w, bias, in, r, seen, v);
-            activate<V>(v, k.silu);
-#pragma unroll
-            for (int j = 0; j < V; j++) v[j] = seen < 0 ? 0 : v[j];
-            some<E, V> out;
-            out.set(v);
-            *(some<E, V> *)(to + r * k.y_row) = out;
+            const some<E, V> now = raw[r];
+            if (i + AHEAD + r < n) raw[r] = *(const some<E, V> *)from;
+            *(some<E, V> *)to = row_forth<E, V, CUT>(k, m, r, seen, now);
         }
-        to += STAGE * k.y_row;
+#pragma unroll
+    for (int r = 0; r < AHEAD; r++, to += y_step) {
+        if (whole + r >= n) break;
+        const int seen = CUT ? reach(k, past, at.b, at.t + whole + r) : 3;
+        *(some<E, V> *)to = row_forth<E, V, CUT>(k, m, r, seen, raw[r]);
     }
 }
 
@@ -248,16 +279,19 @@ static bool in_runs(const geometry &k, int V)
     return k.W == 4 && k.C % V == 0 && k.x_row % V == 0 && k.y_row % V == 0 && k.gy_row % V == 0;
 }
 
-template <class E, int V>
+template <class E>
 static void convolve_launch(const fg_exec *e, const geometry &k, cudaStream_t stream)
 {
+    constexpr int V = 4;
     const bool cut = k.first || k.past;
+    const int strip = strip_of(k, V, walk_blocks<E>(cut));
+    const dim3 runs = blocks_of(k, V, strip);
     const E *x = (const E *)e->in[0];
     E *y = (E *)e->out[0];
     if (!in_runs(k, V))
         convolve<E, WIDEST><<<blocks_of(k, 1, STRIP), THREADS, 0, stream>>>(k, x, y);
-    else if (cut) walk<E, V, true><<<blocks_of(k, V, LONG), THREADS, 0, stream>>>(k, x, y);
-    else walk<E, V, false><<<blocks_of(k, V, LONG), THREADS, 0, stream>>>(k, x, y);
+    else if (cut) walk<E, V, true><<<runs, THREADS, 0, stream>>>(k, strip, x, y);
+    else walk<E, V, false><<<runs, THREADS, 0, stream>>>(k, strip, x, y);
 }
 
 static void launch(const fg_exec *e, cudaStream_t stream)
@@ -266,8 +300,8 @@ static void launch(const fg_exec *e, cudaStream_t stream)
     geometry k = geometry_of(e, 0, a->silu);
     k.past = (const int32_t *)e->in[4];
     k.prev = e->in[5];
-    if (e->in_type[0] == FG_BF16) convolve_launch<bf16, 8>(e, k, stream);
-    else convolve_launch<float, 4>(e, k, stream);
+    if (e->in_type[0] == FG_BF16) convolve_launch<bf16>(e, k, stream);
+    else convolve_launch<float>(e, k, stream);
 }
 
 static const char *unfit(const fg_infer *c)
@@ -322,7 +356,7 @@ template <class E, class F, int W>
 static __global__ void __launch_bounds__(THREADS, 3)
 convolve_grad(geometry k, const F *gy, const E *x, E *gx, float *sums)
 {
-    const spot at = own<1, STRIP>();
+    const spot at = own<1>(STRIP);
     const int64_t end = min(at.t + STRIP, k.T), token = at.b * k.T;
     const bool there = at.c < k.C && at.t < k.T;
     some<E, 1> raw_x[STRIP + 2 * (W - 1)];
@@ -371,27 +405,26 @@ convolve_grad(geometry k, const F *gy, const E *x, E *gx, float *sums)
     leave<1, W>(k, gw, gb, sums);
 }
 
-/* Width 4: what a thread holds of the last four rows, row t in place t % 4 of the strip, and its
- * sums. */
-template <int V> struct window {
-    float w[4][V], bias[V], in[4][V], gu[4][V], gw[4][V], gb[V];
+/* Width 4: of the last four rows, and a thread's sums. */
+template <int V> struct window : rows4<V> {
+    float gu[4][V], gw[4][V], gb[V];
     int saw[4];
 };
 
-/* Row t, the r-th of a stage; own: it is of the strip, not one behind it that sees the strip. */
+/* Row t, the r-th of its strip; adds: it is of the strip, not one before. */
 template <class E, class F, int V, bool CUT>
 static __device__ __forceinline__ void row_back(const geometry &k, window<V> &m, int r, int64_t b,
-                                                int64_t t, bool own, const some<E, V> &x,
+                                                int64_t t, bool adds, const some<E, V> &x,
                                                 const some<F, V> &gy)
 {
-    const int seen = CUT ? reach(k, 0, b, t) : 3;
+    const int seen = !CUT ? 3 : t < 0 ? -1 : reach(k, 0, b, t);
     float v[V], *gu = m.gu[r & 3];
     if (CUT) m.saw[r & 3] = seen;
     x.floats(m.in[r & 3]);
     gy.floats(gu);
     mix4<V, CUT>(m.w, m.bias, m.in, r, seen, v);
     back<V>(gu, v, seen, k.silu);
-    if (!own) return;
+    if (!adds) return;
 #pragma unroll
     for (int j = 0; j < V; j++) {
         m.gb[j] += gu[j];
@@ -401,7 +434,7 @@ static __device__ __forceinline__ void row_back(const geometry &k, window<V> &m,
     }
 }
 
-/* gx of the row three before the r-th of a stage. */
+/* gx of the row three before the r-th. */
 template <class E, int V, bool CUT>
 static __device__ __forceinline__ some<E, V> input_back(const window<V> &m, int r)
 {
@@ -417,44 +450,68 @@ static __device__ __forceinline__ some<E, V> input_back(const window<V> &m, int 
     return out;
 }
 
+/* gu of the three rows before the strip. */
 template <class E, class F, int V, bool CUT>
-static __global__ void __launch_bounds__(THREADS, CUT && V > 2 ? 2 : 3)
-walk_grad(geometry k, const F *gy, const E *x, E *gx, float *sums)
+static __device__ __forceinline__ void rows_before(const geometry &k, window<V> &m, const spot &at,
+                                                   const E *x, const F *gy)
 {
-    const spot at = own<V, LONG_GRAD>();
+    some<E, V> old[6];
+    some<F, V> gu[3];
+#pragma unroll
+    for (int r = 0; r < 6; r++) old[r] = load<E, V>(x, (r - 6) * k.x_row, at.t + r >= 6);
+#pragma unroll
+    for (int r = 0; r < 3; r++) gu[r] = load<F, V>(gy, (r - 3) * k.gy_row, at.t + r >= 3);
+    weights<V, 4>(k, at.c, m.w, m.bias);
+#pragma unroll
+    for (int r = 0; r < 3; r++) old[r].floats(m.in[(r - 6) & 3]);
+#pragma unroll
+    for (int r = -3; r < 0; r++)
+        row_back<E, F, V, CUT>(k, m, r, at.b, at.t + r, false, old[r + 6], gu[r + 3]);
+}
+
+/* A strip has gu of its rows, and gx of those three rows before; the last has gx to the end. */
+template <class E, class F, int V, bool CUT>
+static __global__ void __launch_bounds__(THREADS, grad_blocks(CUT && V > 2))
+walk_grad(geometry k, int strip, const F *gy, const E *x, E *gx, float *sums)
+{
+    const spot at = own<V>(strip);
     window<V> m = {};
     if (at.c < k.C && at.t < k.T) {
-        const int own = (int)min((int64_t)LONG_GRAD, k.T - at.t);
-        const int all = (int)min((int64_t)own + 3, k.T - at.t);
-        some<E, V> x_now[STAGE], x_next[STAGE];
-        some<F, V> gy_now[STAGE], gy_next[STAGE];
+        const int n = (int)min((int64_t)strip, k.T - at.t), whole = n / AHEAD * AHEAD;
+        const int all = at.t + n == k.T ? n + 3 : n;
+        const int x_step = (int)k.x_row, gy_step = (int)k.gy_row, gx_step = (int)k.y_row;
         const E *x_from = x + (at.b * k.T + at.t) * k.x_row + at.c;
         const F *gy_from = gy + (at.b * k.T + at.t) * k.gy_row + at.c;
         E *to = gx + (at.b * k.T + at.t - 3) * k.y_row + at.c;
-        stage_load<E, V>(x_next, x_from, k.x_row, all);
-        stage_load<F, V>(gy_next, gy_from, k.gy_row, all);
+        some<E, V> x_raw[AHEAD];
+        some<F, V> gy_raw[AHEAD];
+        rows_before<E, F, V, CUT>(k, m, at, x_from, gy_from);
 #pragma unroll
-        for (int r = 1; r < 4; r++) input<E, V>(k, x, at, at.t + r - 4).floats(m.in[r]);
-        weights<V, 4>(k, at.c, m.w, m.bias);
-        for (int i = 0; i < own + 3; i += STAGE) {
+        for (int r = 0; r < AHEAD; r++, x_from += x_step, gy_from += gy_step) {
+            x_raw[r] = load<E, V>(x_from, 0, r < n);
+            gy_raw[r] = load<F, V>(gy_from, 0, r < n);
+        }
+        for (int i = 0; i < whole; i += AHEAD)
 #pragma unroll
-            for (int r = 0; r < STAGE; r++) x_now[r] = x_next[r], gy_now[r] = gy_next[r];
-            x_from += STAGE * k.x_row, gy_from += STAGE * k.gy_row;
-            stage_load<E, V>(x_next, x_from, k.x_row, all - i - STAGE);
-            stage_load<F, V>(gy_next, gy_from, k.gy_row, all - i - STAGE);
-#pragma unroll
-            for (int r = 0; r < STAGE; r++) {
-                if (i + r >= own + 3) break;
-                if (i + r < all)
-                    row_back<E, F, V, CUT>(k, m, r, at.b, at.t + i + r, i + r < own, x_now[r],
-                                           gy_now[r]);
-                else
-#pragma unroll
-                    for (int j = 0; j < V; j++) m.gu[r & 3][j] = 0;
-                if (i + r >= 3)
-                    *(some<E, V> *)(to + r * k.y_row) = input_back<E, V, CUT>(m, r);
+            for (int r = 0; r < AHEAD; r++, x_from += x_step, gy_from += gy_step, to += gx_step) {
+                row_back<E, F, V, CUT>(k, m, r, at.b, at.t + i + r, true, x_raw[r], gy_raw[r]);
+                if (i + AHEAD + r < n) {
+                    x_raw[r] = *(const some<E, V> *)x_from;
+                    gy_raw[r] = *(const some<F, V> *)gy_from;
+                }
+                if (r >= 3 || i > 0 || at.t > 0)
+                    *(some<E, V> *)to = input_back<E, V, CUT>(m, r);
             }
-            to += STAGE * k.y_row;
+#pragma unroll
+        for (int r = 0; r < AHEAD + 2; r++, to += gx_step) {
+            if (whole + r >= all) break;
+            if (r < AHEAD && whole + r < n)
+                row_back<E, F, V, CUT>(k, m, r, at.b, at.t + whole + r, true, x_raw[r % AHEAD],
+                                       gy_raw[r % AHEAD]);
+            else
+#pragma unroll
+                for (int j = 0; j < V; j++) m.gu[r & 3][j] = 0;
+            if (r >= 3 || whole > 0 || at.t > 0) *(some<E, V> *)to = input_back<E, V, CUT>(m, r);
         }
     }
     leave<V, 4>(k, m.gw, m.gb, sums);
@@ -491,11 +548,13 @@ static void grad_launch_of(const fg_exec *e, const geometry &k, cudaStream_t str
     const E *x = (const E *)e->in[1];
     E *gx = (E *)e->out[0];
     float *s = (float *)e->scratch;
-    const dim3 runs = blocks_of(k, V, LONG_GRAD), ones = blocks_of(k, 1, STRIP);
+    const int strip = strip_of(k, V, grad_blocks(k.first && V > 2));
+    const dim3 runs = blocks_of(k, V, strip), ones = blocks_of(k, 1, STRIP);
     const bool walks = in_runs(k, V);
     if (!walks) convolve_grad<E, F, WIDEST><<<ones, THREADS, 0, stream>>>(k, gy, x, gx, s);
-    else if (k.first) walk_grad<E, F, V, true><<<runs, THREADS, 0, stream>>>(k, gy, x, gx, s);
-    else walk_grad<E, F, V, false><<<runs, THREADS, 0, stream>>>(k, gy, x, gx, s);
+    else if (k.first)
+        walk_grad<E, F, V, true><<<runs, THREADS, 0, stream>>>(k, strip, gy, x, gx, s);
+    else walk_grad<E, F, V, false><<<runs, THREADS, 0, stream>>>(k, strip, gy, x, gx, s);
     const int64_t n = (k.W + 1) * k.C;
     add_sums<<<fg_blocks(n, 32), 32 * ADDERS, 0, stream>>>(
         s, k.B * (walks ? runs : ones).y, k.C, k.W, fg_output_of(e, 1), fg_output_of(e, 2));

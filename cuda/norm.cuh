@@ -491,123 +491,6 @@ norm_grad_whole(const norm_backward a)
     norm_leave<THREADS>(a, part);
 }
 
-/* ---- gradient of a gate before the norm, in bf16, by way of a ring in shared memory ---------- */
-
-enum { NORM_RING = 4 };          /* rows, all but one of them on their way */
-
-struct norm_rows_of_ring { const bf16 *gy, *x, *g; };
-
-/* A thread's vectors of one row, which it alone will read. */
-static __device__ __forceinline__ void norm_ring_load(uint4 *to, int threads,
-                                                      const norm_rows_of_ring &r, bool ok)
-{
-    const bf16 *from[3] = { r.gy, r.x, r.g };
-#pragma unroll
-    for (int i = 0; i < 3; i++) {
-        const uint32_t at = (uint32_t)__cvta_generic_to_shared(to + i * threads);
-        if (ok) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                             :: "r"(at), "l"(from[i]) : "memory");
-    }
-}
-
-static __device__ __forceinline__ uint4 norm_pack(const float *x)
-{
-    return make_uint4(fg_pack2(x[0], x[1]), fg_pack2(x[2], x[3]), fg_pack2(x[4], x[5]),
-                      fg_pack2(x[6], x[7]));
-}
-
-/* As norm_grad_whole; a thread has one vector of a group. */
-template <int THREADS>
-static __global__ void __launch_bounds__(THREADS, THREADS < 512 ? 2 : 1)
-norm_grad_ring(const __grid_constant__ norm_backward a)
-{
-    extern __shared__ uint4 ring[];
-    const norm_place<THREADS, 1> place(a.s, blockIdx.y);
-    const int64_t first = norm_first(a.s.rows, a.parts, blockIdx.x);
-    const int rows = (int)(norm_first(a.s.rows, a.parts, blockIdx.x + 1) - first);
-    const int at = place.at[0];
-    const bool ok = place.ok[0];
-    uint4 *own = ring + threadIdx.x;
-    norm_rows_of_ring from = { (const bf16 *)a.gy.p + first * a.gy_rows.pitch + at,
-                               (const bf16 *)a.x.p + first * a.x_rows.pitch + at,
-                               (const bf16 *)a.g.p + first * a.g_rows.pitch + at };
-    const float *rstd = a.rstd + first * a.s.groups + place.group[0];
-    bf16 *gx = (bf16 *)a.gx.p + first * a.gx_rows.pitch + at;
-    bf16 *gg = (bf16 *)a.gg.p + first * a.gg_rows.pitch + at;
-    float gw[8] = {}, scale = rows > 0 ? *rstd : 0;
-    if (!ok)
-#pragma unroll
-        for (int i = 0; i < NORM_RING * 3; i++) own[i * THREADS] = make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int i = 0; i < NORM_RING - 1; i++) {
-        norm_ring_load(own + 3 * i * THREADS, THREADS, from, ok && i < rows);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        from.gy += a.gy_rows.pitch, from.x += a.x_rows.pitch, from.g += a.g_rows.pitch;
-    }
-    for (int i = 0; i < rows; i++) {
-        const int next = (i + NORM_RING - 1) % NORM_RING;
-        const float now = scale;
-        float gy[8], x[8], g[8], sum;
-        asm volatile("cp.async.wait_group %0;" :: "n"(NORM_RING - 2) : "memory");
-        const uint4 *mine = own + i % NORM_RING * 3 * THREADS;
-        fg_unpack(mine[0], gy);
-        fg_unpack(mine[THREADS], x);
-        fg_unpack(mine[2 * THREADS], g);
-        norm_ring_load(own + 3 * next * THREADS, THREADS, from, ok && i + NORM_RING - 1 < rows);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        from.gy += a.gy_rows.pitch, from.x += a.x_rows.pitch, from.g += a.g_rows.pitch;
-        rstd += a.s.groups;
-        if (i + 1 < rows) scale = *rstd;
-        sum = norm_gate_terms<1>(gy, x, g, now, fg_load8(a.w, place.w[0]), gw);
-        const float mean = norm_block_sum<THREADS>(sum, i & 1) / (float)a.s.n;
-        fg_unpack(mine[THREADS], x);                         /* again: registers are few */
-        fg_unpack(mine[2 * THREADS], g);
-#pragma unroll
-        for (int k = 0; k < 8; k++) norm_gate_back(gy[k], x[k], g[k], now, mean);
-        if (ok) *(uint4 *)gx = norm_pack(gy), *(uint4 *)gg = norm_pack(g);
-        gx += a.gx_rows.pitch, gg += a.gg_rows.pitch;
-    }
-    float *part = (float *)ring;
-    __syncthreads();
-    if (ok)
-#pragma unroll
-        for (int k = 0; k < 8; k++) part[at - (int)(blockIdx.y * a.s.segment) + k] = gw[k];
-    __syncthreads();
-    norm_leave<THREADS>(a, part);
-}
-
-static inline bool norm_takes_ring(const norm_backward &a)
-{
-    const norm_rows *rows[] = { &a.gy_rows, &a.x_rows, &a.g_rows, &a.gx_rows, &a.gg_rows };
-    bool plain = true;
-    for (int i = 0; i < 5; i++) plain = plain && rows[i]->per == 1;
-    return plain && a.s.whole && !a.s.lanes && a.s.segment > 512 && a.gy.narrow && a.x.narrow
-        && a.g.narrow && a.gx.narrow && a.gg.narrow;
-}
-template <int THREADS> static void norm_ring_start(const norm_backward &a, cudaStream_t stream)
-{
-    const dim3 grid((unsigned)a.parts, (unsigned)a.s.segments);
-    const int bytes = NORM_RING * 3 * THREADS * (int)sizeof(uint4);
-    cudaFuncSetAttribute(norm_grad_ring<THREADS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         bytes);
-    norm_grad_ring<THREADS><<<grid, THREADS, bytes, stream>>>(a);
-}
-/* Returns false if it is not for these. */
-template <norm_gate GATED>
-static bool norm_by_ring(const norm_backward &a, cudaStream_t stream)
-{
-    if constexpr (GATED == NORM_OF_GATED) {
-        if (!norm_takes_ring(a)) return false;
-        if (a.s.segment <= 1024) norm_ring_start<128>(a, stream);
-        else if (a.s.segment <= 1536) norm_ring_start<192>(a, stream);
-        else if (a.s.segment <= 2048) norm_ring_start<256>(a, stream);
-        else if (a.s.segment <= 3072) norm_ring_start<384>(a, stream);
-        else norm_ring_start<512>(a, stream);
-        return true;
-    }
-    return false;
-}
-
 /* By which gate g multiplies what goes through it. */
 template <norm_gate GATED> static __device__ __forceinline__ float norm_factor(float g)
 {
@@ -721,6 +604,13 @@ static void norm_grad_start(const norm_backward &a, cudaStream_t stream)
     norm_grad_whole<GATED, THREADS, VECS><<<grid, norm_block<THREADS>, shared, stream>>>(a);
 }
 
+static inline void norm_add_all(const norm_backward &a, const fg_out &gw, cudaStream_t stream)
+{
+    const dim3 block(32, 32);
+    norm_add_parts<<<fg_blocks(a.s.n_w, 32), block, 0, stream>>>(a.part, norm_part_rows(a.s),
+                                                                 a.s.n_w, gw);
+}
+
 template <norm_gate GATED>
 static void norm_grad_launch(norm_backward &a, const fg_out &gw, cudaStream_t stream)
 {
@@ -733,14 +623,12 @@ static void norm_grad_launch(norm_backward &a, const fg_out &gw, cudaStream_t st
         if (s.rows > 0)
             norm_grad_elements<GATED><<<fg_blocks(s.rows * s.groups, NORM_WARPS), 32 * NORM_WARPS,
                                         0, stream>>>(a);
-    } else if (!norm_by_ring<GATED>(a, stream)) {
+    } else {
 #define USE(threads, vecs) norm_grad_start<GATED, threads, vecs>(a, stream)
         NORM_FORMS(s.segment, USE);
 #undef USE
     }
-    const dim3 block(32, 32);
-    norm_add_parts<<<fg_blocks(s.n_w, 32), block, 0, stream>>>(a.part, norm_part_rows(s), s.n_w,
-                                                               gw);
+    norm_add_all(a, gw, stream);
 }
 
 /* What both norms with a gate take: x, w, g -> y, rstd; and gy, x, w, g, rstd -> gx, gw, gg. */

@@ -8,11 +8,29 @@
  * the gradient's partial sums of gw besides: 1 to 5% of the whole at 16384 rows (norm.cuh). */
 #include "norm_heads.cuh"
 
+/* Heads of x: [B,T,H,n] with one gain for all are groups of a row: they fill warps that one of them
+ * would leave half empty. */
+static norm_size size_of(const fg_shape *x, const fg_shape *w, int64_t groups)
+{
+    const norm_size plain = norm_size_of(x, w, groups);
+    if (groups > 1 || x->rank != 4 || x->dim[2] == 1) return plain;
+    const fg_shape rows = { .rank = 3, .dim = { x->dim[0], x->dim[1], x->dim[2] * x->dim[3] } };
+    const norm_size heads = norm_size_of(&rows, w, x->dim[2]);
+    return heads.lanes ? heads : plain;
+}
+/* Its rows can be found where all are pitched so, or not at all. */
+static bool holds(const norm_size &s, const fg_rows *r)
+{
+    return !fg_is_pitched(r) || r->width % s.D == 0;
+}
+
 static void launch(const fg_exec *e, cudaStream_t stream)
 {
     const struct fg_attr_rms_norm *at = (const struct fg_attr_rms_norm *)e->attr;
     norm_forward a = {};
-    a.s = norm_size_of(&e->in_shape[0], &e->in_shape[1], at->groups);
+    a.s = size_of(&e->in_shape[0], &e->in_shape[1], at->groups);
+    if (!holds(a.s, &e->in_rows[0]) || !holds(a.s, &e->out_rows[0]))
+        a.s = norm_size_of(&e->in_shape[0], &e->in_shape[1], at->groups);
     a.x = fg_input_of(e, 0), a.w = fg_input_of(e, 1);
     a.y = fg_output_of(e, 0), a.rstd = (float *)e->out[1], a.eps = (float)at->eps;
     a.x_rows = norm_rows_of(&e->in_rows[0], a.s.D);
@@ -40,21 +58,32 @@ FG_KERNEL(add_rms_norm) = { .launch = add_launch };
 
 static size_t scratch_of(const fg_infer *c, int64_t groups)
 {
-    const norm_size s = norm_size_of(&c->in[1], &c->in[2], groups);
-    const size_t a = norm_grad_scratch(s), b = heads_scratch<NORM_PLAIN>(s);
-    return a > b ? a : b;
+    const norm_size sizes[] = { size_of(&c->in[1], &c->in[2], groups),
+                                norm_size_of(&c->in[1], &c->in[2], groups) };
+    size_t most = 0;
+    for (const norm_size &s : sizes) {
+        const size_t a = norm_grad_scratch(s), b = heads_scratch<NORM_PLAIN>(s);
+        most = a > most ? a : most;
+        most = b > most ? b : most;
+    }
+    return most;
 }
 
 static void start_grad(const fg_exec *e, int64_t groups, bool both, cudaStream_t stream)
 {
     norm_backward a = {};
-    a.s = norm_size_of(&e->in_shape[1], &e->in_shape[2], groups);
+    a.s = size_of(&e->in_shape[1], &e->in_shape[2], groups);
+    const bool more = e->n_in > 4 && e->in[4];
+    if (!holds(a.s, &e->in_rows[0]) || !holds(a.s, &e->in_rows[1]) ||
+        !holds(a.s, &e->out_rows[0]) || (more && !holds(a.s, &e->in_rows[4])) ||
+        (both && !holds(a.s, &e->out_rows[2])))
+        a.s = norm_size_of(&e->in_shape[1], &e->in_shape[2], groups);
     a.gy = fg_input_of(e, 0), a.x = fg_input_of(e, 1), a.w = fg_input_of(e, 2);
     a.rstd = (const float *)e->in[3], a.gx = fg_output_of(e, 0), a.part = (float *)e->scratch;
     a.gy_rows = norm_rows_of(&e->in_rows[0], a.s.D);
     a.x_rows = norm_rows_of(&e->in_rows[1], a.s.D);
     a.gx_rows = norm_rows_of(&e->out_rows[0], a.s.D);
-    if (e->n_in > 4 && e->in[4]) {
+    if (more) {
         a.more = fg_input_of(e, 4);
         a.more_rows = norm_rows_of(&e->in_rows[4], a.s.D);
     }

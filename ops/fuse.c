@@ -13,6 +13,7 @@
  *   linear_cross_entropy and its gradient      linear_cross_entropy_both, where the gradient that
  *                                              comes in does not depend on the loss
  *   slice_grad(a) + slice_grad(b) + ...        a, b, ... joined, if they are the whole
+ *   convolutions of spans of one tensor        fuse_conv.c
  *   what one token goes through                fuse_few.c
  *
  * Rules compute the same sums, in another order at most: what a plan shows is what it runs. */
@@ -518,30 +519,6 @@ static void fuse_shift_grad(fg_rewrite *r, uint32_t k)
 
 /* ---- loss ----------------------------------------------------------------------------------- */
 
-/* Does v depend on what node k makes?  True, too, if out of memory. */
-static bool depends(const fg_rewrite *r, uint32_t v, uint32_t k)
-{
-    const fg_graph *g = r->g;
-    const size_t n = (size_t)g->n_nodes + 1;
-    uint8_t *seen = calloc(n, 1);
-    uint32_t *waiting = malloc(n * sizeof *waiting), count = 0;
-    bool found = !seen || !waiting;
-    const uint32_t last = g->values[fg__now(r, v)].node;
-    if (!found && last != FG_NO_NODE) seen[waiting[count++] = last] = 1;
-    while (count && !found) {
-        const fg_node *by = &g->nodes[waiting[--count]];
-        found = by == &g->nodes[k];
-        for (int i = 0; i < by->n_in; i++) {
-            const uint32_t in = by->in[i] ? g->values[fg__now(r, by->in[i])].node : FG_NO_NODE;
-            if (in != FG_NO_NODE && !seen[in]) seen[waiting[count++] = in] = 1;
-        }
-    }
-    if (!seen || !waiting) fg__out_of_memory(r->g);
-    free(seen);
-    free(waiting);
-    return found;
-}
-
 /* The gradient of loss k whose incoming gradient is known before k; FG_NO_NODE if there is none. */
 static uint32_t known_gradient(const fg_rewrite *r, uint32_t k)
 {
@@ -552,7 +529,7 @@ static uint32_t known_gradient(const fg_rewrite *r, uint32_t k)
         if (!is_op(m, FG_OP_linear_cross_entropy_grad) || !same(r, m->in[4], n->out[1])) continue;
         if (!same(r, m->in[1], n->in[0]) || !same(r, m->in[2], n->in[1])) continue;
         if (!same(r, m->in[3], n->in[2])) continue;
-        if (!depends(r, m->in[0], k)) return j;
+        if (!fg__depends(r, m->in[0], k)) return j;
     }
     return FG_NO_NODE;
 }
@@ -709,6 +686,7 @@ void fg__fuse(fg_rewrite *r)
         if (is_op(&g->nodes[k], FG_OP_add)) join_parts(r, k);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_linear)) merge_linears(r, k, done);
+    if (!g->status) fg__fuse_convs(r);
     for (uint32_t k = 0; k < r->n_nodes && !g->status; k++)
         if (is_op(&g->nodes[k], FG_OP_rms_norm)) fuse_add_norm(r, k);
     if (!g->status) fg__fuse_few(r);

@@ -10,7 +10,7 @@
 #include "fox_autodiff.h"
 #include "fox_ops.h"
 
-typedef enum { NORM_OF_GATED, CAUSAL_CONV, FORGET_GATE } kind;
+typedef enum { NORM_OF_GATED, NORM_OF_HEADS, CAUSAL_CONV, FORGET_GATE } kind;
 typedef struct { kind k; int64_t T, D, groups; bool documents; } size;
 
 enum { IN, WEIGHT, BIAS, OUT_WEIGHT, INPUTS };       /* IN: two parts of D columns */
@@ -20,7 +20,8 @@ static fg_shape shape_of(const size *s, int i)
 {
     switch (i) {
     case IN: return FG_DIMS(1, s->T, 2 * s->D);
-    case WEIGHT: return s->k == CAUSAL_CONV ? FG_DIMS(s->D, 1, 4) : FG_DIMS(s->D);
+    case WEIGHT: return s->k == CAUSAL_CONV ? FG_DIMS(s->D, 1, 4)
+                      : FG_DIMS(s->k == NORM_OF_HEADS ? s->D / s->groups : s->D);
     case BIAS: return FG_DIMS(s->D);
     default: return FG_DIMS(1, s->T, s->D);
     }
@@ -44,6 +45,11 @@ static fg_tensor apply(const size *s, const fg_tensor *in)
     const fg_tensor all = fg_cast(in[IN], FG_BF16);
     const fg_tensor one = fg_slice(all, -1, 0, s->D), other = fg_slice(all, -1, s->D, 2 * s->D);
     if (s->k == NORM_OF_GATED) return fg_norm_of_gated(other, in[WEIGHT], one, 1e-5, s->groups);
+    if (s->k == NORM_OF_HEADS) {
+        const fg_tensor x = fg_reshape(other, FG_DIMS(1, s->T, s->groups, s->D / s->groups));
+        const fg_tensor y = fg_rms_norm(x, in[WEIGHT], 1e-5, 1);
+        return fg_reshape(y, FG_DIMS(1, s->T, s->D));
+    }
     if (s->k == CAUSAL_CONV) return fg_causal_conv(other, in[WEIGHT], in[BIAS], true);
     const fg_tensor k = fg_forget_gate(other, in[WEIGHT]), wide = fg_cast(k, FG_F32);
     return fg_add(wide, fg_result(k, 1));
@@ -120,6 +126,8 @@ Test(cuda_rows, blocks_that_walk_many_rows_and_parts_in_place)
     static const size cases[] = {
         { NORM_OF_GATED, 2500, 3072, 1, false }, { NORM_OF_GATED, 1700, 2080, 2, false },
         { NORM_OF_GATED, 1200, 4096, 1, false }, { NORM_OF_GATED, 130, 512, 4, false },
+        { NORM_OF_HEADS, 2500, 1536, 12, false }, { NORM_OF_HEADS, 403, 192, 3, false },
+        { NORM_OF_HEADS, 130, 64, 1, false }, { NORM_OF_HEADS, 130, 96, 2, false },
         { CAUSAL_CONV, 1000, 264, 1, false }, { CAUSAL_CONV, 403, 3328, 1, true },
         { CAUSAL_CONV, 47, 8, 1, false }, { FORGET_GATE, 1100, 264, 1, false },
     };

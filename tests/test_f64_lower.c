@@ -93,11 +93,13 @@ static int count(const trial *r, const char *op)
     return n;
 }
 
+/* Those that copy in every run; parameters that are joined do so once. */
 static int copies(const trial *r, const char *op)
 {
     int n = 0;
     for (uint32_t k = 0; k < r->plan->low->n_nodes; k++)
-        n += !strcmp(r->plan->low->nodes[k].op->name, op) && !r->plan->quiet[k];
+        n += !strcmp(r->plan->low->nodes[k].op->name, op) && !r->plan->quiet[k] &&
+             !r->plan->fixed[k];
     return n;
 }
 
@@ -172,6 +174,22 @@ Test(lower, products_of_one_input_are_one)
     finish(&b);
 }
 
+Test(lower, convolutions_of_one_product_are_one)
+{
+    for (int again = 0; again < 2; again++) {
+        const kind k = again ? DELTA_NET_AGAIN : DELTA_NET;
+        trial a = start(k, false, FG_F32), b = start(k, true, FG_F32);
+        /* a layer's q, k and v, computed once more where the graph says so */
+        cr_expect_eq(count(&a, "causal_conv"), 2 * 3 * (1 + again));
+        cr_expect_eq(count(&b, "causal_conv"), 2 * (1 + again));
+        cr_expect_eq(count(&a, "causal_conv_grad"), 2 * 3);
+        cr_expect_eq(count(&b, "causal_conv_grad"), 2);
+        cr_expect_eq(copies(&b, "concat"), 0, "%d joins are copied", copies(&b, "concat"));
+        finish(&a);
+        finish(&b);
+    }
+}
+
 Test(lower, bf16_keeps_the_loss_and_the_direction_of_the_gradient)
 {
     for (kind k = 0; k < MODELS; k++) {
@@ -215,6 +233,26 @@ static int fused(const trial *r, fg_dtype precision, const char *op)
     free(map);
     fg_backend_close(b);
     return n;
+}
+
+/* Convolutions that differ in more than their channels, or with a gap between, stay apart. */
+Test(lower, convolutions_of_other_kinds_stay_apart)
+{
+    static const struct { int64_t from, width; bool silu; int n; } others[] = {
+        { 8, 4, true, 1 }, { 8, 4, false, 2 }, { 8, 3, true, 2 }, { 9, 4, true, 2 } };
+    for (int i = 0; i < 4; i++) {
+        trial r = { .g = fg_graph_new() };
+        const fg_tensor x = fg_random(r.g, B, T, 16), none = { 0 };
+        const fg_tensor w = fg_random(r.g, 8, 4);
+        const fg_tensor v = fg_random(r.g, 16 - others[i].from, others[i].width);
+        const fg_tensor left = fg_slice(x, -1, 0, 8), right = fg_slice(x, -1, others[i].from, 16);
+        const fg_tensor one = fg_causal_conv(left, w, none, true);
+        const fg_tensor other = fg_causal_conv(right, v, none, others[i].silu);
+        fg_output(one, "one");
+        fg_output(other, "other");
+        cr_expect_eq(fused(&r, FG_F32, "causal_conv"), others[i].n, "case %d", i);
+        fg_graph_free(r.g);
+    }
 }
 
 Test(lower, shifts_take_their_gates_and_norms)
