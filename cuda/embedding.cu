@@ -141,7 +141,7 @@ static __global__ void __launch_bounds__(LISTERS) sort_tokens(layout l, const in
     const int warp = threadIdx.x / 32, mine = threadIdx.x, first = blockIdx.x * SHARE;
     const unsigned before_me = (1u << threadIdx.x % 32) - 1;             /* lanes */
     int lower = 0, sum = 0, before, all;
-    for (int i = threadIdx.x; i < LISTERS / 32 * SHARE; i += LISTERS) next[i / SHARE][i % SHARE] = 0;
+    for (int i = mine; i < LISTERS / 32 * SHARE; i += LISTERS) next[i / SHARE][i % SHARE] = 0;
     __syncthreads();
     each_token(l, tokens, [&](int, int c) {
         const bool here = c >= first && c - first < SHARE;
