@@ -40,6 +40,11 @@ static __device__ __forceinline__ int64_t fg_divide(int64_t i, const fg_divisor 
     if (d.few) return __umulhi((unsigned)i, d.few) >> d.shift;
     return d.m ? (int64_t)__umul64hi((uint64_t)i, d.m) : i;
 }
+/* The same where `most` is below 2^31. */
+static __device__ __forceinline__ int fg_divide_few(unsigned i, const fg_divisor &d)
+{
+    return (int)(d.few ? __umulhi(i, d.few) >> d.shift : i);
+}
 
 /* ---- a tensor and where its elements lie ---------------------------------------------------- */
 

@@ -3,13 +3,15 @@
  *     y_t = w_(tokens_t)          gw_c = sum over t with tokens_t = c of gy_t
  *
  * A token outside [0,V) gives a row of NaN and no gradient.
- * The gradient sorts the positions by token (a radix sort, so in order of t) and adds up every row
- * of gw in that order; where a token fills a whole chunk of CHUNK places, the chunk was added up
- * before, so a token that is everywhere costs no more than others.  Bytes: gy and gw once. */
-#include <cub/device/device_radix_sort.cuh>
+ * The gradient sorts the positions by token, in order of t, and adds up every row of gw in that
+ * order; where a token fills a whole chunk of CHUNK places, the chunk was added up before, so a
+ * token that is everywhere costs no more than others.  Bytes: gy and gw once; every block of SHARE
+ * tokens reads all of `tokens` twice, from cache. */
 #include "elementwise.cuh"
 
 #define THREADS 256
+#define LISTERS 512                              /* threads that sort */
+#define SHARE   256                              /* tokens that a block of them looks for */
 #define CHUNK   64                               /* sorted places added up on their own */
 #define ROWS    4                                /* tokens a thread; H100: 8 and 16 are no faster */
 
@@ -56,26 +58,11 @@ FG_KERNEL(embedding) = { .launch = launch };
 /* Parts of the scratch; token c's places in sorted order are [begin[c], end[c]). */
 struct layout {
     int64_t T, D, vocab;
-    size_t sort_bytes, bytes;
-    uint32_t *key, *token;                       /* before and after sorting; outside [0,V): V */
-    int32_t *at, *place;
+    size_t bytes;
+    int32_t *token, *place;                      /* sorted: token, -1 outside [0,V); position */
     int32_t *begin, *end;
     float *sums;                                 /* [T / CHUNK, D] */
-    void *sort;
 };
-
-static int bits_of(int64_t n)
-{
-    int b = 1;
-    while (b < 32 && n >> b) b++;
-    return b;
-}
-
-static cudaError_t sort(void *temp, size_t *bytes, const layout *l, cudaStream_t stream)
-{
-    return cub::DeviceRadixSort::SortPairs(temp, *bytes, l->key, l->token, l->at, l->place,
-                                           (int)l->T, 0, bits_of(l->vocab), stream);
-}
 
 static char *take(char *base, size_t *used, size_t bytes)
 {
@@ -88,18 +75,12 @@ static layout layout_of(int64_t T, int64_t D, int64_t vocab, void *base)
 {
     layout l = {};
     char *b = (char *)base;
-    size_t used = 0;
     l.T = T, l.D = D, l.vocab = vocab;
-    sort(nullptr, &l.sort_bytes, &l, nullptr);
-    l.key = (uint32_t *)take(b, &used, (size_t)T * 4);
-    l.token = (uint32_t *)take(b, &used, (size_t)T * 4);
-    l.at = (int32_t *)take(b, &used, (size_t)T * 4);
-    l.place = (int32_t *)take(b, &used, (size_t)T * 4);
-    l.begin = (int32_t *)take(b, &used, (size_t)vocab * 4);
-    l.end = (int32_t *)take(b, &used, (size_t)vocab * 4);
-    l.sums = (float *)take(b, &used, (size_t)(T / CHUNK * D) * 4);
-    l.sort = take(b, &used, l.sort_bytes);
-    l.bytes = used;
+    l.token = (int32_t *)take(b, &l.bytes, (size_t)T * 4);
+    l.place = (int32_t *)take(b, &l.bytes, (size_t)T * 4);
+    l.begin = (int32_t *)take(b, &l.bytes, (size_t)vocab * 4);
+    l.end = (int32_t *)take(b, &l.bytes, (size_t)vocab * 4);
+    l.sums = (float *)take(b, &l.bytes, (size_t)(T / CHUNK * D) * 4);
     return l;
 }
 
@@ -109,23 +90,95 @@ static size_t grad_scratch(const fg_infer *c)
     return layout_of(fg_count_of(&c->in[1]), fg_last_of(&c->in[0]), a->vocab, nullptr).bytes;
 }
 
-static __global__ void __launch_bounds__(THREADS) list_tokens(layout l, const int32_t *tokens)
+/* f(t, c) for a warp's positions t and their tokens c, 32 at once and in order; c = -1 outside. */
+template <class F>
+static __device__ __forceinline__ void each_token(const layout &l, const int32_t *tokens, F f)
 {
-    const int64_t t = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (t < l.vocab) l.begin[t] = l.end[t] = 0;
-    if (t >= l.T) return;
-    const int32_t c = tokens[t];
-    l.key[t] = c >= 0 && c < l.vocab ? (uint32_t)c : (uint32_t)l.vocab;
-    l.at[t] = (int32_t)t;
+    constexpr int U = 8;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, T = (int)l.T;
+    const int share = (int)((l.T + LISTERS - 1) / LISTERS * 32);
+    const int64_t from = (int64_t)warp * share;
+    for (int i = 0; i < share; i += 32 * U) {
+        int32_t c[U];
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            const int64_t t = from + i + 32 * u + lane;
+            c[u] = i + 32 * u < share && t < T ? tokens[t] : -1;
+        }
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            f((int)from + i + 32 * u + lane, c[u] >= 0 && c[u] < l.vocab ? c[u] : -1);
+    }
 }
 
-static __global__ void __launch_bounds__(THREADS) find_runs(layout l)
+/* The sum of x over threads before this one; all: over the block. */
+static __device__ int sum_before(int x, int *all)
 {
-    const int64_t k = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (k >= l.T || l.token[k] == l.vocab) return;
-    const uint32_t c = l.token[k];
-    if (k == 0 || l.token[k - 1] != c) l.begin[c] = (int32_t)k;
-    if (k == l.T - 1 || l.token[k + 1] != c) l.end[c] = (int32_t)k + 1;
+    __shared__ int part[LISTERS / 32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int sum = x, before = 0, total = 0;
+#pragma unroll
+    for (int k = 1; k < 32; k *= 2) {
+        const int y = __shfl_up_sync(~0u, sum, k);
+        if (lane >= k) sum += y;
+    }
+    __syncthreads();
+    if (lane == 31) part[warp] = sum;
+    __syncthreads();
+    for (int i = 0; i < LISTERS / 32; i++) {
+        if (i < warp) before += part[i];
+        total += part[i];
+    }
+    *all = total;
+    return before + sum - x;
+}
+
+/* A block finds the positions of its SHARE tokens: every warp counts them in its part of all
+ * positions, so that it knows where its own ones begin. */
+static __global__ void __launch_bounds__(LISTERS) sort_tokens(layout l, const int32_t *tokens)
+{
+    __shared__ int next[LISTERS / 32][SHARE], start[SHARE];
+    const int warp = threadIdx.x / 32, mine = threadIdx.x, first = blockIdx.x * SHARE;
+    const unsigned before_me = (1u << threadIdx.x % 32) - 1;             /* lanes */
+    int lower = 0, sum = 0, before, all;
+    for (int i = mine; i < LISTERS / 32 * SHARE; i += LISTERS) next[i / SHARE][i % SHARE] = 0;
+    __syncthreads();
+    each_token(l, tokens, [&](int, int c) {
+        const bool here = c >= first && c - first < SHARE;
+        const unsigned among = __ballot_sync(~0u, here);
+        lower += c >= 0 && c < first;
+        if (here) {
+            const unsigned same = __match_any_sync(among, c);
+            if (!(same & before_me)) next[warp][c - first] += __popc(same);
+        }
+        __syncwarp();
+    });
+    sum_before(lower, &before);
+    if (mine < SHARE)
+        for (int i = 0; i < LISTERS / 32; i++) {
+            const int n = next[i][mine];
+            next[i][mine] = sum;
+            sum += n;
+        }
+    const int begin = before + sum_before(sum, &all);
+    if (mine < SHARE) start[mine] = begin;
+    if (mine < SHARE && (int64_t)first + mine < l.vocab)
+        l.begin[first + mine] = begin, l.end[first + mine] = begin + sum;
+    __syncthreads();
+    each_token(l, tokens, [&](int t, int c) {
+        const bool here = c >= first && c - first < SHARE;
+        const unsigned among = __ballot_sync(~0u, here);
+        if (here) {
+            const unsigned same = __match_any_sync(among, c);
+            const int to = start[c - first] + next[warp][c - first] + __popc(same & before_me);
+            l.token[to] = c, l.place[to] = t;
+            __syncwarp(among);
+            if (!(same & before_me)) next[warp][c - first] += __popc(same);
+        }
+        __syncwarp();
+    });
+    if (blockIdx.x == gridDim.x - 1)
+        for (int64_t k = before + all + mine; k < l.T; k += LISTERS) l.token[k] = -1;
 }
 
 /* sum += rows [from, to) of x in order, V columns from `column`; place NULL: rows as they lie. */
@@ -157,7 +210,7 @@ static __global__ void __launch_bounds__(THREADS) sum_chunks(layout l, fg_in gy,
     if (i >= l.T / CHUNK * width.d) return;
     const int64_t chunk = fg_divide(i, width), column = V * (i - chunk * width.d);
     const int64_t from = chunk * CHUNK;
-    if (l.token[from] != l.token[from + CHUNK - 1] || l.token[from] == l.vocab) return;
+    if (l.token[from] != l.token[from + CHUNK - 1] || l.token[from] < 0) return;
     float sum[V] = { 0 };
     add_rows<V>(gy, l.place, from, from + CHUNK, l.D, column, sum);
     fg_store_some<V>(fg_out{ l.sums, false }, chunk * l.D + column, sum);
@@ -214,12 +267,8 @@ static void grad_launch(const fg_exec *e, cudaStream_t stream)
     const struct fg_attr_embedding_grad *a = (const struct fg_attr_embedding_grad *)e->attr;
     const layout l = layout_of(fg_count_of(&e->in_shape[1]), fg_last_of(&e->in_shape[0]), a->vocab,
                                e->scratch);
-    const int64_t most = l.T > l.vocab ? l.T : l.vocab;
-    size_t bytes = l.sort_bytes;
     if (l.vocab == 0) return;
-    list_tokens<<<fg_blocks(most, THREADS), THREADS, 0, stream>>>(l, (const int32_t *)e->in[1]);
-    sort(l.sort, &bytes, &l, stream);
-    find_runs<<<fg_blocks(l.T, THREADS), THREADS, 0, stream>>>(l);
+    sort_tokens<<<fg_blocks(l.vocab, SHARE), LISTERS, 0, stream>>>(l, (const int32_t *)e->in[1]);
     if (l.D % 8 == 0 && e->out_type[0] == FG_BF16) launch_sums<8>(e, l, stream);
     else if (l.D % 4 == 0) launch_sums<4>(e, l, stream);
     else launch_sums<1>(e, l, stream);

@@ -177,9 +177,13 @@ template <int THREADS, int VECS> struct norm_place {
     }
 };
 
+/* What is below 2^-126 counts as 0: that saves the scaling around both approximations. */
 static __device__ __forceinline__ float norm_sigmoid(float x)
 {
-    return __fdividef(1.0f, 1.0f + __expf(-x));
+    float e, s;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.4426950408889634f * x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + e));
+    return s;
 }
 
 static __device__ __forceinline__ float norm_silu(float x) { return x * norm_sigmoid(x); }
@@ -326,19 +330,23 @@ static __device__ __forceinline__ int64_t norm_first(int64_t rows, int64_t parts
     return rows / parts * i + (i < rows % parts ? i : rows % parts);
 }
 
-/* m = w s gy and gw's term gy s h, of one vector; gg = gy s (1 - s) h w. */
+/* gw's term gy s h and rstd m = rstd w s gy, of one vector, the latter in gy; g becomes
+ * gg = gy s (1 - s) h w.  Returns the vector's part of the sum of m h. */
 template <norm_gate GATED>
-static __device__ __forceinline__ float norm_terms(float *gy, const float *h, float *g,
+static __device__ __forceinline__ float norm_terms(float *gy, const float *x, float *g, float rstd,
                                                    const fg_vec8 &w, float *gw)
 {
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < 8; k++) {
-        const float s = GATED ? norm_sigmoid(g[k]) : 1, gn = GATED ? gy[k] * s : gy[k];
+        const float s = GATED ? norm_sigmoid(g[k]) : 1;
+        float gn = gy[k] * rstd;
+        if (GATED) gn *= s;
+        gw[k] = fmaf(gn, x[k], gw[k]);
         gy[k] = gn * w[k];
-        gw[k] += gn * h[k];
-        sum += gy[k] * h[k];
-        if (GATED) g[k] = gy[k] * h[k] * (1 - s);
+        const float mh = gy[k] * x[k];
+        if (GATED) g[k] = fmaf(-s, mh, mh);
+        sum += mh;
     }
     return sum;
 }
@@ -452,22 +460,21 @@ norm_grad_whole(const norm_backward a)
                                                   fg_load8(a.w, place.w[i]),
                                                   turned + i * 8 * THREADS);
             } else {
-#pragma unroll
-                for (int k = 0; k < 8; k++) r.x.v[i][k] *= r.rstd[i];
-                sum[i] = norm_terms<GATED>(r.gy.v[i], r.x.v[i], r.other.v[i], w[i], gw.v[i]);
+                sum[i] = norm_terms<GATED>(r.gy.v[i], r.x.v[i], r.other.v[i], r.rstd[i], w[i],
+                                           gw.v[i]);
             }
         }
         norm_group_sums<THREADS>(sum, a.s.lanes, slot);
 #pragma unroll
         for (int i = 0; i < VECS; i++) {
-            const float mean = sum[i] / (float)a.s.n;
+            const float mean = sum[i] / (float)a.s.n, turn = -mean * r.rstd[i] * r.rstd[i];
 #pragma unroll
             for (int k = 0; k < 8; k++) {
                 if (GATED == NORM_OF_GATED) {
                     norm_gate_back(r.gy.v[i][k], r.x.v[i][k], r.other.v[i][k], r.rstd[i], mean);
                     continue;
                 }
-                r.gy.v[i][k] = r.rstd[i] * (r.gy.v[i][k] - r.x.v[i][k] * mean);
+                r.gy.v[i][k] = fmaf(turn, r.x.v[i][k], r.gy.v[i][k]);
                 if (!GATED && a.more.p) r.gy.v[i][k] += r.other.v[i][k];
             }
         }

@@ -18,11 +18,30 @@ constexpr int HEADS_THREADS = 256;               /* forward: of a block */
 constexpr int HEADS_CHANNELS = 256, AHEAD = 2;   /* backward: of a warp; its rows on their way */
 template <norm_gate GATED> constexpr int heads_blocks = GATED ? 4 : 6;        /* of a processor */
 
-static inline bool heads_even(const norm_rows &m) { return m.per == 1 && m.pitch < INT32_MAX; }
-static __device__ __forceinline__ int64_t heads_at(const norm_rows &m, int row, int column)
-{
-    return (int64_t)row * (int)m.pitch + column;
-}
+static inline bool heads_even(const norm_rows &m) { return m.per == 1 && m.pitch < INT32_MAX / 2; }
+/* A thread's eight channels of every row, from `column` on.  The address of row 0 is hidden from
+ * the compiler, which else would add its parts up anew for every row. */
+struct heads_lane {
+    char *top;
+    __device__ __forceinline__ heads_lane(const void *p, int column)
+    {
+        top = (char *)p + 2 * (int64_t)column;
+        asm("" : "+l"(top));
+        __builtin_assume(__isGlobal(top));
+    }
+    __device__ __forceinline__ char *at(const norm_rows &m, int row) const
+    {
+        return top + (int64_t)row * (2 * (int)m.pitch);
+    }
+    __device__ __forceinline__ uint4 load(const norm_rows &m, int row) const
+    {
+        return *(const uint4 *)at(m, row);
+    }
+    __device__ __forceinline__ void store(const norm_rows &m, int row, const fg_vec8 &x) const
+    {
+        fg_store8(fg_out{ at(m, row), true }, 0, x);
+    }
+};
 template <int LANES> static __device__ __forceinline__ float heads_sum(float x, int lanes)
 {
     if constexpr (LANES > 0) return fg_warp_sum<LANES>(x);
@@ -37,23 +56,23 @@ template <int LANES> static __device__ __forceinline__ float heads_sum(float x, 
 template <norm_gate GATED> static bool heads_fit(const norm_forward &a)
 {
     const bool gate = !GATED || (a.g.narrow && heads_even(a.g_rows));
-    return a.s.lanes && a.s.rows > 0 && a.s.rows * a.s.D < INT32_MAX * (int64_t)8 && gate &&
+    return a.s.lanes && a.s.rows > 0 && a.s.rows * (a.s.D / 8) < INT32_MAX - HEADS_THREADS &&
+           gate &&
            a.x.narrow && a.y.narrow && !a.more.p && heads_even(a.x_rows) && heads_even(a.y_rows);
 }
 
 template <norm_gate GATED, int LANES>
 static __global__ void __launch_bounds__(HEADS_THREADS)
-heads_norm(const norm_forward a, fg_divisor eights)
+heads_norm(const __grid_constant__ norm_forward a, fg_divisor eights)
 {
-    const int64_t i = (int64_t)blockIdx.x * HEADS_THREADS + threadIdx.x;
-    const int row = (int)fg_divide(i, eights), n = (int)a.s.n;
-    const int column = (int)(i - row * eights.d) * 8, inside = column & (n - 1);
-    const bool ok = row < a.s.rows;
-    uint4 raw = make_uint4(0, 0, 0, 0), gate = raw;
-    if (ok) raw = *(const uint4 *)((const bf16 *)a.x.p + heads_at(a.x_rows, row, column));
-    if (GATED && ok)
-        gate = *(const uint4 *)((const bf16 *)a.g.p + heads_at(a.g_rows, row, column));
-    const fg_vec8 w = fg_load8(a.w, a.s.n_w == a.s.D ? column : inside);
+    const unsigned i = blockIdx.x * HEADS_THREADS + threadIdx.x;
+    const int q = fg_divide_few(i, eights), n = (int)a.s.n, last = (int)a.s.rows - 1;
+    const int row = q < last ? q : last;
+    const int column = (int)(i - (unsigned)q * (unsigned)eights.d) * 8, inside = column & (n - 1);
+    const uint4 raw = heads_lane(a.x.p, column).load(a.x_rows, row);
+    uint4 gate;
+    if (GATED) gate = heads_lane(a.g.p, column).load(a.g_rows, row);
+    const fg_raw8 gains = fg_load_raw8(a.w, a.s.n_w == a.s.D ? column : inside);
     fg_vec8 x, g;
     fg_unpack(raw, x.v);
     float sum = 0;
@@ -61,15 +80,16 @@ heads_norm(const norm_forward a, fg_divisor eights)
     for (int k = 0; k < 8; k++) sum = fmaf(x[k], x[k], sum);
     sum = heads_sum<LANES>(sum, a.s.lanes);
     const float rstd = norm_rsqrt(fmaf(sum, 1.0f / (float)n, a.eps));
-    if (!ok) return;
+    if (q > last) return;
     if (inside == 0) a.rstd[(int64_t)row * (int)a.s.groups + column / n] = rstd;
     if (GATED) fg_unpack(gate, g.v);
+    const fg_vec8 w = fg_floats(a.w, gains);
 #pragma unroll
     for (int k = 0; k < 8; k++) {
         x[k] = x[k] * rstd * w[k];
         if (GATED) x[k] *= norm_sigmoid(g[k]);
     }
-    fg_store8(fg_out{ a.y.p, true }, heads_at(a.y_rows, row, column), x);
+    heads_lane(a.y.p, column).store(a.y_rows, row, x);
 }
 
 template <norm_gate GATED> static void heads_launch(const norm_forward &a, cudaStream_t stream)
@@ -110,57 +130,63 @@ template <norm_gate GATED> static bool heads_fit(const norm_backward &a)
            heads_even(a.x_rows) && heads_even(a.gx_rows);
 }
 
+/* Where a thread's channels lie. */
+template <norm_gate GATED> struct heads_lanes {
+    heads_lane gy, x, g, gx, gg;
+    const float *rstd;
+    __device__ __forceinline__ heads_lanes(const norm_backward &a, int column, int head) :
+        gy(a.gy.p, column), x(a.x.p, column), g(a.g.p, column), gx(a.gx.p, column),
+        gg(a.gg.p, column), rstd(a.rstd + head) { }
+};
+
 /* What one row needs from memory. */
 template <norm_gate GATED> struct heads_row {
     uint4 gy, x, g;
     float rstd;
-    __device__ __forceinline__ void fetch(const norm_backward &a, int row, int column, int head)
+    __device__ __forceinline__ void fetch(const norm_backward &a, const heads_lanes<GATED> &to,
+                                          int row)
     {
-        gy = *(const uint4 *)((const bf16 *)a.gy.p + heads_at(a.gy_rows, row, column));
-        x = *(const uint4 *)((const bf16 *)a.x.p + heads_at(a.x_rows, row, column));
-        if (GATED) g = *(const uint4 *)((const bf16 *)a.g.p + heads_at(a.g_rows, row, column));
-        rstd = a.rstd[(int64_t)row * (int)a.s.groups + head];
+        gy = to.gy.load(a.gy_rows, row);
+        x = to.x.load(a.x_rows, row);
+        if (GATED) g = to.g.load(a.g_rows, row);
+        rstd = to.rstd[(int64_t)row * (int)a.s.groups];
     }
 };
 
-/* Lanes behind the last channel do as the last head's, and keep it to themselves. */
+/* Lanes behind the last channel do as the last head's, and write the same. */
 template <norm_gate GATED, int LANES>
 static __global__ void __launch_bounds__(32 * NORM_WARPS, (heads_blocks<GATED>))
-heads_grad(const norm_backward a)
+heads_grad(const __grid_constant__ norm_backward a)
 {
     __shared__ float part[NORM_WARPS][HEADS_CHANNELS];
     const int n = (int)a.s.n, D = (int)a.s.D, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int own = blockIdx.y * HEADS_CHANNELS + lane * 8, inside = own & (n - 1);
-    const bool ok = own < D;
-    const int column = ok ? own : D - n + inside, head = column / n;
-    const int last = (int)norm_first(a.s.rows, a.parts, blockIdx.x + 1);
+    const int column = own < D ? own : D - n + inside;
+    const int last = (int)norm_first(a.s.rows, a.parts, blockIdx.x + 1), pace = NORM_WARPS;
     int row = (int)norm_first(a.s.rows, a.parts, blockIdx.x) + warp;
     const fg_vec8 w = fg_load8(a.w, a.s.n_w == a.s.D ? column : inside);
     const float share = 1.0f / (float)n;                     /* exactly */
+    const heads_lanes<GATED> to(a, column, column / n);
     fg_vec8 gw = {};
     heads_row<GATED> next[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++)
-        if (row + i * NORM_WARPS < last) next[i].fetch(a, row + i * NORM_WARPS, column, head);
-    for (; row < last; row += NORM_WARPS) {
+        if (row + i * pace < last) next[i].fetch(a, to, row + i * pace);
+    for (; row < last; row += pace) {
         const heads_row<GATED> r = next[0];
 #pragma unroll
         for (int i = 1; i < AHEAD; i++) next[i - 1] = next[i];
-        if (row + AHEAD * NORM_WARPS < last)
-            next[AHEAD - 1].fetch(a, row + AHEAD * NORM_WARPS, column, head);
-        fg_vec8 gy, h, g;
+        if (row + AHEAD * pace < last) next[AHEAD - 1].fetch(a, to, row + AHEAD * pace);
+        fg_vec8 gy, x, g;
         fg_unpack(r.gy, gy.v);
-        fg_unpack(r.x, h.v);
+        fg_unpack(r.x, x.v);
         if (GATED) fg_unpack(r.g, g.v);
+        const float sum = norm_terms<GATED>(gy.v, x.v, g.v, r.rstd, w, gw.v);
+        const float turn = -heads_sum<LANES>(sum, a.s.lanes) * share * r.rstd * r.rstd;
 #pragma unroll
-        for (int k = 0; k < 8; k++) h[k] *= r.rstd;
-        const float sum = norm_terms<GATED>(gy.v, h.v, g.v, w, gw.v);
-        const float mean = heads_sum<LANES>(sum, a.s.lanes) * share;
-#pragma unroll
-        for (int k = 0; k < 8; k++) gy[k] = r.rstd * (gy[k] - h[k] * mean);
-        if (!ok) continue;
-        fg_store8(fg_out{ a.gx.p, true }, heads_at(a.gx_rows, row, column), gy);
-        if (GATED) fg_store8(fg_out{ a.gg.p, true }, heads_at(a.gg_rows, row, column), g);
+        for (int k = 0; k < 8; k++) gy[k] = fmaf(turn, x[k], gy[k]);
+        to.gx.store(a.gx_rows, row, gy);
+        if (GATED) to.gg.store(a.gg_rows, row, g);
     }
 #pragma unroll
     for (int k = 0; k < 8; k++) part[warp][lane * 8 + k] = gw[k];

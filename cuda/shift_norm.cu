@@ -6,19 +6,20 @@
  *     gx_t = (1 - a_t) gs_t + a_(t+1) gs_(t+1),
  *     glogit_t = a_t (1 - a_t) sum over channels of gs_t (x_(t-1) - x_t)
  *
- * A lane holds eight channels, a head is D / 8 neighbouring lanes.  Forward, a thread is done with
- * that.  Backward, a warp walks a run of rows upwards, the next one on its way, and hands a_t gs_t
- * to the row before; gs of the row behind its run it computes besides.
- * Bytes: every tensor once from memory; the row before again, from cache, forward always and
- * backward once in a run (20 to 40 rows at 16384); partial sums of gw, under 1%. */
+ * A lane holds eight channels, a head is D / 8 neighbouring lanes.  Forward, and backward where gs
+ * is gy, a thread is done with that.  Backward through a norm, a warp walks a run of rows upwards,
+ * the next one on its way, and hands a_t gs_t to the row before; gs of the row behind its run it
+ * computes besides.
+ * Bytes: every tensor once from memory; the neighbouring row again, from cache, but where a run
+ * (30 to 40 rows at 16384) has it by hand; partial sums of gw, under 1%. */
 #include "norm.cuh"
 #include "rows.cuh"
 
 /* H100, 2026-11. */
 constexpr int THREADS = 256;                     /* forward: of a block */
+constexpr int GATE_ROWS = 8;                     /* backward without a norm: rows of a block */
 constexpr int WARPS = 4, RUN = 4;                /* backward: of a block; fewest rows of a warp */
-template <bool NORM, int LANES> constexpr int held = !LANES ? 3 : NORM ? 6 : 8;
-                                                 /* blocks of a processor */
+template <int LANES> constexpr int held = LANES ? 5 : 3;                 /* blocks of a processor */
 
 /* Kernels have a form for heads of 8 LANES of bf16 in plain or pitched rows, and for LANES = 0 one
  * for everything else. */
@@ -26,7 +27,7 @@ struct geometry {
     const int32_t *first, *past;
     int64_t B, T, H, D, C, rows;                 /* C = H D, rows = B T */
     fg_divisor columns, length, width;           /* eights of a row; T; D */
-    int lanes;                                   /* of a head */
+    int lanes, heads;                            /* of a head; bytes of a float for every head */
     float share;                                 /* 1 / D, exactly */
 };
 
@@ -35,9 +36,9 @@ static geometry geometry_of(const fg_shape *s)
     geometry k = {};
     k.B = s->dim[0], k.T = s->dim[1], k.H = s->dim[2], k.D = s->dim[3];
     k.C = k.H * k.D, k.rows = k.B * k.T, k.lanes = (int)(k.D / 8), k.share = 1.0f / (float)k.D;
-    const int64_t most = k.rows * k.C + THREADS;
-    k.columns = fg_divisor_of(k.C / 8, most);
-    k.length = fg_divisor_of(k.T, most), k.width = fg_divisor_of(k.D, most);
+    k.columns = fg_divisor_of(k.C / 8, k.rows * (k.C / 8) + THREADS);
+    k.heads = (int)(k.H * sizeof(float));
+    k.length = fg_divisor_of(k.T, k.rows + THREADS), k.width = fg_divisor_of(k.D, k.C);
     return k;
 }
 
@@ -58,13 +59,62 @@ static __device__ __forceinline__ place place_of(const int32_t *first, int past,
     return low > p ? PAD : low == p ? START : INSIDE;
 }
 
-/* Where a row's element lies; EVEN: m's rows are the tensor's, and their pitch is below 2^31. */
-template <bool EVEN>
-static __device__ __forceinline__ int64_t at(const fg_matrix &m, int row, int column)
+/* A tensor and where its rows lie.  EVEN, in what follows: it is bf16, and its rows are the
+ * tensor's own, `step` bytes apart. */
+struct matrix {
+    char *p;
+    bool narrow, even;
+    int step;
+    fg_matrix rows;
+};
+static matrix matrix_of(const void *p, fg_dtype t, const fg_rows *r, int64_t C, int64_t count)
 {
-    return EVEN ? (int64_t)row * (int)m.pitch + column : m.at(row, column);
+    matrix m = { (char *)p, t == FG_BF16, false, 0, fg_matrix_of(r, C, count) };
+    m.even = m.narrow && m.rows.pitch > 0 && m.rows.pitch < INT32_MAX / 2;
+    if (m.even) m.step = 2 * (int)m.rows.pitch;
+    return m;
 }
-static bool is_even(const fg_matrix &m) { return m.pitch > 0 && m.pitch < INT32_MAX; }
+static matrix in_matrix(const fg_exec *e, int i, int64_t C, int64_t count)
+{
+    return matrix_of(e->in[i], e->in_type[i], &e->in_rows[i], C, count);
+}
+static matrix out_matrix(const fg_exec *e, int o, int64_t C, int64_t count)
+{
+    return matrix_of(e->out[o], e->out_type[o], &e->out_rows[o], C, count);
+}
+/* A thread's column of one: eight channels from it on, or one element.  The address of row 0 is
+ * hidden from the compiler, which else would add its parts up anew for every row. */
+template <bool EVEN> struct eight {
+    char *top;
+    int column;
+    __device__ __forceinline__ eight(const matrix &m, int column) :
+        top(m.p + 2 * (int64_t)column), column(column)
+    {
+        if (EVEN) asm("" : "+l"(top));
+        __builtin_assume(__isGlobal(top));
+    }
+    __device__ __forceinline__ char *at(const matrix &m, int row) const
+    {
+        if (EVEN) return top + (int64_t)row * m.step;
+        return m.p + m.rows.at(row, column) * (m.narrow ? 2 : 4);
+    }
+    __device__ __forceinline__ float one(const matrix &m, int row) const
+    {
+        return fg_in{ at(m, row), EVEN || m.narrow }[0];
+    }
+    __device__ __forceinline__ void put(const matrix &m, int row, float x) const
+    {
+        fg_out{ at(m, row), EVEN || m.narrow }.put(0, x);
+    }
+    __device__ __forceinline__ void load(fg_some<8, !EVEN> &x, const matrix &m, int row) const
+    {
+        x.load(fg_in{ at(m, row), m.narrow }, 0);
+    }
+    __device__ __forceinline__ void store(const matrix &m, int row, const fg_vec8 &x) const
+    {
+        fg_store8(fg_out{ at(m, row), EVEN || m.narrow }, 0, x);
+    }
+};
 
 /* Once a row and lane, so with the full exp: norm_sigmoid's loses a place for every unit of x. */
 static __device__ __forceinline__ float gate_of(float x)
@@ -82,68 +132,90 @@ template <int LANES> static __device__ __forceinline__ float head_sum(float x, i
     }
 }
 
-/* Three of them at once: none waits for another. */
+/* Two of them at once: none waits for the other. */
 template <int LANES>
-static __device__ __forceinline__ void head_sums(float &a, float &b, float &c, int lanes)
+static __device__ __forceinline__ void head_sums(float &a, float &b, int lanes)
 {
 #pragma unroll
     for (int d = (LANES > 0 ? LANES : lanes) / 2; d > 0; d /= 2) {
         a += __shfl_xor_sync(~0u, a, d);
         b += __shfl_xor_sync(~0u, b, d);
-        c += __shfl_xor_sync(~0u, c, d);
     }
+}
+
+/* The head that a channel lies in. */
+template <int LANES> static __device__ __forceinline__ int head_of(const geometry &k, int column)
+{
+    return LANES > 0 ? column / (8 * (LANES > 0 ? LANES : 1)) : (int)fg_divide(column, k.width);
 }
 
 /* ---- forward -------------------------------------------------------------------------------- */
 
 struct forward {
     geometry k;
-    fg_in x, logit, prev, w;
-    fg_out y;
-    fg_matrix at_x, at_logit, at_y;
+    matrix x, logit, y;
+    fg_in prev, w;
     float *rstd;
     float eps;
     bool shared;                                 /* w holds one head's gains */
 };
 
+/* Thread i's row and column; rows behind the last are the last. */
+struct spot { int row, column; bool ok; };
+template <bool EVEN> static __device__ __forceinline__ spot spot_of(const geometry &k)
+{
+    int row, column;
+    if (EVEN) {
+        const unsigned i = blockIdx.x * THREADS + threadIdx.x;
+        row = fg_divide_few(i, k.columns);
+        column = 8 * (int)(i - (unsigned)row * (unsigned)k.columns.d);
+    } else {
+        const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+        row = (int)fg_divide(i, k.columns);
+        column = 8 * (int)(i - row * k.columns.d);
+    }
+    const int last = (int)k.rows - 1;
+    return { row < last ? row : last, column, row <= last };
+}
+
 template <bool NORM, int LANES>
-static __global__ void __launch_bounds__(THREADS) shift_rows(const forward f)
+static __global__ void __launch_bounds__(THREADS)
+shift_rows(const __grid_constant__ forward f)
 {
     constexpr bool EVEN = LANES > 0;
     const geometry &k = f.k;
-    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, q = fg_divide(i, k.columns);
-    const int row = (int)q, b = (int)fg_divide(q, k.length), t = row - b * (int)k.T;
-    const int column = (int)(i - q * k.columns.d) * 8, head = (int)fg_divide(column, k.width);
-    const bool ok = q < k.rows, from_prev = t == 0 && f.prev.p;
+    const spot i = spot_of<EVEN>(k);
+    const int head = head_of<LANES>(k, i.column), in_head = i.column & ((int)k.D - 1);
+    const int b = fg_divide_few((unsigned)i.row, k.length), t = i.row - b * (int)k.T;
+    const bool from_prev = t == 0 && f.prev.p;
+    const eight<EVEN> x_at(f.x, i.column), y_at(f.y, i.column);
     fg_some<8, !EVEN> before, here;
     before.clear();
-    here.clear();
-    float a = 0;
-    if (ok && t > 0) before.load(f.x, at<EVEN>(f.at_x, row - 1, column));
-    else if (ok && from_prev) before.load(f.prev, b * k.C + column);
-    if (ok) here.load(f.x, at<EVEN>(f.at_x, row, column));
-    if (ok) a = f.logit[at<EVEN>(f.at_logit, row, head)];
-    fg_vec8 w, p, x, s;
-    if (NORM) w = fg_load8(f.w, f.shared ? column - head * k.D : column);
-    const place is = ok ? place_of(k.first, k.past ? *k.past : 0, row, t) : PAD;
-    before.floats(from_prev ? f.prev : f.x, p.v);
-    here.floats(f.x, x.v);
-    const float gate = gate_of(a), by = is == INSIDE ? gate : 0, keep = 1 - gate;
+    if (t > 0) x_at.load(before, f.x, i.row - 1);
+    else if (from_prev) before.load(f.prev, b * k.C + i.column);
+    x_at.load(here, f.x, i.row);
+    const float gate = gate_of(eight<EVEN>(f.logit, head).one(f.logit, i.row));
+    fg_vec8 w, p, s;
+    if (NORM) w = fg_load8(fg_in{ f.w.p, !EVEN && f.w.narrow }, f.shared ? in_head : i.column);
+    const place is = place_of(k.first, k.past ? *k.past : 0, i.row, t);
+    if (is != INSIDE) before.clear();
+    if (is == PAD) here.clear();
+    before.floats(from_prev ? f.prev : fg_in{ f.x.p, f.x.narrow }, p.v);
+    here.floats(fg_in{ f.x.p, f.x.narrow }, s.v);
+    const float keep = 1 - gate;
     float sum = 0;
-    if (is != INSIDE) p = {};
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        s[j] = fmaf(by, p[j], keep * x[j]);
-        if (is == PAD) s[j] = 0;
+        s[j] = fmaf(gate, p[j], keep * s[j]);
         sum = fmaf(s[j], s[j], sum);
     }
     if (NORM) {
         const float rstd = norm_rsqrt(fmaf(head_sum<LANES>(sum, k.lanes), k.share, f.eps));
 #pragma unroll
         for (int j = 0; j < 8; j++) s[j] = s[j] * rstd * w[j];
-        if (ok && column - head * k.D == 0) f.rstd[(int64_t)row * k.H + head] = rstd;
+        if (i.ok && in_head == 0) f.rstd[(int64_t)i.row * (int)k.H + head] = rstd;
     }
-    if (ok) fg_store8(f.y, at<EVEN>(f.at_y, row, column), s);
+    if (i.ok) y_at.store(f.y, i.row, s);
 }
 
 template <bool NORM> static void start(const fg_exec *e, forward &f, int sequence,
@@ -152,15 +224,13 @@ template <bool NORM> static void start(const fg_exec *e, forward &f, int sequenc
     f.k = geometry_of(&e->in_shape[0]);
     f.k.first = (const int32_t *)e->in[sequence];
     f.k.past = (const int32_t *)e->in[sequence + 1];
-    f.x = fg_input_of(e, 0), f.logit = fg_input_of(e, 1), f.y = fg_output_of(e, 0);
     if (e->in[sequence + 2]) f.prev = fg_input_of(e, sequence + 2);
     const int64_t n = f.k.rows * f.k.C, threads = f.k.rows * f.k.columns.d;
-    f.at_x = fg_matrix_of(&e->in_rows[0], f.k.C, n);
-    f.at_logit = fg_matrix_of(&e->in_rows[1], f.k.H, n);
-    f.at_y = fg_matrix_of(&e->out_rows[0], f.k.C, n);
+    f.x = in_matrix(e, 0, f.k.C, n), f.logit = in_matrix(e, 1, f.k.H, n);
+    f.y = out_matrix(e, 0, f.k.C, n);
     const unsigned blocks = fg_blocks(threads, THREADS);
-    const bool even = f.x.narrow && (!f.prev.p || f.prev.narrow) && is_even(f.at_x) &&
-                      is_even(f.at_logit) && is_even(f.at_y);
+    const bool even = f.x.even && f.logit.even && f.y.even && (!f.prev.p || f.prev.narrow) &&
+                      !f.w.narrow && f.k.columns.few;
     if (n == 0) return;
     if (even && f.k.lanes == 8) shift_rows<NORM, 8><<<blocks, THREADS, 0, stream>>>(f);
     else if (even && f.k.lanes == 16) shift_rows<NORM, 16><<<blocks, THREADS, 0, stream>>>(f);
@@ -193,13 +263,76 @@ FG_KERNEL(shift_norm) = {
 
 struct backward {
     geometry k;
-    fg_in gy, x, logit, w;
-    fg_out gx, glogit;
-    fg_matrix at_gy, at_x, at_logit, at_gx, at_glogit;
+    matrix gy, x, logit, gx, glogit;
+    fg_in w;
     const float *rstd;
     float *part;                                 /* [blocks, C]: partial sums of gw */
+    int segments;                                /* of 256 channels, a warp's each */
     int64_t runs;
     bool shared;
+};
+
+/* A warp's lanes of one segment; those behind the last channel do as the last head's, and write the
+ * same. */
+struct side { int column, in_head; };
+static __device__ __forceinline__ side side_of(const geometry &k, int segment)
+{
+    const int own = segment * 256 + threadIdx.x % 32 * 8, in_head = own & ((int)k.D - 1);
+    return { own < k.C ? own : (int)(k.C - k.D) + in_head, in_head };
+}
+
+/* Without a norm: one row for a warp. */
+template <int LANES>
+static __global__ void __launch_bounds__(32 * GATE_ROWS)
+unshift_gate(const __grid_constant__ backward f)
+{
+    constexpr bool EVEN = LANES > 0;
+    const geometry &k = f.k;
+    const side i = side_of(k, blockIdx.x % f.segments);
+    const int row = blockIdx.x / f.segments * GATE_ROWS + threadIdx.x / 32;
+    if (row >= k.rows) return;
+    const int t = row - fg_divide_few((unsigned)row, k.length) * (int)k.T;
+    const int head = head_of<LANES>(k, i.column), behind = t + 1 < k.T ? row + 1 : row;
+    const eight<EVEN> gy_at(f.gy, i.column), x_at(f.x, i.column), logit_at(f.logit, head);
+    fg_some<8, !EVEN> gy, later, x, before;
+    gy_at.load(gy, f.gy, row);
+    x_at.load(x, f.x, row);
+    gy_at.load(later, f.gy, behind);
+    x_at.load(before, f.x, max(row - 1, 0));
+    const float a = gate_of(logit_at.one(f.logit, row));
+    float by = gate_of(logit_at.one(f.logit, behind));
+    const place is = place_of(k.first, 0, row, t);
+    if (is != INSIDE) before.clear();
+    if (is == PAD) x.clear();
+    if (behind == row || place_of(k.first, 0, behind, t + 1) != INSIDE) later.clear(), by = 0;
+    fg_vec8 g, h, v, p;
+    gy.floats(fg_in{ f.gy.p, f.gy.narrow }, g.v);
+    later.floats(fg_in{ f.gy.p, f.gy.narrow }, h.v);
+    x.floats(fg_in{ f.x.p, f.x.narrow }, v.v);
+    before.floats(fg_in{ f.x.p, f.x.narrow }, p.v);
+    const float keep = is == PAD ? 0 : 1 - a;
+    float slope = 0;                                         /* d loss / d a_t */
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        slope = fmaf(g[j], p[j] - v[j], slope);
+        g[j] = fmaf(keep, g[j], by * h[j]);
+    }
+    slope = head_sum<LANES>(slope, k.lanes);
+    eight<EVEN>(f.gx, i.column).store(f.gx, row, g);
+    if (i.in_head == 0) eight<EVEN>(f.glogit, head).put(f.glogit, row, slope * (a * (1 - a)));
+}
+
+/* Where a thread's columns lie. */
+template <int LANES> struct lanes {
+    eight<(LANES > 0)> gy, x, logit, gx, glogit;
+    const char *rstd;
+    __device__ __forceinline__ lanes(const backward &f, int column, int head) :
+        gy(f.gy, column), x(f.x, column), logit(f.logit, head), gx(f.gx, column),
+        glogit(f.glogit, head), rstd((const char *)(f.rstd + head))
+    {
+        asm("" : "+l"(rstd));
+        __builtin_assume(__isGlobal(rstd));
+    }
 };
 
 /* What row t needs from memory besides x_t. */
@@ -208,108 +341,110 @@ template <int LANES> struct fetched {
     float logit, rstd;
 };
 
-template <bool NORM, int LANES>
-static __device__ __forceinline__ void fetch(fetched<LANES> &r, const backward &f, int row,
-                                             int column, int head)
+template <int LANES>
+static __device__ __forceinline__ void fetch(fetched<LANES> &r, const backward &f,
+                                             const lanes<LANES> &to, int row)
 {
-    constexpr bool EVEN = LANES > 0;
-    r.gy.load(f.gy, at<EVEN>(f.at_gy, row, column));
-    if (row > 0) r.before.load(f.x, at<EVEN>(f.at_x, row - 1, column));
-    else r.before.clear();
-    r.logit = f.logit[at<EVEN>(f.at_logit, row, head)];
-    if (NORM) r.rstd = f.rstd[row * f.k.H + head];
+    to.gy.load(r.gy, f.gy, row);
+    to.x.load(r.before, f.x, max(row - 1, 0));
+    r.logit = to.logit.one(f.logit, row);
+    r.rstd = *(const float *)(to.rstd + (int64_t)row * f.k.heads);
 }
 
-/* The block's sums of gw: its warps' rows, added in order. */
-static __device__ __forceinline__ void leave_gain(const backward &f, float (*part)[256],
-                                                  const float *gw, int lane)
-{
+/* A warp on its way from a run's last row to its first. */
+template <int LANES> struct walk {
+    lanes<LANES> to;
+    fg_vec8 w, gw, later;                        /* later: a gs of the row behind */
+    float slope, turn;                           /* of the row behind: glogit is their product */
+    fg_some<8, LANES == 0> x;
+    fetched<LANES> next;
+    int row, t;
+
+    __device__ __forceinline__ walk(const backward &f, int column, int in_head, int row) :
+        to(f, column, head_of<LANES>(f.k, column)), gw({}), later({}), slope(0), turn(0), row(row)
+    {
+        w = fg_load8(f.w, f.shared ? in_head : column);
+        to.x.load(x, f.x, row);
+        fetch(next, f, to, row);
+        t = row - (int)(fg_divide(row, f.k.length) * f.k.T);
+    }
+    /* One row; OWN: not the one behind the run.  Rows from `first` on; glogit up to `end`. */
+    template <bool OWN> __device__ __forceinline__ void step(const backward &f, int first, int end)
+    {
+        const fetched<LANES> r = next;
+        if (row > first) fetch(next, f, to, row - 1);
+        const place is = place_of(f.k.first, 0, row, t);
+        const float a = gate_of(r.logit);
+        float by = a, keep = 1 - a, along = 0;
+        fg_some<8, LANES == 0> before = r.before;
+        if (is != INSIDE) {
+            before.clear();
+            by = 0;
+            if (is == PAD) x.clear(), keep = 0;
+        }
+        fg_vec8 s, d, gs;
+        x.floats(fg_in{ f.x.p, f.x.narrow }, s.v);
+        before.floats(fg_in{ f.x.p, f.x.narrow }, d.v);
+        r.gy.floats(fg_in{ f.gy.p, f.gy.narrow }, gs.v);
 #pragma unroll
-    for (int j = 0; j < 8; j++) part[threadIdx.x / 32][lane * 8 + j] = gw[j];
+        for (int j = 0; j < 8; j++) {
+            d[j] -= s[j];
+            s[j] = fmaf(a, d[j], s[j]);
+            gs[j] *= r.rstd;
+            if (OWN) gw[j] = fmaf(gs[j], s[j], gw[j]);
+            gs[j] *= w[j];
+            along = fmaf(gs[j], s[j], along);
+        }
+        head_sums<LANES>(along, slope, f.k.lanes);
+        if (OWN && row + 1 < end) to.glogit.put(f.glogit, row + 1, slope * turn);
+        const float mean = along * f.k.share * r.rstd * r.rstd;
+        slope = 0, turn = a * (1 - a);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            gs[j] = fmaf(-mean, s[j], gs[j]);
+            if (OWN) slope = fmaf(gs[j], d[j], slope);
+            if (OWN) s[j] = fmaf(keep, gs[j], later[j]);             /* gx */
+            later[j] = by * gs[j];
+        }
+        if (OWN) to.gx.store(f.gx, row, s);
+        x = r.before;
+        t = t > 0 ? t - 1 : (int)f.k.T - 1;
+        row--;
+    }
+};
+
+/* Through a norm; every block leaves its sum of gw, its warps' added in order. */
+template <int LANES>
+static __global__ void __launch_bounds__(32 * WARPS, (held<LANES>))
+unshift_norm(const __grid_constant__ backward f)
+{
+    __shared__ float part[WARPS][256];
+    const geometry &k = f.k;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const side i = side_of(k, blockIdx.y);
+    const int64_t run = blockIdx.x * (int64_t)WARPS + warp;
+    const int first = (int)norm_first(k.rows, f.runs, run);
+    const int end = (int)norm_first(k.rows, f.runs, run + 1);
+    const bool more = end < k.rows && fg_divide(end, k.length) * k.T != end;
+    const int heads_end = i.in_head == 0 ? end : 0;
+    fg_vec8 gw = {};
+    if (first < end) {
+        walk<LANES> at(f, i.column, i.in_head, more ? end : end - 1);
+        if (more) at.template step<false>(f, first, heads_end);
+        while (at.row >= first) at.template step<true>(f, first, heads_end);
+        const float slope = head_sum<LANES>(at.slope, k.lanes);
+        if (heads_end) at.to.glogit.put(f.glogit, first, slope * at.turn);
+        gw = at.gw;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) part[warp][lane * 8 + j] = gw[j];
     __syncthreads();
     for (int j = threadIdx.x; j < 256; j += 32 * WARPS) {
         const int64_t column = blockIdx.y * (int64_t)256 + j;
         float sum = 0;
-        for (int warp = 0; warp < WARPS; warp++) sum += part[warp][j];
-        if (column < f.k.C) f.part[blockIdx.x * f.k.C + column] = sum;
+        for (int w = 0; w < WARPS; w++) sum += part[w][j];
+        if (column < k.C) f.part[blockIdx.x * k.C + column] = sum;
     }
-}
-
-/* Lanes behind the last channel do as the last head's, and keep it to themselves. */
-template <bool NORM, int LANES>
-static __global__ void __launch_bounds__(32 * WARPS, (held<NORM, LANES>))
-unshift_rows(const backward f)
-{
-    __shared__ float part[NORM ? WARPS : 1][256];
-    constexpr bool EVEN = LANES > 0;
-    const geometry &k = f.k;
-    const int lane = threadIdx.x % 32, own = (blockIdx.y * 32 + lane) * 8, in_head = own % (int)k.D;
-    const bool ok = own < k.C;
-    const int column = ok ? own : (int)(k.C - k.D) + in_head;
-    const int head = (int)fg_divide(column, k.width);
-    const int64_t run = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
-    const int from = (int)norm_first(k.rows, f.runs, run);
-    const int to = (int)norm_first(k.rows, f.runs, run + 1);
-    const bool more = from < to && to < k.rows && fg_divide(to, k.length) * k.T != to;
-    int row = more ? to : to - 1;                            /* the last, or the one behind it */
-    int t = from < to ? row - (int)(fg_divide(row, k.length) * k.T) : 0;
-    fg_vec8 w, gw = {}, later = {};                          /* later: a gs of the row behind */
-    fg_some<8, !EVEN> x;
-    fetched<LANES> next;
-    if (NORM) w = fg_load8(f.w, f.shared ? in_head : column);
-    if (from < to) x.load(f.x, at<EVEN>(f.at_x, row, column));
-    if (from < to) fetch<NORM>(next, f, row, column, head);
-    for (; row >= from && from < to; row--) {
-        const fetched<LANES> r = next;
-        if (row > from) fetch<NORM>(next, f, row - 1, column, head);
-        const place is = place_of(k.first, 0, row, t);
-        const float a = gate_of(r.logit), by = is == INSIDE ? a : 0;
-        const float keep = is == PAD ? 0 : 1 - a;
-        fg_some<8, !EVEN> before = r.before;
-        if (is != INSIDE) before.clear();
-        if (is == PAD) x.clear();
-        fg_vec8 v, p, gs, h;
-        x.floats(f.x, v.v);
-        before.floats(f.x, p.v);
-        r.gy.floats(f.gy, gs.v);
-        float slope = 0;                                     /* d loss / d a_t */
-        if (NORM) {
-            const float by_h = by * r.rstd, keep_h = keep * r.rstd;
-            float along = 0, turn = 0;                       /* sums of w gy h, of h (p - v) */
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const float d = p[j] - v[j];
-                h[j] = fmaf(by_h, p[j], keep_h * v[j]);
-                if (row < to) gw[j] = fmaf(gs[j], h[j], gw[j]);
-                gs[j] *= w[j];
-                along = fmaf(gs[j], h[j], along);
-                turn = fmaf(h[j], d, turn);
-                slope = fmaf(gs[j], d, slope);
-            }
-            head_sums<LANES>(along, turn, slope, k.lanes);
-            const float mean = along * k.share;
-            slope = r.rstd * fmaf(-mean, turn, slope);
-#pragma unroll
-            for (int j = 0; j < 8; j++) gs[j] = r.rstd * fmaf(-mean, h[j], gs[j]);
-        } else {
-#pragma unroll
-            for (int j = 0; j < 8; j++) slope = fmaf(gs[j], p[j] - v[j], slope);
-            slope = head_sum<LANES>(slope, k.lanes);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            h[j] = fmaf(keep, gs[j], later[j]);              /* gx */
-            later[j] = by * gs[j];
-        }
-        if (ok && row < to) {
-            fg_store8(f.gx, at<EVEN>(f.at_gx, row, column), h);
-            if (in_head == 0)
-                f.glogit.put(at<EVEN>(f.at_glogit, row, head), slope * (a * (1 - a)));
-        }
-        x = r.before;
-        t = t > 0 ? t - 1 : (int)k.T - 1;
-    }
-    if (NORM) leave_gain(f, part, gw.v, lane);
 }
 
 static int64_t segments_of(const geometry &k) { return (k.C + 255) / 256; }
@@ -323,9 +458,14 @@ static int64_t blocks_of(const geometry &k, int held_by_one)
 
 template <bool NORM, int LANES> static int64_t run_grad(backward &f, cudaStream_t stream)
 {
-    const dim3 grid((unsigned)blocks_of(f.k, held<NORM, LANES>), (unsigned)segments_of(f.k));
-    f.runs = grid.x * (int64_t)WARPS;
-    if (f.k.C > 0) unshift_rows<NORM, LANES><<<grid, 32 * WARPS, 0, stream>>>(f);
+    const int64_t segments = segments_of(f.k);
+    const dim3 grid((unsigned)blocks_of(f.k, held<LANES>), (unsigned)segments);
+    f.segments = (int)segments, f.runs = grid.x * (int64_t)WARPS;
+    if (f.k.C == 0) return grid.x;
+    if constexpr (NORM) unshift_norm<LANES><<<grid, 32 * WARPS, 0, stream>>>(f);
+    else if (f.k.rows > 0)
+        unshift_gate<LANES><<<fg_blocks(f.k.rows, GATE_ROWS) * grid.y, 32 * GATE_ROWS, 0,
+                              stream>>>(f);
     return grid.x;
 }
 
@@ -333,19 +473,13 @@ template <bool NORM, int LANES> static int64_t run_grad(backward &f, cudaStream_
 template <bool NORM> static int64_t start_grad(const fg_exec *e, backward &f, int first,
                                                cudaStream_t stream)
 {
-    const int glogit = NORM ? 2 : 1;
     f.k = geometry_of(&e->in_shape[1]);
     f.k.first = (const int32_t *)e->in[first];
-    f.gy = fg_input_of(e, 0), f.x = fg_input_of(e, 1), f.logit = fg_input_of(e, 2);
-    f.gx = fg_output_of(e, 0), f.glogit = fg_output_of(e, glogit);
     const int64_t n = f.k.rows * f.k.C;
-    f.at_gy = fg_matrix_of(&e->in_rows[0], f.k.C, n);
-    f.at_x = fg_matrix_of(&e->in_rows[1], f.k.C, n);
-    f.at_logit = fg_matrix_of(&e->in_rows[2], f.k.H, n);
-    f.at_gx = fg_matrix_of(&e->out_rows[0], f.k.C, n);
-    f.at_glogit = fg_matrix_of(&e->out_rows[glogit], f.k.H, n);
-    const bool even = f.gy.narrow && f.x.narrow && is_even(f.at_gy) && is_even(f.at_x) &&
-                      is_even(f.at_logit) && is_even(f.at_gx) && is_even(f.at_glogit);
+    f.gy = in_matrix(e, 0, f.k.C, n), f.x = in_matrix(e, 1, f.k.C, n);
+    f.logit = in_matrix(e, 2, f.k.H, n), f.gx = out_matrix(e, 0, f.k.C, n);
+    f.glogit = out_matrix(e, NORM ? 2 : 1, f.k.H, n);
+    const bool even = f.gy.even && f.x.even && f.logit.even && f.gx.even && f.glogit.even;
     if (even && f.k.lanes == 8) return run_grad<NORM, 8>(f, stream);
     if (even && f.k.lanes == 16) return run_grad<NORM, 16>(f, stream);
     return run_grad<NORM, 0>(f, stream);
@@ -371,7 +505,7 @@ static void norm_grad_op_launch(const fg_exec *e, cudaStream_t stream)
 static size_t grad_scratch(const fg_infer *c)
 {
     const geometry k = geometry_of(&c->in[1]);
-    return (size_t)(blocks_of(k, held<true, 8>) * k.C) * sizeof(float);
+    return (size_t)(blocks_of(k, held<8>) * k.C) * sizeof(float);
 }
 static const char *grad_unfit(const fg_infer *c) { return unfit_shape(&c->in[1]); }
 
