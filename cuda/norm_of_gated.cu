@@ -82,6 +82,7 @@ grad_ring(const __grid_constant__ norm_backward a)
     const int last = (int)norm_first(a.s.rows, a.parts, blockIdx.x + 1), at = place.at[0];
     const int there = place.ok[0] ? last : first;            /* rows that the thread sees */
     const int groups = (int)a.s.groups;
+    const float share = 1 / (float)a.s.n;
     uint4 *own = ring + threadIdx.x;
     float gw[8] = {}, next[2];
 #pragma unroll
@@ -110,7 +111,7 @@ grad_ring(const __grid_constant__ norm_backward a)
         pair_sum<THREADS>(sum, pair & 1);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            const float mean = sum[k] / (float)a.s.n;
+            const float mean = sum[k] * share;
             float x[8], g[8];
             fg_unpack(mine[(3 * k + 1) * THREADS], x);       /* again: registers are few */
             fg_unpack(mine[(3 * k + 2) * THREADS], g);
