@@ -505,8 +505,19 @@ static __device__ __forceinline__ float2 state_products(const joined *sm)
     return mine;
 }
 
-/* The pairs of the chunk; gq, gk: fragments of 64 rows by this warp's channels, added to. */
-static __device__ __forceinline__ void chunk_pairs(joined *sm, float gq[4][4], float gk[4][4])
+/* sum += a's two halves times x and y */
+static __device__ __forceinline__ void add_both(float *sum, uint32_t a, float x, float y)
+{
+    sum[0] = fmaf(la_low_half(a), x, sum[0]);
+    sum[1] = fmaf(la_high_half(a), y, sum[1]);
+}
+
+/* The pairs of the chunk; gq, gk: fragments of 64 rows by this warp's channels, added to.
+ * gg: q gq - k gk of the same, with q and k rounded as the products of the other side have them:
+ * what a pair adds to one row it takes from the other, so that the sum over the chunk is 0 but for
+ * f32's rounding.  With q and k as they are it would be the noise of 64 rows. */
+static __device__ __forceinline__ void chunk_pairs(joined *sm, float gq[4][4], float gk[4][4],
+                                                   float gg[4][4])
 {
     const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4 * 2, d0 = threadIdx.x / 32 * 8;
     const int d = d0 + c;                        /* of sums; of operands it is d0 + g */
@@ -529,7 +540,14 @@ static __device__ __forceinline__ void chunk_pairs(joined *sm, float gq[4][4], f
         for (int j = i; j >= 0; j--) {
             if (j < i) off += sm->z.total[j][d0 + g];
             if (i == j && !tame) {
-                block_exactly(sm, i, d, gq[i], gk[i]);
+                block_exactly(sm, i, d, gq[i], gk[i]);       /* the first that these get */
+#pragma unroll
+                for (int x = 0; x < 2; x++) {
+                    const uint32_t q = *la_pair<HALF>(sm->q, 16 * i + g + 8 * x, d);
+                    const uint32_t k = *la_pair<HALF>(sm->k, 16 * i + g + 8 * x, d);
+                    add_both(&gg[i][2 * x], q, gq[i][2 * x], gq[i][2 * x + 1]);
+                    add_both(&gg[i][2 * x], k, -gk[i][2 * x], -gk[i][2 * x + 1]);
+                }
                 continue;
             }
             uint32_t a[4], b[2];
@@ -552,15 +570,23 @@ static __device__ __forceinline__ void chunk_pairs(joined *sm, float gq[4][4], f
 #pragma unroll
             for (int x = 0; x < 2; x++) {
                 const float2 l = lambda_at(&sm->z, 16 * j + g + 8 * x, d);
-                gk[j][2 * x] = fmaf(to[2 * x], fg_exp2(gap.x - l.x), gk[j][2 * x]);
-                gk[j][2 * x + 1] = fmaf(to[2 * x + 1], fg_exp2(gap.y - l.y), gk[j][2 * x + 1]);
+                const float e0 = fg_exp2(gap.x - l.x), e1 = fg_exp2(gap.y - l.y);
+                const uint32_t k = *la_pair<HALF>(sm->k, 16 * j + g + 8 * x, d);
+                gk[j][2 * x] = fmaf(to[2 * x], e0, gk[j][2 * x]);
+                gk[j][2 * x + 1] = fmaf(to[2 * x + 1], e1, gk[j][2 * x + 1]);
+                add_both(&gg[j][2 * x], fg_pack2(la_low_half(k) * e0, la_high_half(k) * e1),
+                         -to[2 * x], -to[2 * x + 1]);
             }
         }
 #pragma unroll
         for (int x = 0; x < 2; x++) {
             const float2 l = lambda_at(&sm->z, 16 * i + g + 8 * x, d);
-            gq[i][2 * x] = fmaf(sum[2 * x], fg_exp2(l.x), gq[i][2 * x]);
-            gq[i][2 * x + 1] = fmaf(sum[2 * x + 1], fg_exp2(l.y), gq[i][2 * x + 1]);
+            const float e0 = fg_exp2(l.x), e1 = fg_exp2(l.y);
+            const uint32_t q = *la_pair<HALF>(sm->q, 16 * i + g + 8 * x, d);
+            gq[i][2 * x] = fmaf(sum[2 * x], e0, gq[i][2 * x]);
+            gq[i][2 * x + 1] = fmaf(sum[2 * x + 1], e1, gq[i][2 * x + 1]);
+            add_both(&gg[i][2 * x], fg_pack2(la_low_half(q) * e0, la_high_half(q) * e1),
+                     sum[2 * x], sum[2 * x + 1]);
         }
     }
 }
@@ -587,8 +613,7 @@ static __device__ __forceinline__ float gate_gradient(float log2_f, float k, flo
                                                       float gk, float gg, float &glow)
 {
     const float f = fg_exp2(log2_f), by_f = f > 1e-30f ? __fdividef(gg, f) : 0.0f;
-    const float rest = k > 1 / 64.0f ? 1 - f : k;            /* k was rounded, one way for one z */
-    const float each = rest * room * (by_f - gk);            /* room: 1 / (1 - low) */
+    const float each = k * room * (by_f - gk);   /* room: 1 / (1 - low) */
     glow += each;
     return (f - low) * each;
 }
@@ -635,10 +660,11 @@ join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const 
     fg_copy_wait<0>();
     __syncthreads();
 
-    float X[4][4], Y[4][4], inner_q[4][4], inner_k[4][4];
+    float X[4][4], Y[4][4], inner_q[4][4], inner_k[4][4], inner[4][4];
     la_zero<4>(inner_q);
     la_zero<4>(inner_k);
-    chunk_pairs(sm, inner_q, inner_k);
+    la_zero<4>(inner);
+    chunk_pairs(sm, inner_q, inner_k, inner);
     if (RAW) {                                   /* gA has been used: q as it came in its place */
         __syncthreads();
         la_load<HALF, 256>(sm->gA, own_q, q_row, n, threadIdx.x);
@@ -659,8 +685,8 @@ join(const __grid_constant__ la_task z, const __grid_constant__ inputs x, const 
         const float x = reached ? z.scale * fg_exp2(in.x + l.x) * X[i][f] : 0;
         const float y = reached ? z.scale * fg_exp2(in.y + l.y) * X[i][f + 1] : 0;
         const float u = x + inner_q[i][f], v = y + inner_q[i][f + 1], own = sm->own[r];
-        X[i][f] = la_low_half(qs) * u - la_low_half(ks) * inner_k[i][f];
-        X[i][f + 1] = la_high_half(qs) * v - la_high_half(ks) * inner_k[i][f + 1];
+        X[i][f] = fmaf(la_low_half(qs), x, inner[i][f]);
+        X[i][f + 1] = fmaf(la_high_half(qs), y, inner[i][f + 1]);
         inner_k[i][f] = fmaf(own, la_low_half(qs), inner_k[i][f]);
         inner_k[i][f + 1] = fmaf(own, la_high_half(qs), inner_k[i][f + 1]);
         if (r >= n) continue;
