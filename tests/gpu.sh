@@ -26,6 +26,7 @@ tested() {
     local name begin got=0 lock=
     name=$(basename "$1")
     case $name in *_long | *_large) lock="flock $work/memory" ;; esac
+    [ "$name" = test_f64_cuda_attention ] && OMP_NUM_THREADS=$((2 * OMP_NUM_THREADS))
     begin=$(date +%s)
     $lock "$1" $([ "$name" = test_cuda_plain ] && echo check) >"$work/$name" 2>&1 || got=$?
     {
@@ -37,7 +38,10 @@ tested() {
 }
 export -f tested
 export build work
-tests=$(for t in "$build"/test_*cuda*; do [ -x "$t" ] && [ -f "$t" ] && echo "$t"; done)
+longest="f64_cuda_attention f64_cuda_attention_long cuda_plain f64_cuda_extremes
+    f64_cuda_linear_attention f64_cuda_large f64_cuda_ops"
+tests=$({ for t in $longest; do echo "$build/test_$t"; done; printf '%s\n' "$build"/test_*cuda*; } |
+    awk '!seen[$0]++' | while read -r t; do [ -x "$t" ] && [ -f "$t" ] && echo "$t"; done)
 at_once=4
 OMP_NUM_THREADS=$((($(nproc) + at_once - 1) / at_once)) xargs -P $at_once -I{} bash -c 'tested {}' \
     <<<"$tests" >"$work/log"
