@@ -1,6 +1,6 @@
 /* gated_linear_attention.cu - ops/gated_linear_attention.c on a GPU: in chunks on tensor cores
  * (gated_linear_attention.cuh) or row by row (linear_attention_rows.cuh). */
-#include "gated_linear_attention.cuh"
+#include "gated_linear_attention_grad.cuh"
 #include "linear_attention_rows.cuh"
 
 static bool in_chunks(const fg_shape *shape, const fg_dtype *type, const fg_dtype *out)

@@ -2,7 +2,7 @@
  * before their activations (gated_linear_attention.cuh).  Rows of q, z, v and of their gradients
  * may be pitched; what prepare writes is kept for the gradient.  Other shapes run as the
  * definition. */
-#include "gated_linear_attention.cuh"
+#include "gated_linear_attention_grad.cuh"
 #include "norm.cuh"
 
 static int64_t row_of(const fg_rows *r, const la_task &z) { return fg_pitch_of(r, z.H * LA_WIDTH); }
