@@ -19,7 +19,7 @@
 constexpr int THREADS = 256;                     /* forward: of a block */
 constexpr int GATE_ROWS = 8;                     /* backward without a norm: rows of a block */
 constexpr int WARPS = 4, RUN = 4;                /* backward: of a block; fewest rows of a warp */
-template <int LANES> constexpr int held = LANES ? 5 : 3;                 /* blocks of a processor */
+template <int LANES> constexpr int held = LANES ? 6 : 3;                 /* blocks of a processor */
 
 /* Kernels have a form for heads of 8 LANES of bf16 in plain or pitched rows, and for LANES = 0 one
  * for everything else. */
@@ -132,14 +132,15 @@ template <int LANES> static __device__ __forceinline__ float head_sum(float x, i
     }
 }
 
-/* Two of them at once: none waits for the other. */
+/* Three of them at once: none waits for another. */
 template <int LANES>
-static __device__ __forceinline__ void head_sums(float &a, float &b, int lanes)
+static __device__ __forceinline__ void head_sums(float &a, float &b, float &c, int lanes)
 {
 #pragma unroll
     for (int d = (LANES > 0 ? LANES : lanes) / 2; d > 0; d /= 2) {
         a += __shfl_xor_sync(~0u, a, d);
         b += __shfl_xor_sync(~0u, b, d);
+        c += __shfl_xor_sync(~0u, c, d);
     }
 }
 
@@ -322,18 +323,30 @@ unshift_gate(const __grid_constant__ backward f)
     if (i.in_head == 0) eight<EVEN>(f.glogit, head).put(f.glogit, row, slope * (a * (1 - a)));
 }
 
-/* Where a thread's columns lie. */
-template <int LANES> struct lanes {
-    eight<(LANES > 0)> gy, x, logit, gx, glogit;
-    const char *rstd;
-    __device__ __forceinline__ lanes(const backward &f, int column, int head) :
-        gy(f.gy, column), x(f.x, column), logit(f.logit, head), gx(f.gx, column),
-        glogit(f.glogit, head), rstd((const char *)(f.rstd + head))
-    {
-        asm("" : "+l"(rstd));
-        __builtin_assume(__isGlobal(rstd));
-    }
+/* Where a row's element lies; EVEN: its pitch is below 2^31. */
+template <bool EVEN>
+static __device__ __forceinline__ int64_t at(const fg_matrix &m, int row, int column)
+{
+    return EVEN ? (int64_t)row * (int)m.pitch + column : m.at(row, column);
+}
+
+/* What the walk through a norm takes of `backward`. */
+struct walked {
+    geometry k;
+    fg_in gy, x, logit, w;
+    fg_out gx, glogit;
+    fg_matrix at_gy, at_x, at_logit, at_gx, at_glogit;
+    const float *rstd;
+    float *part;
+    int64_t runs;
+    bool shared;
 };
+static walked walked_of(const backward &f)
+{
+    return { f.k, { f.gy.p, f.gy.narrow }, { f.x.p, f.x.narrow }, { f.logit.p, f.logit.narrow },
+             f.w, { f.gx.p, f.gx.narrow }, { f.glogit.p, f.glogit.narrow }, f.gy.rows, f.x.rows,
+             f.logit.rows, f.gx.rows, f.glogit.rows, f.rstd, f.part, f.runs, f.shared };
+}
 
 /* What row t needs from memory besides x_t. */
 template <int LANES> struct fetched {
@@ -342,109 +355,101 @@ template <int LANES> struct fetched {
 };
 
 template <int LANES>
-static __device__ __forceinline__ void fetch(fetched<LANES> &r, const backward &f,
-                                             const lanes<LANES> &to, int row)
+static __device__ __forceinline__ void fetch(fetched<LANES> &r, const walked &f, int row,
+                                             int column, int head)
 {
-    to.gy.load(r.gy, f.gy, row);
-    to.x.load(r.before, f.x, max(row - 1, 0));
-    r.logit = to.logit.one(f.logit, row);
-    r.rstd = *(const float *)(to.rstd + (int64_t)row * f.k.heads);
+    constexpr bool EVEN = LANES > 0;
+    r.gy.load(f.gy, at<EVEN>(f.at_gy, row, column));
+    if (row > 0) r.before.load(f.x, at<EVEN>(f.at_x, row - 1, column));
+    else r.before.clear();
+    r.logit = f.logit[at<EVEN>(f.at_logit, row, head)];
+    r.rstd = f.rstd[row * f.k.H + head];
 }
 
-/* A warp on its way from a run's last row to its first. */
-template <int LANES> struct walk {
-    lanes<LANES> to;
-    fg_vec8 w, gw, later;                        /* later: a gs of the row behind */
-    float slope, turn;                           /* of the row behind: glogit is their product */
-    fg_some<8, LANES == 0> x;
-    fetched<LANES> next;
-    int row, t;
-
-    __device__ __forceinline__ walk(const backward &f, int column, int in_head, int row) :
-        to(f, column, head_of<LANES>(f.k, column)), gw({}), later({}), slope(0), turn(0), row(row)
-    {
-        w = fg_load8(f.w, f.shared ? in_head : column);
-        to.x.load(x, f.x, row);
-        fetch(next, f, to, row);
-        t = row - (int)(fg_divide(row, f.k.length) * f.k.T);
-    }
-    /* One row; OWN: not the one behind the run.  Rows from `first` on; glogit up to `end`. */
-    template <bool OWN> __device__ __forceinline__ void step(const backward &f, int first, int end)
-    {
-        const fetched<LANES> r = next;
-        if (row > first) fetch(next, f, to, row - 1);
-        const place is = place_of(f.k.first, 0, row, t);
-        const float a = gate_of(r.logit);
-        float by = a, keep = 1 - a, along = 0;
-        fg_some<8, LANES == 0> before = r.before;
-        if (is != INSIDE) {
-            before.clear();
-            by = 0;
-            if (is == PAD) x.clear(), keep = 0;
-        }
-        fg_vec8 s, d, gs;
-        x.floats(fg_in{ f.x.p, f.x.narrow }, s.v);
-        before.floats(fg_in{ f.x.p, f.x.narrow }, d.v);
-        r.gy.floats(fg_in{ f.gy.p, f.gy.narrow }, gs.v);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            d[j] -= s[j];
-            s[j] = fmaf(a, d[j], s[j]);
-            gs[j] *= r.rstd;
-            if (OWN) gw[j] = fmaf(gs[j], s[j], gw[j]);
-            gs[j] *= w[j];
-            along = fmaf(gs[j], s[j], along);
-        }
-        head_sums<LANES>(along, slope, f.k.lanes);
-        if (OWN && row + 1 < end) to.glogit.put(f.glogit, row + 1, slope * turn);
-        const float mean = along * f.k.share * r.rstd * r.rstd;
-        slope = 0, turn = a * (1 - a);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            gs[j] = fmaf(-mean, s[j], gs[j]);
-            if (OWN) slope = fmaf(gs[j], d[j], slope);
-            if (OWN) s[j] = fmaf(keep, gs[j], later[j]);             /* gx */
-            later[j] = by * gs[j];
-        }
-        if (OWN) to.gx.store(f.gx, row, s);
-        x = r.before;
-        t = t > 0 ? t - 1 : (int)f.k.T - 1;
-        row--;
-    }
-};
-
-/* Through a norm; every block leaves its sum of gw, its warps' added in order. */
-template <int LANES>
-static __global__ void __launch_bounds__(32 * WARPS, (held<LANES>))
-unshift_norm(const __grid_constant__ backward f)
+/* The block's sums of gw: its warps' rows, added in order. */
+static __device__ __forceinline__ void leave_gain(const walked &f, float (*part)[256],
+                                                  const float *gw, int lane)
 {
-    __shared__ float part[WARPS][256];
-    const geometry &k = f.k;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const side i = side_of(k, blockIdx.y);
-    const int64_t run = blockIdx.x * (int64_t)WARPS + warp;
-    const int first = (int)norm_first(k.rows, f.runs, run);
-    const int end = (int)norm_first(k.rows, f.runs, run + 1);
-    const bool more = end < k.rows && fg_divide(end, k.length) * k.T != end;
-    const int heads_end = i.in_head == 0 ? end : 0;
-    fg_vec8 gw = {};
-    if (first < end) {
-        walk<LANES> at(f, i.column, i.in_head, more ? end : end - 1);
-        if (more) at.template step<false>(f, first, heads_end);
-        while (at.row >= first) at.template step<true>(f, first, heads_end);
-        const float slope = head_sum<LANES>(at.slope, k.lanes);
-        if (heads_end) at.to.glogit.put(f.glogit, first, slope * at.turn);
-        gw = at.gw;
-    }
 #pragma unroll
-    for (int j = 0; j < 8; j++) part[warp][lane * 8 + j] = gw[j];
+    for (int j = 0; j < 8; j++) part[threadIdx.x / 32][lane * 8 + j] = gw[j];
     __syncthreads();
     for (int j = threadIdx.x; j < 256; j += 32 * WARPS) {
         const int64_t column = blockIdx.y * (int64_t)256 + j;
         float sum = 0;
-        for (int w = 0; w < WARPS; w++) sum += part[w][j];
-        if (column < k.C) f.part[blockIdx.x * k.C + column] = sum;
+        for (int warp = 0; warp < WARPS; warp++) sum += part[warp][j];
+        if (column < f.k.C) f.part[blockIdx.x * f.k.C + column] = sum;
     }
+}
+
+/* Through a norm.  Lanes behind the last channel keep what they do to themselves. */
+template <int LANES>
+static __global__ void __launch_bounds__(32 * WARPS, (held<LANES>))
+unshift_norm(const walked f)
+{
+    __shared__ float part[WARPS][256];
+    constexpr bool EVEN = LANES > 0;
+    const geometry &k = f.k;
+    const int lane = threadIdx.x % 32, own = (blockIdx.y * 32 + lane) * 8, in_head = own % (int)k.D;
+    const bool ok = own < k.C;
+    const int column = ok ? own : (int)(k.C - k.D) + in_head;
+    const int head = (int)fg_divide(column, k.width);
+    const int64_t run = blockIdx.x * (int64_t)WARPS + threadIdx.x / 32;
+    const int from = (int)norm_first(k.rows, f.runs, run);
+    const int to = (int)norm_first(k.rows, f.runs, run + 1);
+    const bool more = from < to && to < k.rows && fg_divide(to, k.length) * k.T != to;
+    int row = more ? to : to - 1;                            /* the last, or the one behind it */
+    int t = from < to ? row - (int)(fg_divide(row, k.length) * k.T) : 0;
+    fg_vec8 w, gw = {}, later = {};                          /* later: a gs of the row behind */
+    fg_some<8, !EVEN> x;
+    fetched<LANES> next;
+    w = fg_load8(f.w, f.shared ? in_head : column);
+    if (from < to) x.load(f.x, at<EVEN>(f.at_x, row, column));
+    if (from < to) fetch(next, f, row, column, head);
+    for (; row >= from && from < to; row--) {
+        const fetched<LANES> r = next;
+        if (row > from) fetch(next, f, row - 1, column, head);
+        const place is = place_of(k.first, 0, row, t);
+        const float a = gate_of(r.logit), by = is == INSIDE ? a : 0;
+        const float keep = is == PAD ? 0 : 1 - a;
+        fg_some<8, !EVEN> before = r.before;
+        if (is != INSIDE) before.clear();
+        if (is == PAD) x.clear();
+        fg_vec8 v, p, gs, h;
+        x.floats(f.x, v.v);
+        before.floats(f.x, p.v);
+        r.gy.floats(f.gy, gs.v);
+        float slope = 0;                                     /* d loss / d a_t */
+        const float by_h = by * r.rstd, keep_h = keep * r.rstd;
+        float along = 0, turn = 0;                       /* sums of w gy h, of h (p - v) */
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float d = p[j] - v[j];
+            h[j] = fmaf(by_h, p[j], keep_h * v[j]);
+            if (row < to) gw[j] = fmaf(gs[j], h[j], gw[j]);
+            gs[j] *= w[j];
+            along = fmaf(gs[j], h[j], along);
+            turn = fmaf(h[j], d, turn);
+            slope = fmaf(gs[j], d, slope);
+        }
+        head_sums<LANES>(along, turn, slope, k.lanes);
+        const float mean = along * k.share;
+        slope = r.rstd * fmaf(-mean, turn, slope);
+#pragma unroll
+        for (int j = 0; j < 8; j++) gs[j] = r.rstd * fmaf(-mean, h[j], gs[j]);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            h[j] = fmaf(keep, gs[j], later[j]);              /* gx */
+            later[j] = by * gs[j];
+        }
+        if (ok && row < to) {
+            fg_store8(f.gx, at<EVEN>(f.at_gx, row, column), h);
+            if (in_head == 0)
+                f.glogit.put(at<EVEN>(f.at_glogit, row, head), slope * (a * (1 - a)));
+        }
+        x = r.before;
+        t = t > 0 ? t - 1 : (int)k.T - 1;
+    }
+    leave_gain(f, part, gw.v, lane);
 }
 
 static int64_t segments_of(const geometry &k) { return (k.C + 255) / 256; }
@@ -462,7 +467,7 @@ template <bool NORM, int LANES> static int64_t run_grad(backward &f, cudaStream_
     const dim3 grid((unsigned)blocks_of(f.k, held<LANES>), (unsigned)segments);
     f.segments = (int)segments, f.runs = grid.x * (int64_t)WARPS;
     if (f.k.C == 0) return grid.x;
-    if constexpr (NORM) unshift_norm<LANES><<<grid, 32 * WARPS, 0, stream>>>(f);
+    if constexpr (NORM) unshift_norm<LANES><<<grid, 32 * WARPS, 0, stream>>>(walked_of(f));
     else if (f.k.rows > 0)
         unshift_gate<LANES><<<fg_blocks(f.k.rows, GATE_ROWS) * grid.y, 32 * GATE_ROWS, 0,
                               stream>>>(f);
