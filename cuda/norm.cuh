@@ -330,23 +330,19 @@ static __device__ __forceinline__ int64_t norm_first(int64_t rows, int64_t parts
     return rows / parts * i + (i < rows % parts ? i : rows % parts);
 }
 
-/* gw's term gy s h and rstd m = rstd w s gy, of one vector, the latter in gy; g becomes
- * gg = gy s (1 - s) h w.  Returns the vector's part of the sum of m h. */
+/* m = w s gy and gw's term gy s h, of one vector; gg = gy s (1 - s) h w. */
 template <norm_gate GATED>
-static __device__ __forceinline__ float norm_terms(float *gy, const float *x, float *g, float rstd,
+static __device__ __forceinline__ float norm_terms(float *gy, const float *h, float *g,
                                                    const fg_vec8 &w, float *gw)
 {
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < 8; k++) {
-        const float s = GATED ? norm_sigmoid(g[k]) : 1;
-        float gn = gy[k] * rstd;
-        if (GATED) gn *= s;
-        gw[k] = fmaf(gn, x[k], gw[k]);
+        const float s = GATED ? norm_sigmoid(g[k]) : 1, gn = GATED ? gy[k] * s : gy[k];
         gy[k] = gn * w[k];
-        const float mh = gy[k] * x[k];
-        if (GATED) g[k] = fmaf(-s, mh, mh);
-        sum += mh;
+        gw[k] += gn * h[k];
+        sum += gy[k] * h[k];
+        if (GATED) g[k] = gy[k] * h[k] * (1 - s);
     }
     return sum;
 }
@@ -460,21 +456,22 @@ norm_grad_whole(const norm_backward a)
                                                   fg_load8(a.w, place.w[i]),
                                                   turned + i * 8 * THREADS);
             } else {
-                sum[i] = norm_terms<GATED>(r.gy.v[i], r.x.v[i], r.other.v[i], r.rstd[i], w[i],
-                                           gw.v[i]);
+#pragma unroll
+                for (int k = 0; k < 8; k++) r.x.v[i][k] *= r.rstd[i];
+                sum[i] = norm_terms<GATED>(r.gy.v[i], r.x.v[i], r.other.v[i], w[i], gw.v[i]);
             }
         }
         norm_group_sums<THREADS>(sum, a.s.lanes, slot);
 #pragma unroll
         for (int i = 0; i < VECS; i++) {
-            const float mean = sum[i] / (float)a.s.n, turn = -mean * r.rstd[i] * r.rstd[i];
+            const float mean = sum[i] / (float)a.s.n;
 #pragma unroll
             for (int k = 0; k < 8; k++) {
                 if (GATED == NORM_OF_GATED) {
                     norm_gate_back(r.gy.v[i][k], r.x.v[i][k], r.other.v[i][k], r.rstd[i], mean);
                     continue;
                 }
-                r.gy.v[i][k] = fmaf(turn, r.x.v[i][k], r.gy.v[i][k]);
+                r.gy.v[i][k] = r.rstd[i] * (r.gy.v[i][k] - r.x.v[i][k] * mean);
                 if (!GATED && a.more.p) r.gy.v[i][k] += r.other.v[i][k];
             }
         }

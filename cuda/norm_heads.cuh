@@ -153,6 +153,28 @@ template <norm_gate GATED> struct heads_row {
     }
 };
 
+/* gw's term gy s h and rstd m = rstd w s gy, of one vector, the latter in gy; g becomes
+ * gg = gy s (1 - s) h w.  Returns the vector's part of the sum of m h.
+ * A rounding more than norm_terms has, in front of the difference: for what becomes bf16. */
+template <norm_gate GATED>
+static __device__ __forceinline__ float heads_terms(float *gy, const float *x, float *g,
+                                                    float rstd, const fg_vec8 &w, float *gw)
+{
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        const float s = GATED ? norm_sigmoid(g[k]) : 1;
+        float gn = gy[k] * rstd;
+        if (GATED) gn *= s;
+        gw[k] = fmaf(gn, x[k], gw[k]);
+        gy[k] = gn * w[k];
+        const float mh = gy[k] * x[k];
+        if (GATED) g[k] = fmaf(-s, mh, mh);
+        sum += mh;
+    }
+    return sum;
+}
+
 /* Lanes behind the last channel do as the last head's, and write the same. */
 template <norm_gate GATED, int LANES>
 static __global__ void __launch_bounds__(32 * NORM_WARPS, (heads_blocks<GATED>))
@@ -181,7 +203,7 @@ heads_grad(const __grid_constant__ norm_backward a)
         fg_unpack(r.gy, gy.v);
         fg_unpack(r.x, x.v);
         if (GATED) fg_unpack(r.g, g.v);
-        const float sum = norm_terms<GATED>(gy.v, x.v, g.v, r.rstd, w, gw.v);
+        const float sum = heads_terms<GATED>(gy.v, x.v, g.v, r.rstd, w, gw.v);
         const float turn = -heads_sum<LANES>(sum, a.s.lanes) * share * r.rstd * r.rstd;
 #pragma unroll
         for (int k = 0; k < 8; k++) gy[k] = fmaf(turn, x[k], gy[k]);
