@@ -157,11 +157,7 @@ static size_t scratch(const fg_infer *c, int threads)
 static void vjp(fg_vjp *v)
 {
     const struct fg_attr_causal_conv *a = v->attr;
-    if (!fg_absent(v->in[4])) {
-        v->gin[0] =
-            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
-        return;
-    }
+    if (fg__reads_caches(v, 4)) return;
     const fg_tensor in[] = { v->gout[0], v->in[0], v->in[1], v->in[2], v->in[3] };
     const fg_tensor g = FG_APPLY(causal_conv_grad, FG_HERE, in, a->silu);
     v->gin[0] = g;

@@ -450,16 +450,8 @@ static size_t scratch(const fg_infer *c, int threads)
 static void vjp(fg_vjp *v)
 {
     const struct fg_attr_forget_attention *a = v->attr;
-    fg_tensor go = v->gout[0];
-    if (!fg_absent(v->in[5])) {
-        v->gin[0] =
-            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
-        return;
-    }
-    if (fg_absent(go)) {
-        go = fg_fill(v->out[0].graph, fg_shape_of(v->out[0]), 0);
-        go = fg_cast(go, fg_dtype_of(v->out[0]));
-    }
+    if (fg__reads_caches(v, 5)) return;
+    const fg_tensor go = fg__gout_or_zero(v);
     const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3],
                              v->out[0], v->out[1], v->in[4] };
     const fg_tensor g = FG_APPLY(forget_attention_grad, FG_HERE, in, a->scale, a->window);

@@ -63,19 +63,9 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
     out[1] = fg_log(f);
 }
 
-static double moved(const fg_infer *c)
-{
-    double bytes = 0;
-    for (int i = 0; i < c->n_in; i++)
-        if (c->given[i])
-            bytes += (double)fg_shape_count(c->in[i]) * (c->in_type[i] == FG_BF16 ? 2 : 4);
-    for (int o = 0; o < c->n_out; o++)
-        bytes += (double)fg_shape_count(c->out[o]) * (c->out_type[o] == FG_BF16 ? 2 : 4);
-    return bytes;
-}
 static fg_cost cost(const fg_infer *c)
 {
-    return (fg_cost){ .flops = 8 * (double)fg_shape_count(c->in[0]), .bytes = moved(c) };
+    return (fg_cost){ .flops = 8 * (double)fg_shape_count(c->in[0]), .bytes = fg__bytes_moved(c) };
 }
 
 /* Numbers in (0, 1), [1,D] */
@@ -148,7 +138,7 @@ static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out
 
 static fg_cost grad_cost(const fg_infer *c)
 {
-    return (fg_cost){ .flops = 12 * (double)fg_shape_count(c->in[0]), .bytes = moved(c) };
+    return (fg_cost){ .flops = 12 * (double)fg_shape_count(c->in[0]), .bytes = fg__bytes_moved(c) };
 }
 
 static fg_tensor grad_example(fg_graph *g, int i)

@@ -77,7 +77,7 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
 
 static fg_cost cost(const fg_infer *c)
 {
-    return (fg_cost){ .flops = 9 * (double)fg_shape_count(c->in[0]), .bytes = norm_bytes(c) };
+    return (fg_cost){ .flops = 9 * (double)fg_shape_count(c->in[0]), .bytes = fg__bytes_moved(c) };
 }
 
 static fg_tensor example(fg_graph *g, int i)
@@ -196,7 +196,7 @@ static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out
 
 static fg_cost grad_cost(const fg_infer *c)
 {
-    return (fg_cost){ .flops = 18 * (double)fg_shape_count(c->in[1]), .bytes = norm_bytes(c) };
+    return (fg_cost){ .flops = 18 * (double)fg_shape_count(c->in[1]), .bytes = fg__bytes_moved(c) };
 }
 
 static fg_tensor grad_example(fg_graph *g, int i)

@@ -67,7 +67,7 @@ static fg_cost cost(const fg_infer *c)
     const double K = (double)c->in[1].dim[3], V = (double)c->in[2].dim[3];
     const double rows = (double)fg_shape_count(c->in[1]) / K;
     return (fg_cost){ .flops = rows * (4 * K * V + FG_CHUNK * (K + V) + 18 * K),
-                      .bytes = fg__scan_bytes(c) };
+                      .bytes = fg__bytes_moved(c) };
 }
 
 static fg_tensor example(fg_graph *g, int i)
@@ -135,7 +135,7 @@ static fg_cost grad_cost(const fg_infer *c)
     const double K = (double)c->in[3].dim[3], V = (double)c->in[4].dim[3];
     const double rows = (double)fg_shape_count(c->in[3]) / K;
     return (fg_cost){ .flops = rows * (10 * K * V + FG_CHUNK * (3 * K + 2 * V) + 30 * K),
-                      .bytes = fg__scan_bytes(c) };
+                      .bytes = fg__bytes_moved(c) };
 }
 
 const fg_op_code fg_code_hgrn2_scan_grad = {

@@ -28,6 +28,31 @@ static inline fg_real fg__as_bf16(fg_real x)
     memcpy(&y, &bits, sizeof y);
     return x != x ? x : (fg_real)y;
 }
+/* Bytes of all that a node reads and writes, once. */
+static inline double fg__bytes_moved(const fg_infer *c)
+{
+    double bytes = 0;
+    for (int i = 0; i < c->n_in; i++)
+        if (c->given[i])
+            bytes += (double)fg_shape_count(c->in[i]) * (c->in_type[i] == FG_BF16 ? 2 : 4);
+    for (int o = 0; o < c->n_out; o++)
+        bytes += (double)fg_shape_count(c->out[o]) * (c->out_type[o] == FG_BF16 ? 2 : 4);
+    return bytes;
+}
+/* For a vjp whose node has `past` as that input: refuses where it is given. */
+static inline bool fg__reads_caches(fg_vjp *v, int past)
+{
+    if (fg_absent(v->in[past])) return false;
+    v->gin[0] = fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
+    return true;
+}
+/* The gradient of the first output, or 0 where only others are used. */
+static inline fg_tensor fg__gout_or_zero(const fg_vjp *v)
+{
+    if (!fg_absent(v->gout[0])) return v->gout[0];
+    const fg_tensor zero = fg_fill(v->out[0].graph, fg_shape_of(v->out[0]), 0);
+    return fg_cast(zero, fg_dtype_of(v->out[0]));
+}
 /* Refuses those of inputs from .. to-1 that are there and not real.  out_type[0] becomes the widest
  * of them: f32 and bf16 mix, and give f32. */
 fg_status fg__need_reals(fg_infer *c, int from, int to);

@@ -93,16 +93,8 @@ static inline fg_tensor fg__scan_build(fg_loc at, const fg_op *op, const void *a
  * the attributes of the scan itself; a third output of the scan is its ninth input. */
 static inline void fg__scan_vjp(fg_vjp *v, const fg_op *grad)
 {
-    fg_tensor go = v->gout[0];
-    if (!fg_absent(v->in[5])) {
-        v->gin[0] =
-            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
-        return;
-    }
-    if (fg_absent(go)) {
-        go = fg_fill(v->out[0].graph, fg_shape_of(v->out[0]), 0);
-        go = fg_cast(go, fg_dtype_of(v->out[0]));
-    }
+    if (fg__reads_caches(v, 5)) return;
+    const fg_tensor go = fg__gout_or_zero(v);
     const fg_tensor none = { 0 }, kept = v->n_out > 2 ? v->out[2] : none;
     const fg_tensor in[] = { go, v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3], v->in[4],
                              v->in[6], kept };
@@ -153,18 +145,6 @@ static inline int64_t fg__scan_tiles(const fg_shape *k, const fg_shape *v)
 {
     const bool fits = k->dim[3] == 128 && v->dim[3] == 128 && k->dim[1] >= 64;
     return fits ? k->dim[0] * k->dim[2] * ((k->dim[1] + 63) / 64) : 0;
-}
-
-/* Bytes of all that a node reads and writes, once. */
-static inline double fg__scan_bytes(const fg_infer *c)
-{
-    double bytes = 0;
-    for (int i = 0; i < c->n_in; i++)
-        if (c->given[i])
-            bytes += (double)fg_shape_count(c->in[i]) * (c->in_type[i] == FG_BF16 ? 2 : 4);
-    for (int o = 0; o < c->n_out; o++)
-        bytes += (double)fg_shape_count(c->out[o]) * (c->out_type[o] == FG_BF16 ? 2 : 4);
-    return bytes;
 }
 
 /* ---- runs ----------------------------------------------------------------------------------- */

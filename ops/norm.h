@@ -122,16 +122,6 @@ static inline fg_status norm_grad_infer(fg_infer *c, int i_rstd, int64_t groups)
     return FG_OK;
 }
 
-static inline double norm_bytes(const fg_infer *c)
-{
-    double bytes = 0;
-    for (int i = 0; i < c->n_in; i++)
-        bytes += (double)fg_shape_count(c->in[i]) * (c->in_type[i] == FG_BF16 ? 2 : 4);
-    for (int i = 0; i < c->n_out; i++)
-        bytes += (double)fg_shape_count(c->out[i]) * (c->out_type[i] == FG_BF16 ? 2 : 4);
-    return bytes;
-}
-
 /* x as f32[rows, groups, n], and back to the shape and dtype of `like`. */
 static inline fg_tensor norm_split(fg_tensor x, int64_t groups)
 {

@@ -93,11 +93,7 @@ static void cpu(const fg_exec *e)
 /* gx_t = (1 - a_t) gy_t + a_(t+1) gy_(t+1),  ga_t = sum over channels of gy_t (x_(t-1) - x_t). */
 static void vjp(fg_vjp *v)
 {
-    if (!fg_absent(v->in[3])) {
-        v->gin[0] =
-            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
-        return;
-    }
+    if (fg__reads_caches(v, 3)) return;
     const fg_tensor in[] = { v->gout[0], v->in[0], v->in[1], v->in[2] };
     const fg_tensor g = FG_APPLY(shift_mix_grad, FG_HERE, in, 0);
     v->gin[0] = g;

@@ -254,14 +254,19 @@ static inline fg_status fg__ssd_infer(fg_infer *c)
     return FG_OK;
 }
 
+/* The examples' documents, in two sequences of 20: of 1 to 7 tokens, the second behind padding. */
+static inline void fg__ssd_documents(fg_graph *g)
+{
+    static const int32_t first[40] = { 0, 0, 2, 2, 2, 5, 6, 6, 6, 6, 6, 11, 11, 11, 11, 11, 11, 11,
+        18, 19, 4, 4, 4, 4, 4, 4, 4, 7, 7, 7, 10, 10, 10, 10, 10, 10, 10, 17, 17, 17 };
+    const fg_tensor f = fg_given_int(g, FG_DIMS(2, 20), first);
+    fg_graph_sequence(g, (fg_sequence){ .first = f });
+}
+
 /* Applies the op `grad` with n inputs, the last two more and kept. */
 static inline void fg__ssd_vjp(fg_vjp *v, const fg_op *grad, int n, fg_tensor more, fg_tensor kept)
 {
-    if (!fg_absent(v->in[FG_SSD_PAST])) {
-        v->gin[0] =
-            fg_fail(v->in[0], FG_ERR_NO_VJP, "no gradient flows through caches: past is given");
-        return;
-    }
+    if (fg__reads_caches(v, FG_SSD_PAST)) return;
     const fg_tensor in[] = { v->gout[0], v->gout[1], v->in[0], v->in[1], v->in[2], v->in[3],
                              v->in[4], v->in[5], v->in[6], v->in[7], more, kept };
     const fg_tensor g = fg__apply(grad, FG_HERE, NULL, n, in, v->attr);

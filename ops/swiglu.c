@@ -80,16 +80,9 @@ static void decompose(const fg_tensor *in, const void *attr, fg_tensor *out)
     out[0] = fg_mul(s, p);
 }
 
-static double moved(const fg_infer *c)
-{
-    const double size = c->in_type[0] == FG_BF16 ? 2 : 4;
-    double n = (double)fg_shape_count(c->out[0]);
-    for (int i = 0; i < c->n_in; i++) n += (double)fg_shape_count(c->in[i]);
-    return n * size;
-}
 static fg_cost cost(const fg_infer *c)
 {
-    return (fg_cost){ .flops = 6 * (double)fg_shape_count(c->out[0]), .bytes = moved(c) };
+    return (fg_cost){ .flops = 6 * (double)fg_shape_count(c->out[0]), .bytes = fg__bytes_moved(c) };
 }
 
 static fg_tensor example(fg_graph *g, int i)
@@ -181,7 +174,7 @@ static void grad_decompose(const fg_tensor *in, const void *attr, fg_tensor *out
 
 static fg_cost grad_cost(const fg_infer *c)
 {
-    return (fg_cost){ .flops = 11 * (double)fg_shape_count(c->in[0]), .bytes = moved(c) };
+    return (fg_cost){ .flops = 11 * (double)fg_shape_count(c->in[0]), .bytes = fg__bytes_moved(c) };
 }
 
 static fg_tensor grad_example(fg_graph *g, int i)

@@ -47,7 +47,7 @@ static fg_cost cost(const fg_infer *c)
     const double rows = (double)fg_shape_count(c->in[3]);
     const double K = (double)c->in[1].dim[3], V = (double)c->in[2].dim[3];
     return (fg_cost){ .flops = rows * (6 * K * V + FG_CHUNK * (2 * K + 2 * V) + 6 * K),
-                      .bytes = fg__scan_bytes(c) };
+                      .bytes = fg__bytes_moved(c) };
 }
 
 static fg_tensor example(fg_graph *g, int i)
@@ -99,7 +99,7 @@ static fg_cost grad_cost(const fg_infer *c)
     const double rows = (double)fg_shape_count(c->in[5]);
     const double K = (double)c->in[3].dim[3], V = (double)c->in[4].dim[3];
     return (fg_cost){ .flops = rows * (18 * K * V + FG_CHUNK * (8 * K + 8 * V) + 16 * K),
-                      .bytes = fg__scan_bytes(c) };
+                      .bytes = fg__bytes_moved(c) };
 }
 
 const fg_op_code fg_code_unit_delta_rule_grad = {
