@@ -139,7 +139,7 @@ Test(cuda_same_bits, later_tokens_change_no_logit_before)
 
 /* ---- beside other work ---------------------------------------------------------------------- */
 
-typedef struct { atomic_bool stop; atomic_int runs; } neighbour;
+typedef struct { atomic_bool stop, ended; atomic_int runs; } neighbour;
 
 /* Another device object, that is another stream: products and a scan, again and again. */
 static void *work(void *of)
@@ -159,6 +159,7 @@ static void *work(void *of)
     free(zero);
     fg_plan_free(p), fg_store_free(store), fg_graph_free(g);
     fg_backend_close(gpu);
+    atomic_store(&n->ended, true);
     return NULL;
 }
 
@@ -171,6 +172,7 @@ static void check_runs(int family, fg_backend *gpu, neighbour *n)
     const int before = atomic_load(&n->runs);
     for (int k = 1; k < RUNS || atomic_load(&n->runs) < before + 2; k++) {
         int other = 0;
+        cr_assert(!atomic_load(&n->ended), "the work beside it failed");
         run(&m);
         for (int i = 0; i < m.n; i++) {
             float *again = result(&m, i);
